@@ -1,0 +1,66 @@
+"""Which implementation of an op runs: its PyTorch reference or its Triton kernel.
+
+One setting an op, made once from the run's config with `use`:
+  auto       the Triton kernel for CUDA tensors, the reference elsewhere
+  triton     the Triton kernel, or an error with the reason; on the CPU it needs Triton's interpreter
+  reference  the PyTorch reference on every device
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+
+import torch
+
+OPS = (
+    "patchify",
+    "masked_gather",
+    "varlen_attention",
+    "layer_norm",
+    "bias_gelu",
+    "predictor_tokens",
+    "target_loss",
+    "adamw_ema",
+    "mask_sampler",
+)
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+_choices: dict[str, str] = dict.fromkeys(OPS, "auto")
+
+
+def use(impl: str | Mapping[str, str]) -> None:
+    """Set the implementation of every op (a string), or of some of them (a mapping from op to implementation).
+
+    Raises ValueError for an op or an implementation that does not exist.
+    """
+    wanted = dict.fromkeys(OPS, impl) if isinstance(impl, str) else dict(impl)
+    for op, name in wanted.items():
+        if op not in OPS:
+            raise ValueError(f"kernels: there is no op {op!r}; the ops are {', '.join(OPS)}")
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"kernels.{op}: expected one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    _choices.update(wanted)
+
+
+def choice(op: str) -> str:
+    """The setting of `op`: auto, triton or reference."""
+    return _choices[op]
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, so on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(op: str, tensor: torch.Tensor) -> bool:
+    """Whether `op` is to run its Triton kernel on `tensor`. Raises RuntimeError when that was asked for and cannot be."""
+    setting = _choices[op]
+    if setting == "reference" or (setting == "auto" and not tensor.is_cuda):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"kernels.{op}: {setting!r} needs the package triton, which is not installed; install it or set kernels.{op}=reference")
+    if not tensor.is_cuda and not interpreted():
+        raise RuntimeError(f"kernels.{op}: 'triton' was asked for a tensor on {tensor.device}; set TRITON_INTERPRET=1 to run it there, or kernels.{op}=auto")
+    return True
