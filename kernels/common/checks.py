@@ -1,0 +1,51 @@
+"""Argument checks of the ops: a ValueError that names the op, the argument, what was expected and what was got.
+
+`debug` (environment IJEPA_FAST_DEBUG=1, or set it here) adds the checks that read tensors and so wait for the device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+debug: bool = os.environ.get("IJEPA_FAST_DEBUG") == "1"
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> None:
+    """Raise ValueError unless `tensor` has `shape` (None: any size), one of `dtypes`, is on `device` and is contiguous."""
+    # The messages are built only on failure: formatting a symbolic size would make torch.compile specialise on it.
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(want is not None and got != want for got, want in zip(tensor.shape, shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name}: expected shape ({wanted}), got {tuple(tensor.shape)}")
+    if tensor.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
+        wanted = " or ".join(str(dtype) for dtype in (dtypes if isinstance(dtypes, tuple) else (dtypes,)))
+        raise ValueError(f"{op}: {name}: expected dtype {wanted}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
+            "call .contiguous() on it"
+        )
+
+
+def check_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
+    """In debug mode, raise ValueError unless every value of `index` is in [0, size)."""
+    if not debug or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(f"{op}: {name}: expected values in [0, {size}), got values from {low} to {high}")
