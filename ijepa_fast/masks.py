@@ -1,0 +1,300 @@
+"""Mask strategies: which patches of an image are context and which are target blocks.
+
+`make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, rank)` gives the masks of a batch,
+a pure function of its arguments. One target size is drawn per batch, so that target blocks are rectangular arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from ijepa_fast.kernels.mask_sampler import BATCH, Key, below, philox, random_subset, sample_blocks
+
+Range = tuple[float, float]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one batch, on the CPU, and the key they are a function of."""
+
+    context: torch.Tensor  # (C, B, N) bool: the patches of each context, before any policy of packing.pack
+    target: torch.Tensor  # (M, B, K) int32: patch numbers of each target block, row-major
+    key: Key
+
+
+def make_sampler(strategy: str, grid: Size, **options) -> Sampler:
+    """The sampler of a strategy for a grid of (rows, columns) patches; an option that is None takes its default.
+
+    multiblock-reference  the published sampler's distribution: one number sets a block's scale and aspect, and no block
+                          touches the last row or column
+    multiblock            scale and aspect independent, every patch reachable
+    rasterized            quadrants: one is the context, three are targets
+    block                 one large target block, the context is its complement
+    random                a random set of patches is the target, the context is its complement
+
+    The last three are the paper's ablations (table 6). Raises ValueError, naming the config key, for a strategy or an
+    option that does not exist and for masks that cannot be drawn on the grid.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"mask.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    cls, fixed = STRATEGIES[strategy]
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {f.name for f in fields(cls)} - {"grid"} - set(fixed)
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"mask.{name}: has no meaning for mask.strategy={strategy}; remove it "
+                f"(the options are {', '.join(sorted(known)) or 'none'})"
+            )
+    return cls(grid=(int(grid[0]), int(grid[1])), **given, **fixed)
+
+
+@dataclass(frozen=True)
+class MultiBlock:
+    """`targets` blocks, and `contexts` large blocks less all targets (I-JEPA, section 3 and figure 4).
+
+    Scales are shares of the image's patches, aspects are height over width, both ranges. A context keeps more than
+    `min_keep` patches; kernels.mask_sampler.sample_blocks says what happens when a draw does not. `published` gives the
+    published code's distribution instead of the paper's.
+    """
+
+    grid: Size
+    targets: int = 4
+    target_scale: Range = (0.15, 0.2)
+    target_aspect: Range = (0.75, 1.5)
+    contexts: int = 1
+    context_scale: Range = (0.85, 1.0)
+    context_aspect: Range = (1.0, 1.0)
+    min_keep: int = 10
+    published: bool = False
+
+    def __post_init__(self):
+        _check_grid(self.grid)
+        _check_count("targets", self.targets, 1)
+        _check_count("contexts", self.contexts, 1)
+        _check_count("min_keep", self.min_keep, 0)
+        for kind in ("target", "context"):
+            sizes = self._sizes(kind)
+            for h, w in sizes:
+                _check_block(kind, h, w, self.grid)
+            smallest = min(h * w for h, w in sizes)
+            # The published sampler also asks this of its targets, and would draw them for ever.
+            if (kind == "context" or self.published) and smallest <= self.min_keep:
+                raise ValueError(
+                    f"mask.min_keep: expected less than the {smallest} patches of the smallest {kind} block on the "
+                    f"{_name(self.grid)} grid, got {self.min_keep}; lower mask.min_keep, or raise mask.{kind}_scale or "
+                    "data.crop"
+                )
+
+    @property
+    def target_sizes(self) -> list[Size]:
+        """Every (height, width) a target block can have."""
+        return self._sizes("target")
+
+    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+        """Masks of `batch` images."""
+        key = _key(batch, seed, step, rank)
+        numbers = _batch_numbers(key)
+        context, target = sample_blocks(
+            key,
+            batch,
+            self.grid,
+            self.targets,
+            self._size("target", *numbers[:2]),
+            self.contexts,
+            self._size("context", *numbers[2:]),
+            self.min_keep,
+            self.published,
+        )
+        return Masks(torch.from_numpy(context), torch.from_numpy(target), key)
+
+    def _size(self, kind: str, for_scale: float, for_aspect: float) -> Size:
+        """Two numbers in [0, 1] -> the block's (height, width); the published sampler uses the first for both."""
+        if self.published:
+            for_aspect = for_scale
+        scale, aspect = (
+            _between(getattr(self, f"{kind}_{what}"), u) for what, u in (("scale", for_scale), ("aspect", for_aspect))
+        )
+        h, w = _block_size(self.grid, scale, aspect)
+        if self.published:
+            h, w = min(h, self.grid[0] - 1), min(w, self.grid[1] - 1)
+        return h, w
+
+    def _sizes(self, kind: str) -> list[Size]:
+        _check_range(f"{kind}_scale", getattr(self, f"{kind}_scale"), 1.0)
+        _check_range(f"{kind}_aspect", getattr(self, f"{kind}_aspect"), math.inf)
+        steps = np.linspace(0, 1, 2049 if self.published else 129)
+        return sorted({self._size(kind, u, v) for u in steps for v in (steps[:1] if self.published else steps)})
+
+
+@dataclass(frozen=True)
+class Block:
+    """One target block of `target_scale` x `target_aspect`; the context is its complement (I-JEPA, table 6)."""
+
+    grid: Size
+    target_scale: Range = (0.6, 0.6)
+    target_aspect: Range = (0.75, 1.5)
+
+    def __post_init__(self):
+        _check_grid(self.grid)
+        _check_range("target_scale", self.target_scale, 1.0)
+        _check_range("target_aspect", self.target_aspect, math.inf)
+        for h, w in self.target_sizes:
+            _check_block("target", h, w, self.grid)
+            if (h, w) == self.grid:
+                raise ValueError(
+                    f"mask.target_scale: expected target blocks smaller than the {_name(self.grid)} grid, "
+                    f"got up to {self.target_scale[1]}; lower it"
+                )
+
+    @property
+    def target_sizes(self) -> list[Size]:
+        """Every (height, width) a target block can have."""
+        steps = np.linspace(0, 1, 129)
+        return sorted(
+            {
+                _block_size(self.grid, _between(self.target_scale, u), _between(self.target_aspect, v))
+                for u in steps
+                for v in steps
+            }
+        )
+
+    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+        """Masks of `batch` images: M = C = 1."""
+        key = _key(batch, seed, step, rank)
+        numbers = _batch_numbers(key)
+        size = _block_size(self.grid, _between(self.target_scale, numbers[0]), _between(self.target_aspect, numbers[1]))
+        context, target = sample_blocks(key, batch, self.grid, 1, size, 1, self.grid, 0, False)
+        return Masks(torch.from_numpy(context), torch.from_numpy(target), key)
+
+
+@dataclass(frozen=True)
+class Rasterized:
+    """Quadrants: one, at random per image, is the context, the other three are targets (I-JEPA, table 6)."""
+
+    grid: Size
+
+    def __post_init__(self):
+        _check_grid(self.grid)
+        if self.grid[0] % 2 or self.grid[1] % 2:
+            raise ValueError(
+                f"mask.strategy: rasterized needs an even number of patches a side, got the {_name(self.grid)} grid; "
+                "change data.crop or the patch size"
+            )
+
+    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+        """Masks of `batch` images: M = 3, C = 1, a quarter of the patches each."""
+        key = _key(batch, seed, step, rank)
+        height, width = self.grid
+        patch = np.arange(height * width, dtype=np.int32).reshape(2, height // 2, 2, width // 2)
+        quadrants = patch.transpose(0, 2, 1, 3).reshape(4, -1)
+        chosen = below(philox(key, np.arange(batch), 0)[0], 4)
+        context = np.zeros((1, batch, height * width), dtype=bool)
+        context[0, np.arange(batch)[:, None], quadrants[chosen]] = True
+        return Masks(
+            torch.from_numpy(context), torch.from_numpy(quadrants[(chosen + np.arange(1, 4)[:, None]) % 4]), key
+        )
+
+
+@dataclass(frozen=True)
+class Random:
+    """A random share `target_scale` of the patches is the target, the context its complement (I-JEPA, table 6)."""
+
+    grid: Size
+    target_scale: float = 0.6
+
+    def __post_init__(self):
+        _check_grid(self.grid)
+        if not 0 < self._count < self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"mask.target_scale: expected a share that leaves target and context patches on the "
+                f"{_name(self.grid)} grid, got {self.target_scale}"
+            )
+
+    @property
+    def _count(self) -> int:
+        return round(self.grid[0] * self.grid[1] * self.target_scale)
+
+    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+        """Masks of `batch` images: M = C = 1."""
+        key = _key(batch, seed, step, rank)
+        patches = self.grid[0] * self.grid[1]
+        target = random_subset(key, np.ones((batch, patches), dtype=bool), np.full(batch, self._count))
+        numbers = (np.flatnonzero(target) % patches).astype(np.int32).reshape(1, batch, self._count)
+        return Masks(torch.from_numpy(~target[None]), torch.from_numpy(numbers), key)
+
+
+Sampler = MultiBlock | Block | Rasterized | Random
+STRATEGIES: dict[str, tuple[Callable[..., Sampler], dict]] = {
+    "multiblock-reference": (MultiBlock, {"published": True}),
+    "multiblock": (MultiBlock, {"published": False}),
+    "rasterized": (Rasterized, {}),
+    "block": (Block, {}),
+    "random": (Random, {}),
+}
+
+
+def _key(batch: int, seed: int, step: int, rank: int) -> Key:
+    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("rank", rank, 32)):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{name}: expected an integer of {bits} bits, not negative, got {value}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least one image, got {batch}")
+    return Key(int(seed), int(step), int(rank))
+
+
+def _batch_numbers(key: Key) -> list[float]:
+    """Four numbers in [0, 1) shared by the images of the batch."""
+    return [int(word) / 2**32 for word in philox(key, 0, BATCH)]
+
+
+def _between(ends: Range, u: float) -> float:
+    return ends[0] + u * (ends[1] - ends[0])
+
+
+def _block_size(grid: Size, scale: float, aspect: float) -> Size:
+    keep = int(grid[0] * grid[1] * scale)
+    return round(math.sqrt(keep * aspect)), round(math.sqrt(keep / aspect))
+
+
+def _name(grid: Size) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _check_grid(grid: Size) -> None:
+    if min(grid) < 2:
+        raise ValueError(
+            f"data.crop: expected at least 2x2 patches to mask, got the {_name(grid)} grid; "
+            "raise data.crop or lower the patch size"
+        )
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"mask.{name}: expected at least {least}, got {value}")
+
+
+def _check_range(name: str, ends: Range, highest: float) -> None:
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= highest:
+        raise ValueError(
+            f"mask.{name}: expected a range [low, high] with 0 < low <= high <= {highest:g}, got {list(ends)}"
+        )
+
+
+def _check_block(kind: str, h: int, w: int, grid: Size) -> None:
+    if min(h, w) < 1:
+        raise ValueError(
+            f"mask.{kind}_scale: a {kind} block of {h}x{w} patches on the {_name(grid)} grid is empty; "
+            f"raise mask.{kind}_scale or data.crop"
+        )
+    if h > grid[0] or w > grid[1]:
+        raise ValueError(
+            f"mask.{kind}_scale: a {kind} block of {h}x{w} patches does not fit the {_name(grid)} grid; "
+            f"lower mask.{kind}_scale or bring mask.{kind}_aspect nearer to 1"
+        )

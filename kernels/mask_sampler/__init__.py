@@ -1,0 +1,5 @@
+"""Block masks and random subsets of patches, drawn from counter-based random numbers."""
+
+from ijepa_fast.kernels.mask_sampler.reference import BATCH, Key, below, philox, random_subset, sample_blocks
+
+__all__ = ["BATCH", "Key", "below", "philox", "random_subset", "sample_blocks"]

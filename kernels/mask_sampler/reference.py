@@ -1,0 +1,121 @@
+"""The meaning of the mask sampler, in NumPy: rectangles at random corners and random subsets.
+
+Every number is Philox4x32-10 of (seed; step, rank, image, purpose and index), turned into an integer below n by a
+multiplication, so the C++ and the Triton sampler draw the same masks bit for bit, in any order and on any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# What a draw is for: the top byte of the counter's first word. The rest of that word is the index of the draw.
+TARGET, CONTEXT, SUBSET, BATCH = (purpose << 24 for purpose in range(4))
+# A context block that keeps too little is drawn again; after this many failures one target fewer is cut out of it.
+TRIES_PER_TARGET = 20
+
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a batch's masks are a function of: the run's seed (64 bits), the step and the rank (32 bits each)."""
+
+    seed: int
+    step: int
+    rank: int
+
+
+def philox(key: Key, image: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al., 2011) of the counter (draw, image, rank, step); image and draw broadcast.
+
+    -> (4, ...) uint64: four words below 2**32 a counter.
+    """
+    draw, image = np.broadcast_arrays(np.asarray(draw, np.uint64), np.asarray(image, np.uint64))
+    shape = draw.shape
+    even = np.stack([draw.ravel(), np.full(draw.size, key.rank, np.uint64)])
+    odd = np.stack([image.ravel(), np.full(draw.size, key.step, np.uint64)])
+    round_key = np.array([[key.seed & 0xFFFFFFFF], [key.seed >> 32 & 0xFFFFFFFF]], dtype=np.uint64)
+    for _ in range(10):
+        product = even * _MULTIPLIERS
+        even = (product >> _32)[::-1] ^ odd ^ round_key
+        odd = (product & _LOW)[::-1]
+        round_key = (round_key + _WEYL) & _LOW
+    return np.stack([even[0], odd[0], even[1], odd[1]]).reshape(4, *shape)
+
+
+def below(words: np.ndarray, n: int) -> np.ndarray:
+    """32-bit words -> integers uniform in [0, n), int64 (biased by less than n / 2**32)."""
+    return (words * np.uint64(n) >> _32).astype(np.int64)
+
+
+def _rectangles(top: np.ndarray, left: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """Corners (...) -> which patches of the grid the block covers (..., H, W) bool."""
+    row = np.arange(grid[0]) - top[..., None]
+    column = np.arange(grid[1]) - left[..., None]
+    return ((row >= 0) & (row < size[0]))[..., :, None] & ((column >= 0) & (column < size[1]))[..., None, :]
+
+
+def sample_blocks(
+    key: Key,
+    batch: int,
+    grid: tuple[int, int],
+    targets: int,
+    target_size: tuple[int, int],
+    contexts: int,
+    context_size: tuple[int, int],
+    min_keep: int,
+    skip_last: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Target blocks, and context blocks minus the union of the targets, for a batch of images (I-JEPA, section 3).
+
+    All blocks of a kind have one size (height, width). A context keeps more than `min_keep` patches: until it does, its
+    block is drawn again, and after every 20 failures one target fewer, from the last, is cut out of it; the block itself
+    must hold more than `min_keep`. `skip_last` leaves out the last possible row and column of corners, as the published
+    sampler does.
+
+    -> context (C, B, N) bool: the patches kept; target (M, B, K) int32: patch numbers, row-major.
+    """
+    (height, width), (h, w) = grid, target_size
+    image = np.arange(batch)
+    words = philox(key, image, TARGET + np.arange(targets)[:, None])
+    top = below(words[0], height - h + 1 - skip_last)
+    left = below(words[1], width - w + 1 - skip_last)
+    offsets = (np.arange(h)[:, None] * width + np.arange(w)).ravel()
+    target = ((top * width + left)[..., None] + offsets).astype(np.int32)
+    covered = _rectangles(top, left, target_size, grid)
+    union = covered.any(0)
+
+    context = np.empty((contexts, batch, height * width), dtype=bool)
+    for c in range(contexts):
+        image, cut, tries = np.arange(batch), union, 0
+        while image.size:
+            words = philox(key, image, CONTEXT + (c << 16) + tries)
+            top = below(words[0], height - context_size[0] + 1 - skip_last)
+            left = below(words[1], width - context_size[1] + 1 - skip_last)
+            kept = (_rectangles(top, left, context_size, grid) & ~cut).reshape(image.size, -1)
+            context[c, image] = kept
+            image = image[np.count_nonzero(kept, axis=1) <= min_keep]
+            tries += 1
+            cut = covered[: targets - tries // TRIES_PER_TARGET, image].any(0)
+    return context, target
+
+
+def random_subset(key: Key, kept: np.ndarray, count: np.ndarray, draw: int = 0) -> np.ndarray:
+    """`count` (B,) of the patches that are True in `kept` (B, N), all subsets equally likely. -> (B, N) bool.
+
+    Patches are ranked by a 32-bit random word, ties by their number, and the lowest are taken. `draw` numbers independent
+    subsets of one batch.
+    """
+    batch, patches = kept.shape
+    blocks = -(-patches // 4)
+    words = philox(key, np.arange(batch)[:, None], SUBSET + (draw << 16) + np.arange(blocks))
+    words = np.moveaxis(words, 0, -1).reshape(batch, -1)[:, :patches]
+    order = np.where(kept, words << _32 | np.arange(patches, dtype=np.uint64), np.uint64(2**64 - 1))
+    ranked = np.sort(order, axis=1)
+    highest = np.where(count > 0, ranked[np.arange(batch), np.maximum(count, 1) - 1], 0)
+    return kept & (order <= highest[:, None]) & (count > 0)[:, None]
