@@ -23,7 +23,7 @@ def check_tensor(
     device: torch.device | None = None,
     contiguous: bool = True,
 ) -> None:
-    """Raise ValueError unless `tensor` has `shape` (None: any size), one of `dtypes`, is on `device` and is contiguous."""
+    """ValueError unless `tensor` has `shape` (None: any size), one of `dtypes`, is on `device` and is contiguous."""
     # The messages are built only on failure: formatting a symbolic size would make torch.compile specialise on it.
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
@@ -37,8 +37,8 @@ def check_tensor(
         raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(
-            f"{op}: {name}: expected a contiguous tensor, got strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
-            "call .contiguous() on it"
+            f"{op}: {name}: expected a contiguous tensor, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}; call .contiguous() on it"
         )
 
 

@@ -29,6 +29,10 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 _choices: dict[str, str] = dict.fromkeys(OPS, "auto")
 
+# Read once: Triton, too, fixes both when it is imported, and torch.compile can trace constants only.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def use(impl: str | Mapping[str, str]) -> None:
     """Set the implementation of every op (a string), or of some of them (a mapping from op to implementation).
@@ -51,16 +55,22 @@ def choice(op: str) -> str:
 
 def interpreted() -> bool:
     """Whether Triton kernels run in the interpreter, so on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETED
 
 
 def runs_triton(op: str, tensor: torch.Tensor) -> bool:
-    """Whether `op` is to run its Triton kernel on `tensor`. Raises RuntimeError when that was asked for and cannot be."""
+    """Whether `op` is to run its Triton kernel on `tensor`; RuntimeError when that was asked for and cannot be."""
     setting = _choices[op]
     if setting == "reference" or (setting == "auto" and not tensor.is_cuda):
         return False
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(f"kernels.{op}: {setting!r} needs the package triton, which is not installed; install it or set kernels.{op}=reference")
-    if not tensor.is_cuda and not interpreted():
-        raise RuntimeError(f"kernels.{op}: 'triton' was asked for a tensor on {tensor.device}; set TRITON_INTERPRET=1 to run it there, or kernels.{op}=auto")
+    if not _HAS_TRITON:
+        raise RuntimeError(
+            f"kernels.{op}: {setting!r} needs the package triton, which is not installed; install it or set "
+            f"kernels.{op}=reference"
+        )
+    if not tensor.is_cuda and not _INTERPRETED:
+        raise RuntimeError(
+            f"kernels.{op}: 'triton' was asked for a tensor on {tensor.device}; set TRITON_INTERPRET=1 to run it there, or "
+            f"kernels.{op}=auto"
+        )
     return True

@@ -21,8 +21,8 @@ def layer_norm(
         residual: (T, D) in x's dtype, or None.
 
     Returns:
-        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias in x's dtype, with statistics in fp32. Without a residual s is
-        x and y is returned; with one the result is (y, s), s = x + residual.
+        y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias in x's dtype, with statistics in fp32. Without a residual
+        s is x and y is returned; with one the result is (y, s), s = x + residual.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or layout.

@@ -29,8 +29,8 @@ def patchify(
         width: columns of the result, at least 3*P*P; default that number rounded up to a multiple of 8.
 
     Returns:
-        (B*N, width) patches, row-major over the grid of each image. Column c*P*P + i*P + j is channel c of pixel (i, j),
-        as in `Conv2d.weight.flatten(1)`; the columns from 3*P*P on are zero.
+        (B*N, width) patches, row-major over the grid of each image. Column c*P*P + i*P + j is channel c of pixel
+        (i, j), as in `Conv2d.weight.flatten(1)`; the columns from 3*P*P on are zero.
 
     Raises:
         ValueError: for a wrong dtype, shape or layout, or a width that is too small.
