@@ -1,0 +1,60 @@
+"""k nearest neighbours by cosine similarity, votes weighted by exp(similarity / temperature) (Wu et al. 2018)."""
+
+import torch
+import torch.nn.functional as F
+
+KS = (10, 20, 100, 200)
+
+
+def knn_scores(train_features, train_values, test_features, ks=KS, temperature=0.07, chunk=1024):
+    """Weighted votes of the k nearest training images, for several k at once.
+
+    train_features (n, D), test_features (m, D): compared by cosine. train_values (n, V) fp32: one-hot classes, or
+    numbers to average. Returns {k: (m, V) fp32}, weighted means of the neighbours' values. The m x n similarities are
+    made `chunk` rows at a time.
+    """
+    _check(train_features, train_values, test_features, ks)
+    train = F.normalize(train_features.float(), dim=1)
+    most = max(ks)
+    scores = {k: [] for k in ks}
+    for rows in F.normalize(test_features.float(), dim=1).split(chunk):
+        similarity, neighbour = (rows @ train.T).topk(most, dim=1)
+        # The largest weight is 1: exp(1 / .07) itself would lose the small ones.
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = weight[..., None] * train_values[neighbour]
+        for k in ks:
+            scores[k].append(votes[:, :k].sum(1) / weight[:, :k].sum(1, keepdim=True))
+    return {k: torch.cat(parts) for k, parts in scores.items()}
+
+
+def knn_classify(train_features, train_labels, test_features, ks=KS, temperature=0.07, chunk=1024):
+    """Predicted classes {k: int64 (m,)}; train_labels int64 (n,). See knn_scores."""
+    one_hot = F.one_hot(train_labels.long()).float()
+    scores = knn_scores(train_features, one_hot, test_features, ks, temperature, chunk)
+    return {k: s.argmax(1) for k, s in scores.items()}
+
+
+def knn_regress(train_features, train_targets, test_features, ks=KS, temperature=0.07, chunk=1024):
+    """Predicted numbers {k: fp32 (m,)}; train_targets (n,). See knn_scores."""
+    scores = knn_scores(train_features, train_targets.float()[:, None], test_features, ks, temperature, chunk)
+    return {k: s[:, 0] for k, s in scores.items()}
+
+
+def nearest(features, queries, k=6):
+    """Indices int64 (len(queries), k) of the k rows of features (n, D) most alike each query row, itself left out."""
+    unit = F.normalize(features.float(), dim=1)
+    similarity = unit[queries] @ unit.T
+    similarity[torch.arange(len(queries)), queries] = -torch.inf
+    return similarity.topk(min(k, len(features) - 1), dim=1).indices
+
+
+def _check(train_features, train_values, test_features, ks):
+    if len(train_features) != len(train_values):
+        raise ValueError(f"train_labels: expected {len(train_features)}, one an image, got {len(train_values)}")
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            f"test_features: expected the width of train_features, {train_features.shape[1]}, "
+            f"got {test_features.shape[1]}"
+        )
+    if min(ks) < 1 or max(ks) > len(train_features):
+        raise ValueError(f"ks: expected 1 to {len(train_features)}, the number of training images, got {tuple(ks)}")

@@ -1,0 +1,103 @@
+"""Several probes of the same frozen features at once: a linear head and k-NN for each task."""
+
+import torch
+
+from ijepa_fast.eval.knn import KS, knn_scores
+from ijepa_fast.eval.linear import DECAYS, fit_linear
+
+TASKS = ("classification", "counting", "regression")
+
+
+def measure(predictions, targets, task):
+    """Figures of predictions (n,) against targets (n,): accuracy of classes and counts, R^2 of a regression,
+    and the mean absolute error of counts and regressions.
+    """
+    predictions, targets = predictions.double(), targets.double()
+    figures = {}
+    if task == "regression":
+        spread = (targets - targets.mean()).square().sum()
+        figures["r2"] = float(1 - (predictions - targets).square().sum() / spread.clamp_min(1e-12))
+    else:
+        figures["accuracy"] = float((predictions == targets).double().mean())
+    if task != "classification":
+        figures["mean_absolute_error"] = float((predictions - targets).abs().mean())
+    return figures
+
+
+def check_labels(name, task, train_features, train_labels, test_features, test_labels):
+    """ValueError, naming the task, where labels are missing, not as many as images, or not in the training set."""
+    if task not in TASKS:
+        raise ValueError(f"tasks[{name!r}]: expected one of {TASKS}, got {task!r}")
+    for split, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        if labels.shape != (len(features),):
+            raise ValueError(
+                f"{split}_labels[{name!r}]: expected one label for each of the {len(features)} images, "
+                f"shape ({len(features)},), got {tuple(labels.shape)}"
+            )
+    if (
+        task != "regression"
+        and train_labels.is_floating_point()
+        and not torch.equal(train_labels, train_labels.round())
+    ):
+        raise ValueError(
+            f"train_labels[{name!r}]: expected whole numbers for {task}, got {train_labels[:3].tolist()}..."
+        )
+    if task != "regression" and (strange := sorted(set(test_labels.tolist()) - set(train_labels.tolist()))):
+        raise ValueError(
+            f"test_labels[{name!r}]: expected only labels of the training set, got {strange[:5]} which it lacks"
+        )
+
+
+def probe_suite(
+    train_features,
+    train_labels,
+    test_features,
+    test_labels,
+    tasks,
+    *,
+    ks=KS,
+    heads=("bn_linear",),
+    decays=DECAYS,
+    seed=0,
+):
+    """Linear and k-NN probes of frozen features, each feature standardised by the training set for k-NN.
+
+    train_features (n, D), test_features (m, D) fp32. train_labels, test_labels: {name: (n,) or (m,)}.
+    tasks: {name: "classification" | "counting" | "regression"}; counting is a classification whose classes are numbers.
+    ks: neighbours of k-NN; those above n are left out. heads, decays, seed: see fit_linear.
+    Returns, ready for JSON, {name: {"task", "chance": figures of always predicting the commonest class (the mean),
+    "linear": figures with "head" and "decay", "knn": {"<k>": figures}}}; for the figures see measure.
+    """
+    from ijepa_fast.eval.features import Standardiser
+
+    for name, task in tasks.items():
+        for split, labels in (("train", train_labels), ("test", test_labels)):
+            if name not in labels:
+                raise ValueError(f"{split}_labels: expected labels for {name!r}, got only {sorted(labels)}")
+        check_labels(name, task, train_features, train_labels[name], test_features, test_labels[name])
+    standardise = Standardiser(train_features)
+    train, test = standardise(train_features), standardise(test_features)
+    ks = [k for k in ks if k <= len(train)]
+    results = {}
+    for name, task in tasks.items():
+        y, y_test = train_labels[name], test_labels[name]
+        if task == "regression":
+            votes, decode, chance = y.float()[:, None], lambda s: s[:, 0], y.float().mean()
+        else:
+            classes, y = y.unique(return_inverse=True)
+            votes = torch.nn.functional.one_hot(y, len(classes)).float()
+            decode = lambda s, classes=classes: classes[s.argmax(1)]  # noqa: E731
+            chance = classes[y.bincount().argmax()]
+        head = fit_linear(train_features, y, task, heads, decays, seed=seed)
+        scores = knn_scores(train, votes, test, ks) if ks else {}
+        results[name] = {
+            "task": task,
+            "chance": measure(chance.expand(len(y_test)), y_test, task),
+            "linear": {
+                **measure(decode(head(test_features)), y_test, task),
+                "head": head.head,
+                "decay": head.decay,
+            },
+            "knn": {str(k): measure(decode(s), y_test, task) for k, s in scores.items()},
+        }
+    return results

@@ -1,0 +1,131 @@
+"""PNG pictures at the end of a run: the loss curve, and the masks drawn over sample images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+# Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+
+def read_log(path):
+    """The records of a run's log.jsonl, a list of dicts; a last line cut short by a kill is left out."""
+    records = []
+    lines = Path(path).read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"log {path}: line {number} of {len(lines)} is not JSON: {line[:80]!r}") from None
+    return records
+
+
+def smooth(values, weight=0.9):
+    """Bias-corrected exponential moving average of a 1-D sequence, float64."""
+    average, out = 0.0, np.empty(len(values))
+    for i, value in enumerate(values):
+        average = weight * average + (1 - weight) * value
+        out[i] = average / (1 - weight ** (i + 1))
+    return out
+
+
+def plot_loss(records, path):
+    """Draw loss over steps as a PNG.
+
+    records: dicts with `step` and `loss` (lines without them are passed over); path: of the PNG to write.
+    """
+    points = [(r["step"], r["loss"]) for r in records if "loss" in r and "step" in r]
+    if not points:
+        raise ValueError("records: expected at least one with `step` and `loss`, got none; log at least one step")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, losses = np.array(points, dtype=np.float64).T
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=1, label="loss")
+    if len(points) > 20:
+        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2, label="moving average")
+        axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _rgb(colour):
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32)
+
+
+def _enlarge(image, patch, least):
+    """Nearest-neighbour enlargement by a whole factor, so that a side has at least `least` pixels."""
+    factor = max(1, -(-least // image.shape[0]))
+    return image.repeat(factor, 0).repeat(factor, 1), patch * factor
+
+
+def _patch_mask(indices, grid, patch):
+    """Flat patch indices -> boolean pixel mask."""
+    mask = np.zeros(grid[0] * grid[1], dtype=bool)
+    mask[np.asarray(indices, dtype=np.int64)] = True
+    return mask.reshape(grid).repeat(patch, 0).repeat(patch, 1)
+
+
+def _border(mask, width):
+    """The rim of a boolean pixel mask, `width` pixels inside it."""
+    inside = np.pad(mask, width)
+    shrunk = inside.copy()
+    for axis in (0, 1):
+        for shift in range(1, width + 1):
+            shrunk &= np.roll(inside, shift, axis) & np.roll(inside, -shift, axis)
+    return mask & ~shrunk[width:-width, width:-width]
+
+
+def mask_tiles(image, context, targets, patch, least=160):
+    """One image beside what the context encoder sees of it and the blocks to predict.
+
+    image: uint8 (H, W, 3). context: patch indices (row-major over the grid). targets: M sequences of patch indices.
+    Returns uint8 (h, 3*w + 2*gap, 3): image, context patches on white, target blocks each in a colour.
+    """
+    height, width = image.shape[:2]
+    if height % patch or width % patch:
+        raise ValueError(f"image: expected sides divisible by patch {patch}, got {height}x{width}")
+    grid = (height // patch, width // patch)
+    big, size = _enlarge(np.asarray(image), patch, least)
+    seen = np.where(_patch_mask(context, grid, size)[..., None], big, 255)
+    blocks = big * 0.35 + 255 * 0.65
+    for number, target in enumerate(targets):
+        colour = _rgb(COLOURS[number % len(COLOURS)])
+        mask = _patch_mask(target, grid, size)
+        blocks[mask] = 0.6 * big[mask] + 0.4 * colour
+        blocks[_border(mask, max(1, big.shape[0] // 80))] = colour
+    gap = np.full((big.shape[0], max(4, big.shape[0] // 24), 3), 255)
+    return np.concatenate([big, gap, seen, gap, blocks], axis=1).astype(np.uint8)
+
+
+def plot_masks(images, contexts, targets, patch, path, columns=2):
+    """Draw masks over images as a PNG: for each image the image, its context, its target blocks.
+
+    images: uint8 (B, H, W, 3). contexts: B sequences of patch indices. targets: int (M, B, K), the sampler's
+    order. patch: pixels of a patch's side. path: of the PNG to write. columns: images side by side.
+    """
+    if len(images) != len(contexts):
+        raise ValueError(f"contexts: expected one for each of the {len(images)} images, got {len(contexts)}")
+    from PIL import Image
+
+    tiles = [
+        mask_tiles(np.asarray(image), context, [np.asarray(t[i]) for t in targets], patch)
+        for i, (image, context) in enumerate(zip(images, contexts))
+    ]
+    height, width = tiles[0].shape[:2]
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    margin = height // 8
+    sheet = np.full((rows * (height + margin) + margin, columns * (width + 2 * margin), 3), 255, dtype=np.uint8)
+    for i, tile in enumerate(tiles):
+        top = margin + (i // columns) * (height + margin)
+        left = margin + (i % columns) * (width + 2 * margin)
+        sheet[top : top + height, left : left + width] = tile
+    Image.fromarray(sheet).save(path)
