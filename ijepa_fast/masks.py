@@ -1,7 +1,7 @@
 """Mask strategies: which patches of an image are context and which are target blocks.
 
-`make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, rank)` gives the masks of a batch,
-a pure function of its arguments. One target size is drawn per batch, so that target blocks are rectangular arrays.
+`make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, rank)` gives the masks of a
+batch, a pure function of its arguments. One target size is drawn per batch, so that target blocks are rectangular arrays.
 """
 
 from __future__ import annotations

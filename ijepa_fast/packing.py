@@ -17,9 +17,9 @@ POLICIES = ("full", "truncate", "budget")
 class PackedBatch:
     """Index tensors (int32) of a batch of B images of N patches, C contexts and M target blocks of K patches.
 
-    Flat patch rows are image * N + patch. Context sequences are ordered (c, b), predictor sequences (m, c, b); a predictor
-    sequence is the context tokens of (c, b) followed by the K mask tokens of (m, b), so predictions are ordered
-    (m, c, b, k) as in the published code.
+    Flat patch rows are image * N + patch. Context sequences are ordered (c, b), predictor sequences (m, c, b); a
+    predictor sequence is the context tokens of (c, b) followed by the K mask tokens of (m, b), so predictions are
+    ordered (m, c, b, k) as in the published code.
     """
 
     images: int
@@ -58,12 +58,12 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None) -> Packe
 
     full      every context patch is kept
     truncate  each context keeps its first patches, as many as the batch's shortest context has (the published collator)
-    budget    each context keeps `budget` patches chosen at random. A context that has fewer keeps all it has, and what is
-              missing goes to contexts with patches to spare, so the batch always has C * B * budget context tokens: static
-              shapes (K still takes the few sizes of the sampler). The choice is a function of the masks' key, so a resumed
-              run makes it again.
+    budget    each context keeps `budget` patches chosen at random. A context that has fewer keeps all it has, and what
+              is missing goes to contexts with patches to spare, so the batch always has C * B * budget context tokens:
+              static shapes (K still takes the few sizes of the sampler). The choice is a function of the masks' key, so
+              a resumed run makes it again.
 
-    Raises ValueError for an unknown policy, a missing budget and a batch with fewer than C * B * budget context patches.
+    Raises ValueError for an unknown policy, a missing budget, and a batch of fewer than C * B * budget context patches.
     """
     if policy not in POLICIES:
         raise ValueError(f"mask.policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
@@ -113,8 +113,8 @@ def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
     available = np.count_nonzero(context, axis=-1).ravel()
     if budget < 1 or available.sum() < budget * available.size:
         raise ValueError(
-            f"mask.budget: expected between 1 and the {available.mean():.1f} context patches an image has on average in "
-            f"this batch, got {budget}; lower mask.budget"
+            f"mask.budget: expected between 1 and the {available.mean():.1f} context patches an image has on average "
+            f"in this batch, got {budget}; lower mask.budget"
         )
     count = np.minimum(available, budget)
     while missing := budget * count.size - count.sum():

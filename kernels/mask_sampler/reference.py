@@ -74,8 +74,8 @@ def sample_blocks(
     """Target blocks, and context blocks minus the union of the targets, for a batch of images (I-JEPA, section 3).
 
     All blocks of a kind have one size (height, width). A context keeps more than `min_keep` patches: until it does, its
-    block is drawn again, and after every 20 failures one target fewer, from the last, is cut out of it; the block itself
-    must hold more than `min_keep`. `skip_last` leaves out the last possible row and column of corners, as the published
+    block is drawn again, and after every 20 failures one target fewer, from the last, is cut out of it. The block
+    itself must hold more than `min_keep`. `skip_last` leaves out the last possible row and column of corners, as the published
     sampler does.
 
     -> context (C, B, N) bool: the patches kept; target (M, B, K) int32: patch numbers, row-major.
@@ -108,8 +108,8 @@ def sample_blocks(
 def random_subset(key: Key, kept: np.ndarray, count: np.ndarray, draw: int = 0) -> np.ndarray:
     """`count` (B,) of the patches that are True in `kept` (B, N), all subsets equally likely. -> (B, N) bool.
 
-    Patches are ranked by a 32-bit random word, ties by their number, and the lowest are taken. `draw` numbers independent
-    subsets of one batch.
+    Patches are ranked by a 32-bit random word, ties by their number, and the lowest are taken. `draw` numbers the
+    independent subsets of one batch.
     """
     batch, patches = kept.shape
     blocks = -(-patches // 4)
