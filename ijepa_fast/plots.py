@@ -105,20 +105,26 @@ def mask_tiles(image, context, targets, patch, least=160):
     return np.concatenate([big, gap, seen, gap, blocks], axis=1).astype(np.uint8)
 
 
-def plot_masks(images, contexts, targets, patch, path, columns=2):
-    """Draw masks over images as a PNG: for each image the image, its context, its target blocks.
+def batch_masks(packed):
+    """Patch indices within each image of a packing.PackedBatch.
 
-    images: uint8 (B, H, W, 3). contexts: B sequences of patch indices. targets: int (M, B, K), the sampler's
-    order. patch: pixels of a patch's side. path: of the PNG to write. columns: images side by side.
+    Returns (the first context, a list of B arrays; the target blocks, (M, B, K)), int64.
     """
-    if len(images) != len(contexts):
-        raise ValueError(f"contexts: expected one for each of the {len(images)} images, got {len(contexts)}")
+    ends = packed.context_cu_seqlens.numpy()[: packed.images + 1]
+    context = packed.context_index.numpy()[: ends[-1]] % packed.patches
+    return np.split(context, ends[1:-1]), packed.target_index.numpy() % packed.patches
+
+
+def plot_masks(images, packed, patch, path, columns=2):
+    """Draw masks over images as a PNG: for each image the image, its (first) context, its target blocks.
+
+    images: uint8 (b, H, W, 3), the first b of the batch that packed (packing.PackedBatch) belongs to. patch: side of a
+    patch, pixels. path: of the PNG to write. columns: images side by side.
+    """
     from PIL import Image
 
-    tiles = [
-        mask_tiles(np.asarray(image), context, [np.asarray(t[i]) for t in targets], patch)
-        for i, (image, context) in enumerate(zip(images, contexts))
-    ]
+    contexts, targets = batch_masks(packed)
+    tiles = [mask_tiles(np.asarray(image), contexts[i], targets[:, i], patch) for i, image in enumerate(images)]
     height, width = tiles[0].shape[:2]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)

@@ -1,7 +1,8 @@
 """Linear heads on cached features, fitted to convergence: the fast protocol for data that fit into memory.
 
-Logistic regression by full-batch L-BFGS for classes and counts, ridge regression in closed form for numbers. There is no learning rate to sweep; the weight decays are swept along one warm-started path (L-BFGS) or from one
-eigendecomposition (ridge). Head and decay are chosen on a held-out tenth of the training images, then refitted on all.
+Logistic regression by full-batch L-BFGS for classes and counts, ridge regression in closed form for numbers. There is
+no learning rate to sweep; weight decays are swept along one warm-started path (L-BFGS) or from one eigendecomposition
+(ridge). Head and decay are chosen on a held-out tenth of the training images, then refitted on all.
 """
 
 from dataclasses import dataclass
