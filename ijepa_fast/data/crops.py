@@ -1,0 +1,62 @@
+"""Random resized crops drawn by a counter: a window is a function of (seed, position in the sample stream, image size).
+
+No generator state exists, so a resumed run, or one on another number of ranks, draws the same windows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe uses
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al., 2014): uint64 -> uint64, a bijection."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_bits(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
+    """(B, draws) uint64, independent for every (seed, stream, position, draw). positions: (B,) non-negative integers."""
+    with np.errstate(over="ignore"):
+        key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN * np.uint64(stream + 1))
+        rows = _mix(key + _GOLDEN * (np.asarray(positions).astype(np.uint64) + np.uint64(1)))
+        return _mix(rows[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64))
+
+
+def counter_uniform(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
+    """(B, draws) float64 in [0, 1), of the same counters."""
+    return (counter_bits(seed, positions, draws, stream) >> np.uint64(11)) * 2.0**-53
+
+
+def random_resized_crop(sizes: np.ndarray, uniform: np.ndarray, scale, ratio) -> np.ndarray:
+    """Windows of torchvision's RandomResizedCrop.
+
+    sizes: (B, 2) integers, height and width. uniform: (B, 2 * TRIES + 2) in [0, 1).
+    Returns (B, 4) int32: x, y, width, height. Ten tries at an area share of `scale` and a log-uniform aspect ratio;
+    where none fits, the largest central window within `ratio`.
+    """
+    height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
+    log_ratio = np.log(ratio)
+    aspect = np.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * uniform[:, TRIES : 2 * TRIES])
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
+    first = fits.argmax(1)
+    rows = np.arange(len(sizes))
+    w, h = w[rows, first], h[rows, first]
+    x = (uniform[:, -2] * (width - w + 1)).astype(np.int64)
+    y = (uniform[:, -1] * (height - h + 1)).astype(np.int64)
+
+    # The central fallback.
+    fallback = ~fits.any(1)
+    narrow, wide = width < ratio[0] * height, width > ratio[1] * height
+    central_w = np.where(wide, np.rint(height * ratio[1]).astype(np.int64), width)
+    central_h = np.where(narrow, np.rint(width / ratio[0]).astype(np.int64), height)
+    w, h = np.where(fallback, central_w, w), np.where(fallback, central_h, h)
+    x, y = np.where(fallback, (width - w) // 2, x), np.where(fallback, (height - h) // 2, y)
+    return np.stack([x, y, w, h], axis=1).astype(np.int32)
