@@ -1,0 +1,61 @@
+"""The predictor: a narrow ViT over each target block's context and mask tokens.
+
+Shapes: T context tokens, S = all predictor tokens, R = M*C*B*K mask tokens, D encoder width, Dp predictor width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
+from ijepa_fast.models.positions import sincos_2d
+from ijepa_fast.models.vit import Block, LayerNorm, Sequences, run_blocks
+from ijepa_fast.packing import PackedBatch
+
+
+class Predictor(nn.Module):
+    """From context tokens to the features of the masked patches. State-dict names are the published code's.
+
+    Args:
+        grid: (rows, columns) of patches.
+        encoder_dim: D; dim: Dp; depth, heads, mlp_ratio: the architecture (heads are the encoder's).
+        out_dim: width of a prediction; encoder_dim unless given.
+        recompute: keep only each block's input for the backward pass.
+    """
+
+    def __init__(self, grid, encoder_dim, dim, depth, heads, mlp_ratio=4.0, out_dim=None, recompute=False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(
+                f"model.heads={heads} does not divide model.predictor_dim={dim}: choose a width that is a multiple"
+            )
+        self.recompute = recompute
+        self.predictor_embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sincos_2d(dim, grid), persistent=False)
+        self.predictor_blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
+        self.predictor_norm = LayerNorm(dim, eps=1e-6)
+        self.predictor_proj = nn.Linear(dim, out_dim or encoder_dim)
+
+    def forward(self, context: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """`context` (T, D) in packed order -> predictions (R, out_dim), rows ordered (m, c, b, k).
+
+        The last block computes queries, attention output and MLP for the mask tokens alone.
+        """
+        tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), self.positions, packed)
+        sequences = Sequences(packed.predictor_cu_seqlens, packed.predictor_max_seqlen)
+        blocks = packed.predictor_cu_seqlens.numel() - 1
+        last = Sequences(
+            packed.predictor_cu_seqlens,
+            packed.predictor_max_seqlen,
+            select=partial(predictor_readout, packed=packed),
+            query_cu_seqlens=torch.arange(blocks + 1, dtype=torch.int32, device=tokens.device) * packed.target_size,
+            query_max_seqlen=packed.target_size,
+        )
+        x = run_blocks(
+            self.predictor_blocks, self.predictor_norm, tokens, None, sequences, last=last, recompute=self.recompute
+        )
+        return self.predictor_proj(x)

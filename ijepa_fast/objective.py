@@ -1,0 +1,74 @@
+"""I-JEPA in one place: from a batch of images and masks to a loss.
+
+Paper: Assran et al. 2023, section 3. Shapes: B images, N patches, T context tokens, U target rows, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ijepa_fast.kernels.patchify import patchify
+from ijepa_fast.kernels.target_loss import target_loss
+from ijepa_fast.models.predictor import Predictor
+from ijepa_fast.models.vit import Encoder, init_weights
+from ijepa_fast.packing import PackedBatch
+
+TARGETS = ("features", "pixels")
+LOSSES = ("l2", "smooth_l1")
+
+
+class IJEPA(nn.Module):
+    """Context encoder, predictor and, outside the module tree, the target encoder.
+
+    The target encoder is no submodule because nothing may optimise, shard or checkpoint it: its weights are the
+    optimiser's EMA state, copied in after every step (see optim.py and engine.py).
+
+    Args:
+        loss: "l2" (paper) or "smooth_l1" (published code), the mean over all predicted values.
+        target: "features" of the target encoder, or "pixels" (the paper's ablation: patches normalised one by one).
+        mean, std: (3,) normalisation of the images, in units of 0..1.
+    """
+
+    def __init__(self, encoder: Encoder, predictor: Predictor, *, loss="l2", target="features", mean, std):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+        self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(predictor.mask_token, std=0.02)
+        self._target_encoder = (copy.deepcopy(encoder).requires_grad_(False).eval(),)
+
+    @property
+    def target_encoder(self) -> Encoder:
+        """The EMA encoder."""
+        return self._target_encoder[0]
+
+    def forward(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        return self.loss_of_patches(self.patchify(images), packed)
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
+        return patchify(images, self.encoder.patch, self.mean, self.std, dtype=self.encoder.norm.weight.dtype)
+
+    def loss_of_patches(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """The loss from `patches` (B*N, W): targets without gradient, then context, predictions, loss."""
+        with torch.no_grad():
+            targets = self.targets(patches, packed)
+        predictions = self.predictor(self.encoder.context(patches, packed), packed)
+        return target_loss(predictions, targets, target_rows(packed), kind=self.loss)
+
+    def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """What is to be predicted, (U, D), in the order of `packed.union_index`, before the affine-free LayerNorm."""
+        if self.target == "features":
+            return self.target_encoder.targets(patches, packed)
+        width = 3 * self.encoder.patch**2
+        return patches[packed.union_index, :width]
+
+
+def target_rows(packed: PackedBatch) -> torch.Tensor:
+    """Row of the union that each prediction (m, c, b, k) is compared with: (M*C*B*K,) int32."""
+    rows = packed.target_in_union
+    return rows[:, None].expand(-1, packed.contexts, -1, -1).reshape(-1)

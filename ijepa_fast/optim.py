@@ -1,0 +1,98 @@
+"""AdamW whose state holds an exponential moving average of the weights: I-JEPA's target encoder.
+
+As a state of the optimiser the average lives on the same fp32 partition as the moments, so ZeRO shards it with them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
+
+STATES = ("exp_avg", "exp_avg_sq", "ema")
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """torch.optim.AdamW, then ema = momentum * ema + (1 - momentum) * weight, in one pass over memory.
+
+    The average of a group is kept where the group sets `ema=True`; it starts as the weight before the first step.
+    `copies[parameter]`, where set, is a tensor of the parameter's shape (of any float dtype) that every step overwrites
+    with the new average, in the same pass.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate; weight_decay: decoupled; betas, eps: Adam's; momentum: of the average.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum=0.996, ema=False):
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "ema": ema},
+        )
+        self.copies: dict[torch.Tensor, torch.Tensor] = {}
+
+    def init_state(self, param: torch.Tensor, ema: bool) -> dict:
+        """The state of `param`, made if there is none yet: step 0, zero moments, the average equal to the weight."""
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
+            if ema:
+                state["ema"] = param.detach().to(torch.float32, copy=True)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self.init_state(p, group["ema"]) for p in params]
+            if not params:
+                continue
+            for state in states:
+                state["step"] += 1
+            adamw_ema_multi_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["ema"] for state in states] if group["ema"] else None,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=states[0]["step"],
+                momentum=group["momentum"],
+                ema_out=[self.copies.get(p) for p in params] if group["ema"] else None,
+            )
+        return loss
+
+
+def parameter_groups(encoder: nn.Module, rest: list[nn.Module]) -> list[dict]:
+    """Groups as published: biases and 1-D tensors are not decayed; only the encoder has an average.
+
+    Each group has `params`, `names` (of the parameters), `ema` and `decay` (whether weight decay applies).
+    """
+    groups = []
+    for modules, prefix, ema in (([encoder], "encoder", True), (rest, "predictor", False)):
+        named = [(f"{prefix}.{name}", p) for module in modules for name, p in module.named_parameters()]
+        for decay in (True, False):
+            chosen = [(n, p) for n, p in named if (p.ndim > 1 and not n.endswith("bias")) is decay]
+            if chosen:
+                names, params = zip(*chosen)
+                groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay})
+    return groups
+
+
+def link_ema(optimizer: AdamWEMA, encoder: nn.Module, target_encoder: nn.Module) -> None:
+    """Tie the averages of an `optimizer` that holds whole parameters to `target_encoder`.
+
+    The averages start as its weights, and every step writes them into it.
+    """
+    for param, target in zip(encoder.parameters(), target_encoder.parameters(), strict=True):
+        optimizer.init_state(param, ema=True)["ema"].copy_(target)
+        optimizer.copies[param] = target.data
