@@ -16,9 +16,8 @@ STATES = ("exp_avg", "exp_avg_sq", "ema")
 class AdamWEMA(torch.optim.Optimizer):
     """torch.optim.AdamW, then ema = momentum * ema + (1 - momentum) * weight, in one pass over memory.
 
-    The average of a group is kept where the group sets `ema=True`; it starts as the weight before the first step.
-    `copies[parameter]`, where set, is a tensor of the parameter's shape (of any float dtype) that every step overwrites
-    with the new average, in the same pass.
+    The average of a group is kept where the group sets `ema=True`; it starts as the weight before the first step, or as
+    what `tie` gives.
 
     Args:
         params: parameters or groups of them.
@@ -26,21 +25,35 @@ class AdamWEMA(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum=0.996, ema=False):
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum": momentum, "ema": ema},
-        )
-        self.copies: dict[torch.Tensor, torch.Tensor] = {}
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema)
+        super().__init__(params, defaults)
+        self._copies: dict[torch.Tensor, torch.Tensor] = {}
+
+    def tie(self, param: torch.Tensor, target: torch.Tensor) -> None:
+        """Let `target`, of `param`'s shape, hold its average from now on, starting as it is.
+
+        In fp32 `target` is the state itself; in bf16 every step writes a copy into it, in the same pass.
+        """
+        state = self.init_state(param, ema=False)
+        state["ema"] = target.detach() if target.dtype == torch.float32 else target.detach().float()
+        if target.dtype != torch.float32:
+            self._copies[param] = target.detach()
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Write the averages into the bf16 targets again, after the state was loaded."""
+        for param, copy in self._copies.items():
+            copy.copy_(self.state[param]["ema"])
 
     def init_state(self, param: torch.Tensor, ema: bool) -> dict:
-        """The state of `param`, made if there is none yet: step 0, zero moments, the average equal to the weight."""
+        """The state of `param`; made if there is none: step 0, zero moments, the average equal to the weight."""
         state = self.state[param]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            if ema:
-                state["ema"] = param.detach().to(torch.float32, copy=True)
+        if ema and "ema" not in state:
+            state["ema"] = param.detach().to(torch.float32, copy=True)
         return state
 
     @torch.no_grad()
@@ -67,7 +80,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
                 step=states[0]["step"],
                 momentum=group["momentum"],
-                ema_out=[self.copies.get(p) for p in params] if group["ema"] else None,
+                ema_out=[self._copies[p] for p in params] if params[0] in self._copies else None,
             )
         return loss
 
@@ -88,11 +101,7 @@ def parameter_groups(encoder: nn.Module, rest: list[nn.Module]) -> list[dict]:
     return groups
 
 
-def link_ema(optimizer: AdamWEMA, encoder: nn.Module, target_encoder: nn.Module) -> None:
-    """Tie the averages of an `optimizer` that holds whole parameters to `target_encoder`.
-
-    The averages start as its weights, and every step writes them into it.
-    """
+def tie_encoders(optimizer: AdamWEMA, encoder: nn.Module, target_encoder: nn.Module) -> None:
+    """Let `target_encoder` hold the averages of `encoder`'s parameters, which `optimizer` holds whole."""
     for param, target in zip(encoder.parameters(), target_encoder.parameters(), strict=True):
-        optimizer.init_state(param, ema=True)["ema"].copy_(target)
-        optimizer.copies[param] = target.data
+        optimizer.tie(param, target)

@@ -23,7 +23,7 @@ from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.objective import IJEPA, target_rows
-from ijepa_fast.optim import AdamWEMA, link_ema, parameter_groups
+from ijepa_fast.optim import AdamWEMA, tie_encoders, parameter_groups
 from ijepa_fast.packing import from_masks
 from ijepa_fast.schedules import Schedule
 
@@ -32,7 +32,7 @@ STEPS = 3
 
 
 def relative_error(ours, golden) -> float:
-    """Largest absolute difference over the golden tensor's largest absolute value; infinite for a wrong shape or NaN."""
+    """Largest absolute difference over golden's largest absolute value; infinite for a wrong shape or NaN."""
     ours = ours.detach().double() if isinstance(ours, torch.Tensor) else torch.tensor(ours, dtype=torch.float64)
     golden = torch.as_tensor(golden).double()
     if ours.shape != golden.shape or not ours.isfinite().all():
@@ -75,7 +75,7 @@ def parity_ijepa(archive) -> dict[str, float]:
         if key in archive.files:
             errors[f"positions/{name}"] = relative_error(table.positions[None], archive[key])
     optimizer = AdamWEMA(parameter_groups(model.encoder, [model.predictor]))
-    link_ema(optimizer, model.encoder, model.target_encoder)
+    tie_encoders(optimizer, model.encoder, model.target_encoder)
     for step in range(STEPS):
         golden = {key: archive[f"s{step}/{key}"] for key in STEP_KEYS}
         patches = patches_of(torch.from_numpy(golden["images"]), model.encoder.patch)

@@ -45,7 +45,8 @@ class Predictor(nn.Module):
 
         The last block computes queries, attention output and MLP for the mask tokens alone.
         """
-        tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), self.positions, packed)
+        positions = self.positions.to(context.dtype)
+        tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, packed)
         sequences = Sequences(packed.predictor_cu_seqlens, packed.predictor_max_seqlen)
         blocks = packed.predictor_cu_seqlens.numel() - 1
         last = Sequences(

@@ -1,9 +1,9 @@
 """The vision transformer of I-JEPA: one set of weights, run on packed tokens (context) or densely (target).
 
-Shapes: B images, N patches an image, T packed tokens, U rows used, D width, H heads, P patch size, W padded patch width.
+Shapes: B images, N patches an image, T packed tokens, U rows used, D width, H heads, P patch side, W padded patch row.
 
 A block hands on its residual stream and the branch that is still to be added to it, so that the addition and the next
-LayerNorm are one pass over memory. Every parameter is used in the `forward` of the module that owns it: ZeRO-3 gathers there.
+LayerNorm are one pass over memory. A parameter is used only in the `forward` of its module: ZeRO-3 gathers it there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class QKV(nn.Linear):
     """The joint projection to queries, keys and values; queries may be asked for on some rows only."""
 
     def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None):
-        """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) of x -> their queries (U, D), all keys and values (T, 2D)."""
+        """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) -> their queries (U, D), all keys-values (T, 2D)."""
         if selected is None:
             return F.linear(x, self.weight, self.bias)
         width = x.shape[1]
@@ -134,7 +134,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
-        """Residual stream `x` (T, D) and the `branch` (T, D) to add to it -> the same two, (U, D) if rows are selected."""
+        """Residual stream `x` (T, D), `branch` (T, D) to add to it -> the same two, (U, D) if rows are selected."""
         normed, x = (self.norm1(x), x) if branch is None else self.norm1(x, branch)
         branch = self.attn(normed, sequences)
         if sequences.select is not None:
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         super().__init__()
         if image_size % patch:
             raise ValueError(
-                f"data.crop={image_size} is not divisible by model.patch={patch}: set data.crop to a multiple of {patch}"
+                f"data.crop={image_size} is not divisible by model.patch={patch}; set data.crop to a multiple of it"
             )
         if dim % heads:
             raise ValueError(f"model.heads={heads} does not divide model.dim={dim}: choose a number of heads that does")
@@ -206,9 +206,9 @@ class Encoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """Context tokens: only the kept `patches` (B*N, W) are embedded. -> (T, D) in packed order, final norm applied."""
+        """Only the kept `patches` (B*N, W) are embedded. -> context tokens (T, D) in packed order, final norm applied."""
         x = self.patch_embed(masked_gather(patches, packed.context_index))
-        positions = masked_gather(self.positions, packed.context_index % self.patches)
+        positions = masked_gather(self.positions.to(x.dtype), packed.context_index % self.patches)
         sequences = Sequences(packed.context_cu_seqlens, packed.context_max_seqlen)
         return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
 
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
         return outputs[-count:]
 
     def _embed(self, patches: torch.Tensor, images: int):
-        x = self.patch_embed(patches).view(images, self.patches, self.dim) + self.positions
+        x = self.patch_embed(patches).view(images, self.patches, self.dim) + self.positions.to(patches.dtype)
         return x.view(-1, self.dim), None
 
 

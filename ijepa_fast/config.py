@@ -1,0 +1,270 @@
+"""The configuration of a run: typed sections, one YAML a run, dotted overrides.
+
+Every key is written here once, with its type, default and meaning. An unknown key, a wrong type and a combination that
+cannot work are ConfigErrors that name the key and what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key and what to change."""
+
+
+@dataclass
+class Data:
+    # A folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images.
+    source: str = MISSING
+    crop: int = 224  # side of the square crop, pixels
+    scale: list[float] = field(default_factory=lambda: [0.3, 1.0])  # share of the image's area
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width over height
+    interpolation: str = "bilinear"  # bilinear | bicubic
+    flip: bool = False
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # in units of 0..1
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    threads: int = 0  # decoding threads a rank; 0: the rank's share of the cores
+    prefetch: int = 2  # batches decoded ahead
+    cache: str = "~/.cache/ijepa_fast"  # where the embedded data set is written
+    scenes: int = 4000  # images of the embedded data set
+    scenes_size: int = 64  # their side, pixels
+    max_bad_share: float = 0.01  # unreadable files beyond this share end the run
+
+
+@dataclass
+class Mask:
+    strategy: str = "multiblock"  # multiblock | multiblock-reference | rasterized | block | random
+    policy: str = "full"  # full | truncate | budget: what is kept of the context
+    budget: int | None = None  # context patches an image under policy=budget
+    targets: int | None = None  # None: the strategy's default, the published value
+    target_scale: list[float] | None = None
+    target_aspect: list[float] | None = None
+    contexts: int | None = None
+    context_scale: list[float] | None = None
+    context_aspect: list[float] | None = None
+    min_keep: int | None = None
+
+
+@dataclass
+class Model:
+    arch: str | None = None  # vit_tiny ... vit_giant: sets dim, depth, heads, mlp_ratio
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float | None = None
+    patch: int = 16
+    predictor_dim: int = 384
+    predictor_depth: int = 12
+    recompute: bool = False  # activation checkpointing by block
+
+
+@dataclass
+class Objective:
+    loss: str = "l2"  # l2 (paper) | smooth_l1 (published code)
+    target: str = "features"  # features | pixels
+
+
+@dataclass
+class Optim:
+    epochs: int = 300
+    steps: int | None = None  # ends the run early; the schedules still run over `epochs`
+    warmup_epochs: float = 40
+    horizon: float = 1.0  # stretches the schedules beyond the epochs trained
+    start_lr: float = 2e-4
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    weight_decay_shape: str = "cosine"  # cosine (published code) | linear (paper)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    momentum: float = 0.996  # of the EMA, rising linearly to final_momentum
+    final_momentum: float = 1.0
+    clip: float = 0.0  # largest global gradient norm; 0: no clipping
+
+
+@dataclass
+class Engine:
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "bf16"  # bf16 | fp32
+    zero: int = 1  # ZeRO stage, 0 to 3
+    accumulation: int = 1  # micro-batches a step
+    bucket: int = 50_000_000  # elements reduced and gathered at once
+    timeout: int = 1800  # seconds after which a silent rank ends the run
+
+
+@dataclass
+class Log:
+    every: int = 10  # steps between log lines; the only steps that wait for the device
+    checkpoint_every: int = 500  # steps
+    keep: int = 2  # checkpoints kept
+    tensorboard: bool = True
+    wandb: str | None = None  # a W&B project
+
+
+@dataclass
+class Probe:
+    enabled: bool = True  # probe the frozen encoder before and after training
+    train: str | None = None  # labelled images; None: the embedded data set's, or data.source
+    test: str | None = None  # None: the embedded data set's held-out part
+    images: int = 50_000  # at most, of each
+    every: int = 0  # steps between online probes; 0: none
+
+
+@dataclass
+class Config:
+    name: str = MISSING  # the run's folder is runs/<name>
+    runs: str = "runs"
+    seed: int = 0
+    batch_size: int = 2048  # images a step, over all ranks
+    resume: bool = True  # continue the run in runs/<name> where there is one
+    data: Data = field(default_factory=Data)
+    mask: Mask = field(default_factory=Mask)
+    model: Model = field(default_factory=Model)
+    objective: Objective = field(default_factory=Objective)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    log: Log = field(default_factory=Log)
+    probe: Probe = field(default_factory=Probe)
+    kernels: Any = "auto"  # auto | triton | reference, for all ops or as a mapping op: implementation
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+
+CHOICES = {
+    "data.interpolation": ("bilinear", "bicubic"),
+    "mask.policy": ("full", "truncate", "budget"),
+    "objective.loss": ("l2", "smooth_l1"),
+    "objective.target": ("features", "pixels"),
+    "optim.weight_decay_shape": ("cosine", "linear"),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "engine.precision": ("bf16", "fp32"),
+    "engine.zero": (0, 1, 2, 3),
+}
+POSITIVE = ("batch_size", "data.crop", "model.patch", "model.predictor_dim", "model.predictor_depth", "optim.epochs")
+POSITIVE += ("engine.accumulation", "engine.bucket", "log.every", "log.checkpoint_every", "log.keep")
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The checked configuration in the YAML at `path` with `key.key=value` overrides. Raises ConfigError."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--config: there is no file {path}; the ready ones are in configs/")
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        _check_keys(OmegaConf.to_container(merged), Config)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({path})") from None
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every key of `config`, defaults included, as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of a configuration by its dotted key."""
+    flat = {}
+    for f in fields(config):
+        value, key = getattr(config, f.name), prefix + f.name
+        flat |= flatten(value, key + ".") if is_dataclass(value) else {key: value}
+    return flat
+
+
+def check(config: Config) -> None:
+    """Resolve the model's architecture and check what fields must agree on. Raises ConfigError."""
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {flat[key]!r}")
+    for key in POSITIVE:
+        if flat[key] < 1:
+            raise ConfigError(f"{key}: expected at least 1, got {flat[key]}")
+    _check_model(config.model)
+    if config.data.crop % config.model.patch:
+        raise ConfigError(
+            f"data.crop={config.data.crop} is not divisible by model.patch={config.model.patch}; "
+            f"set data.crop to {max(1, config.data.crop // config.model.patch) * config.model.patch}"
+        )
+    if config.batch_size % config.engine.accumulation:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
+            f"set batch_size to a multiple of it"
+        )
+    for key in ("data.scale", "data.ratio"):
+        low, high = _pair(key, flat[key])
+        if not 0 < low <= high:
+            raise ConfigError(f"{key}: expected two numbers, 0 < first <= second, got {flat[key]}")
+    if config.data.scale[1] > 1:
+        raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {config.data.scale}")
+    if (config.mask.budget is None) != (config.mask.policy != "budget"):
+        raise ConfigError(
+            f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
+            f"give a number with policy=budget, and none otherwise"
+        )
+    if config.optim.warmup_epochs > config.optim.epochs * config.optim.horizon:
+        raise ConfigError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than optim.epochs={config.optim.epochs}; "
+            f"lower optim.warmup_epochs"
+        )
+
+
+def _check_model(model: Model) -> None:
+    from ijepa_fast.models.vit import ARCHITECTURES
+
+    if model.arch is not None:
+        if model.arch not in ARCHITECTURES:
+            raise ConfigError(f"model.arch: expected one of {', '.join(ARCHITECTURES)}, got {model.arch!r}")
+        for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
+            if getattr(model, name) is None:
+                setattr(model, name, value)
+    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    for name in ("dim", "depth", "heads"):
+        if getattr(model, name) is None:
+            raise ConfigError(f"model.{name} is not set; set it, or model.arch to one of {', '.join(ARCHITECTURES)}")
+    for name in ("dim", "predictor_dim"):
+        width = getattr(model, name)
+        if width % model.heads or width % 4:
+            raise ConfigError(
+                f"model.{name}={width} must be divisible by 4 and by model.heads={model.heads}; "
+                f"change model.{name} or model.heads"
+            )
+
+
+def _pair(key: str, value: list[float]) -> tuple[float, float]:
+    if len(value) != 2:
+        raise ConfigError(f"{key}: expected two numbers, got {value}")
+    return value[0], value[1]
+
+
+def _check_keys(given: dict, section: type, prefix: str = "") -> None:
+    known = {f.name: f for f in fields(section)}
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"{prefix}{key}: there is no such key; {hint}")
+        factory = known[key].default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key}: expected a section with keys, got {value!r}")
+            _check_keys(value, factory, f"{prefix}{key}.")

@@ -1,0 +1,137 @@
+"""The one place that knows DeepSpeed: start it, run a step on it, keep the target encoder the encoder's average."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+
+import torch
+
+from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.objective import IJEPA
+from ijepa_fast.optim import AdamWEMA, parameter_groups
+from ijepa_fast.partitions import LAYOUTS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_device(config: Config) -> torch.device:
+    """The rank's device by `engine.device`. Raises ConfigError for a GPU that is not there."""
+    wanted = config.engine.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "engine.device=cuda: torch sees no CUDA device; set engine.device=cpu or install a CUDA torch"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(config: Config, device: torch.device) -> tuple[int, int]:
+    """Join the other ranks, or be the only one where no launcher started us. Returns (rank, number of ranks)."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=config.engine.timeout),
+        auto_mpi_discovery=False,
+    )
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    micro = config.engine.accumulation * ranks
+    if config.batch_size % micro:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by {ranks} ranks x engine.accumulation="
+            f"{config.engine.accumulation}; set batch_size to a multiple of {micro}"
+        )
+    if device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return rank, ranks
+
+
+class Engine:
+    """An objective on DeepSpeed.
+
+    Args:
+        objective: encoder and predictor in fp32 on the CPU; moved and cast here, its target encoder with it.
+        device: of this rank.
+    """
+
+    def __init__(self, config: Config, objective: IJEPA, device: torch.device):
+        import deepspeed
+
+        self.objective, self.device = objective, device
+        self.accumulation = config.engine.accumulation
+        dtype = DTYPES[config.engine.precision]
+        objective.target_encoder.to(device, dtype)
+        groups = parameter_groups(objective.encoder, [objective.predictor])
+        self.optimizer = AdamWEMA(
+            [{key: group[key] for key in ("params", "ema", "decay")} for group in groups],
+            betas=tuple(config.optim.betas),
+            eps=config.optim.eps,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, torch.distributed.get_world_size()),
+        )
+        # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
+        self.optimizer.state.clear()
+        self.layout = LAYOUTS[config.engine.zero](self._engine, self.optimizer, groups)
+        targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
+        self.layout.tie(targets)
+
+    def backward(self, *batch) -> torch.Tensor:
+        """Loss of one micro-batch (scalar, on the device, detached); its gradient is accumulated."""
+        loss = self._engine(*batch)
+        self._engine.backward(loss)
+        return loss.detach()
+
+    def step(self, lr: float, weight_decay: float, momentum: float) -> None:
+        """Called after every micro-batch: at the last one of the step, update weights, EMA and target encoder."""
+        update = self._engine.is_gradient_accumulation_boundary()
+        if update:
+            for group in self.optimizer.param_groups:
+                group["lr"], group["momentum"] = lr, momentum
+                group["weight_decay"] = weight_decay if group["decay"] else 0.0
+        self._engine.step()
+        if update:
+            self.layout.gather()
+
+    def restored(self) -> None:
+        """Called when masters and optimiser state were overwritten: bring them into both encoders and the predictor."""
+        self.optimizer.refresh_copies()
+        self.layout.publish()
+        self.layout.gather()
+
+
+def deepspeed_config(config: Config, ranks: int) -> dict:
+    """What DeepSpeed is told. bf16 keeps fp32 masters; nothing is scaled or checked for overflow (see the loop)."""
+    engine = config.engine
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size // (ranks * engine.accumulation),
+        "gradient_accumulation_steps": engine.accumulation,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": engine.zero,
+            "reduce_bucket_size": engine.bucket,
+            "allgather_bucket_size": engine.bucket,
+            "overlap_comm": engine.zero > 0 and torch.cuda.is_available() and engine.device != "cpu",
+            "contiguous_gradients": True,
+        },
+        "steps_per_print": 1 << 60,
+    }

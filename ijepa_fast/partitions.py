@@ -1,0 +1,188 @@
+"""Where each rank's share of the optimiser lies, by ZeRO stage, and how the EMA gets from there to the target encoder.
+
+DeepSpeed hands the optimiser whole parameters (stage 0), one flat fp32 slice a parameter group (stages 1 and 2), or one
+flat fp32 slice a sub-group of parameters, each cut into equal shares (stage 3). A `Partition` says which elements of
+which parameters such a tensor holds, so that checkpoints are written and read by parameter, whatever the stage and the
+number of ranks. Written against DeepSpeed 0.19.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ijepa_fast.optim import AdamWEMA
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of the flattened parameter `name`, at `offset` of a partition's tensor."""
+
+    name: str
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A tensor that the optimiser updates on this rank: fp32 weights `master`, of any shape, and what they are."""
+
+    master: torch.Tensor
+    fragments: list[Fragment]
+    ema: bool
+
+
+class Whole:
+    """Stage 0: every rank updates whole parameters."""
+
+    replicated = True
+
+    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+        self._optimizer = optimizer
+        self._weights, self.partitions = [], []
+        masters = getattr(engine.optimizer, "fp32_groups", None) or [group["params"] for group in groups]
+        for group, owned in zip(groups, masters, strict=True):
+            for name, weight, master in zip(group["names"], group["params"], owned, strict=True):
+                whole = Fragment(name, 0, weight.numel(), 0)
+                self.partitions.append(Partition(master, [whole], group["ema"]))
+                self._weights.append(weight)
+
+    def tie(self, targets: dict[str, torch.Tensor]) -> None:
+        """Let the target encoder's parameters, by name, hold the averages."""
+        for partition in self.partitions:
+            if partition.ema:
+                self._optimizer.tie(partition.master, targets[partition.fragments[0].name].data)
+
+    def gather(self) -> None:
+        """Bring all ranks' averages into the target encoder: here they are there already."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the weights the model computes with."""
+        for weight, partition in zip(self._weights, self.partitions, strict=True):
+            if partition.master is not weight:
+                weight.copy_(partition.master)
+
+
+class Flat:
+    """Stages 1 and 2: a rank updates an equal slice of each group's concatenated parameters."""
+
+    replicated = False
+
+    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+        self._zero, self._optimizer, self._groups = engine.optimizer, optimizer, groups
+        self._rank = _rank()
+        self.partitions = []
+        self._offsets: list[dict[str, int]] = []
+        self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for i, group in enumerate(groups):
+            master = self._zero.single_partition_of_fp32_groups[i]
+            first = self._zero.bit16_groups_flat[i].data_ptr()
+            offsets, fragments = {}, []
+            for name, weight in zip(group["names"], group["params"], strict=True):
+                offsets[name] = (weight.data_ptr() - first) // weight.element_size()
+                begin = offsets[name] - self._rank * master.numel()
+                start, stop = max(0, -begin), min(weight.numel(), master.numel() - begin)
+                if start < stop:
+                    fragments.append(Fragment(name, start, stop, begin + start))
+            self._offsets.append(offsets)
+            self.partitions.append(Partition(master, fragments, group["ema"]))
+
+    def tie(self, targets: dict[str, torch.Tensor]) -> None:
+        """Lay the target encoder's parameters out as the encoder's are, and let its slices hold the averages."""
+        for i, partition in enumerate(self.partitions):
+            if not partition.ema:
+                continue
+            sample = targets[self._groups[i]["names"][0]]
+            whole = torch.zeros(self._zero.bit16_groups_flat[i].numel(), dtype=sample.dtype, device=sample.device)
+            for name, offset in self._offsets[i].items():
+                place = whole[offset : offset + targets[name].numel()].view_as(targets[name])
+                place.copy_(targets[name].data)
+                targets[name].data = place
+            mine = whole[self._rank * partition.master.numel() :][: partition.master.numel()]
+            self._optimizer.tie(partition.master, mine)
+            self._averages.append((whole, mine))
+
+    def gather(self) -> None:
+        """One all-gather a group, in place."""
+        for whole, mine in self._averages:
+            _all_gather(whole, mine)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the weights the model computes with, on every rank."""
+        for i, partition in enumerate(self.partitions):
+            mine = self._zero.parallel_partitioned_bit16_groups[i][self._rank]
+            mine.data.copy_(partition.master)
+            _all_gather(self._zero.bit16_groups_flat[i], mine)
+
+
+class Sharded:
+    """Stage 3: parameters are cut into equal shares; a rank updates its shares of a sub-group of them, side by side."""
+
+    replicated = False
+
+    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+        self._zero, self._optimizer = engine.optimizer, optimizer
+        self._rank = _rank()
+        names = {id(p): name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+        self.partitions = []
+        self._shares: list[list[tuple[str, int, int]]] = []  # by sub-group: (name, offset, elements of a share)
+        self._averages: list[tuple[torch.Tensor, list[tuple[torch.Tensor, int, int]]]] = []
+        for i, params in enumerate(self._zero.fp16_groups):
+            offset, shares, fragments = 0, [], []
+            for param in params:
+                name, share = names[id(param)], param.partition_numel()
+                start, stop = self._rank * share, min((self._rank + 1) * share, param.ds_numel)
+                if start < stop:
+                    fragments.append(Fragment(name, start, stop, offset))
+                shares.append((name, offset, share))
+                offset += share
+            master = self._zero.fp32_partitioned_groups_flat[i]
+            self.partitions.append(Partition(master, fragments, groups[self._zero.sub_group_to_group_id[i]]["ema"]))
+            self._shares.append(shares)
+
+    def tie(self, targets: dict[str, torch.Tensor]) -> None:
+        """Let a buffer of all ranks' shares hold the averages; the target encoder keeps whole parameters."""
+        for partition, shares in zip(self.partitions, self._shares, strict=True):
+            if not partition.ema:
+                continue
+            sample = targets[shares[0][0]]
+            ranks = torch.distributed.get_world_size()
+            whole = torch.zeros(ranks, partition.master.numel(), dtype=sample.dtype, device=sample.device)
+            for fragment in partition.fragments:
+                values = targets[fragment.name].data.view(-1)[fragment.start : fragment.stop]
+                whole[self._rank, fragment.offset : fragment.offset + values.numel()] = values
+            self._optimizer.tie(partition.master, whole[self._rank])
+            self._averages.append((whole, [(targets[name].data, offset, n) for name, offset, n in shares]))
+
+    def gather(self) -> None:
+        """One all-gather a sub-group, then a copy of each parameter's shares into the target encoder."""
+        for whole, pieces in self._averages:
+            _all_gather(whole.view(-1), whole[self._rank])
+            for target, offset, share in pieces:
+                target.copy_(whole[:, offset : offset + share].reshape(-1)[: target.numel()].view_as(target))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the shares the model's weights are gathered from."""
+        for i, partition in enumerate(self.partitions):
+            self._zero.fp16_partitioned_groups_flat[i].data.copy_(partition.master)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+LAYOUTS = {0: Whole, 1: Flat, 2: Flat, 3: Sharded}
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def _all_gather(whole: torch.Tensor, mine: torch.Tensor) -> None:
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_gather_into_tensor(whole, mine)
