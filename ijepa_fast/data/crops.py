@@ -20,7 +20,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def counter_bits(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
-    """(B, draws) uint64, independent for every (seed, stream, position, draw). positions: (B,) non-negative integers."""
+    """(B, draws) uint64, independent for every (seed, stream, position, draw). positions: (B,) integers >= 0."""
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN * np.uint64(stream + 1))
         rows = _mix(key + _GOLDEN * (np.asarray(positions).astype(np.uint64) + np.uint64(1)))

@@ -29,7 +29,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """The header of an encoded image. Raises BadImage with the reason when there is none or it declares too many pixels."""
+    """The header of an encoded image. Raises BadImage with the reason: none there, or too many pixels declared."""
     if data[:2] == b"\xff\xd8":
         height, width, orientation, cut_short = _jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":

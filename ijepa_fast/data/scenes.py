@@ -1,0 +1,385 @@
+"""The embedded data set: small rendered scenes, written as JPEG files with labels.
+
+One to six lit solids (spheres, cubes, cylinders, cones) of random size, colour, texture and place stand on a textured
+ground, cast shadows and hide parts of each other. Three labels, as the paper probes (I-JEPA, section 6): a semantic
+one, `kind` of the object with the largest visible area, and two local ones, `count` of objects and `distance` of the
+nearest (a class of `metres`). Colours, textures, light and camera are drawn independently of the labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+KINDS = ("cone", "cube", "cylinder", "sphere")
+MAX_OBJECTS = 6
+NEAREST, FARTHEST = (3.0, 9.0), 13.0  # metres from the camera: the nearest object's centre, the ground used
+DISTANCES = 6  # classes of equal width over NEAREST
+VERSION = 1  # of the pictures: raise it when they change, so that cached folders are written anew
+
+# Half extents that give the kinds about the same visible area, so that size says nothing of the kind.
+_EXTENT = {"cone": 1.2, "cube": 0.85, "cylinder": 0.9, "sphere": 1.05}
+_SUPERSAMPLE = 2
+_LOOK = 48  # pixels a side of the quick look that accepts or rejects a scene
+_EPSILON = 1e-3
+_LABELS = ("file", "kind", "count", "distance", "metres")
+
+
+@dataclass
+class Solid:
+    """One object. scale: half extents (3,) in metres; yaw: rotation about the vertical; centre: (3,), z up."""
+
+    kind: str
+    centre: np.ndarray
+    scale: np.ndarray
+    yaw: float
+    colours: np.ndarray  # (2, 3) in [0, 1]
+    pattern: int
+    frequency: float
+    gloss: float
+
+    def to_local(self, vectors: np.ndarray) -> np.ndarray:
+        """Directions (3, R) of the world in the frame where the solid spans [-1, 1]^3."""
+        c, s = np.float32(np.cos(self.yaw)), np.float32(np.sin(self.yaw))
+        x, y, z = vectors
+        return np.stack([c * x + s * y, c * y - s * x, z]) / self.scale[:, None]
+
+    def normal(self, points: np.ndarray) -> np.ndarray:
+        """Unit outward normals (3, R) of the world at local surface points (3, R)."""
+        x, y, z = points
+        if self.kind == "sphere":
+            local = points
+        elif self.kind == "cube":
+            side = np.abs(points).argmax(0)
+            local = np.where(np.arange(3)[:, None] == side, np.sign(points), 0)
+        elif self.kind == "cylinder":
+            flat = np.abs(z) > 1 - _EPSILON
+            local = np.where(flat, np.stack([0 * x, 0 * y, np.sign(z)]), np.stack([x, y, 0 * z]))
+        else:
+            flat = z < -1 + _EPSILON
+            local = np.where(flat, np.stack([0 * x, 0 * y, z]), np.stack([x, y, (1 - z) / 4]))
+        c, s = np.float32(np.cos(self.yaw)), np.float32(np.sin(self.yaw))
+        x, y, z = local / self.scale[:, None]
+        normal = np.stack([c * x - s * y, s * x + c * y, z])
+        return normal / np.sqrt(np.maximum(_dot(normal, normal), 1e-12))
+
+
+@dataclass
+class Scene:
+    """What is to be drawn. camera: (3,) position; axes: (3, 3) its right, up and forward; light: unit (3,)."""
+
+    solids: list[Solid]
+    camera: np.ndarray
+    axes: np.ndarray
+    focal: float
+    light: np.ndarray
+    ambient: float
+    tint: np.ndarray
+    ground: tuple[np.ndarray, int, float, float]  # colours (2, 3), pattern, frequency, yaw
+    sky: np.ndarray  # (2, 3): horizon, zenith
+
+
+def _interval(kind: str, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the rays o + t*d (3, R) enter and leave the unit solid of `kind`; NaN or enter >= leave where they miss."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if kind == "sphere":
+            return _quadric(_dot(d, d), _dot(o, d), _dot(o, o) - 1)
+        axes = slice(0, 3) if kind == "cube" else slice(2, 3)
+        a, b = (-1 - o[axes]) / d[axes], (1 - o[axes]) / d[axes]
+        enter, leave = np.minimum(a, b).max(0), np.maximum(a, b).min(0)
+        if kind == "cube":
+            return enter, leave
+        (ox, oy, oz), (dx, dy, dz) = o, d
+        if kind == "cylinder":
+            first, last = _quadric(dx * dx + dy * dy, ox * dx + oy * dy, ox * ox + oy * oy - 1)
+        else:
+            # The double cone x^2 + y^2 = ((1 - z) / 2)^2: a steep ray (a < 0) is inside from the lower nappe downwards.
+            r, dr = (1 - oz) / 2, -dz / 2
+            a = dx * dx + dy * dy - dr * dr
+            first, last = _quadric(a, ox * dx + oy * dy - r * dr, ox * ox + oy * oy - r * r)
+            low, high = np.minimum(first, last), np.maximum(first, last)
+            steep, down = a < 0, dz < 0
+            infinite = np.float32(np.inf)
+            first = np.where(steep, np.where(down, high, -infinite), low)
+            last = np.where(steep, np.where(down, infinite, low), high)
+        return np.maximum(enter, first), np.minimum(leave, last)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Dot product over the leading axis of three, several times faster than a sum over so short an axis."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _quadric(a: np.ndarray, half_b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Roots of a*t^2 + 2*half_b*t + c, NaN where there are none."""
+    root = np.sqrt(half_b * half_b - a * c)
+    return (-half_b - root) / a, (-half_b + root) / a
+
+
+def _hits(solid: Solid, origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the unit rays that hit `solid` in front of their origin, and how far. Both inputs (3, R) or (3, 1)."""
+    to_centre = solid.centre[:, None] - origin
+    along = _dot(to_centre, direction)
+    near = _dot(to_centre, to_centre) - along * along <= _dot(solid.scale, solid.scale)
+    rays = np.flatnonzero(near & (along > 0))
+    from_centre = -to_centre if to_centre.shape[1] == 1 else -to_centre[:, rays]
+    towards = direction if direction.shape[1] == 1 else direction[:, rays]
+    enter, leave = _interval(solid.kind, solid.to_local(from_centre), solid.to_local(towards))
+    hit = (enter < leave) & (enter > _EPSILON)
+    return rays[hit], enter[hit]
+
+
+def _cast(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rays (3, size*size) of the pixels, distance of the first thing hit (inf: sky) and which (-1: ground or sky)."""
+    grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * 2
+    right, up, forward = scene.axes
+    rays = forward[:, None, None] * scene.focal + right[:, None, None] * grid - up[:, None, None] * grid[:, None]
+    rays = rays.reshape(3, -1)
+    rays = (rays / np.sqrt(_dot(rays, rays))).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        depth = np.where(rays[2] < -1e-4, -scene.camera[2] / rays[2], np.float32(np.inf))
+    which = np.full(len(depth), -1)
+    for number, solid in enumerate(scene.solids):
+        index, distance = _hits(solid, scene.camera[:, None], rays)
+        closer = distance < depth[index]
+        depth[index[closer]] = distance[closer]
+        which[index[closer]] = number
+    return rays, depth, which
+
+
+def _pattern(kind: int, frequency: float, points: np.ndarray) -> np.ndarray:
+    """A texture in [0, 1] at points (3, R): plain, stripes, checks, waves."""
+    x, y, z = points * np.float32(frequency)
+    if kind == 0:
+        return np.zeros_like(x)
+    if kind == 1:
+        return (np.sin(np.pi * (x + 0.5 * z)) > 0).astype(np.float32)
+    if kind == 2:
+        return ((np.floor(x) + np.floor(y) + np.floor(z + 1e-3)) % 2).astype(np.float32)
+    return 0.5 + 0.25 * (np.sin(2.3 * x + 1.1 * y) + np.sin(1.7 * y - 2.9 * z + 0.7 * x))
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """The picture: uint8 (size, size, 3)."""
+    fine = size * _SUPERSAMPLE
+    rays, depth, which = _cast(scene, fine)
+    colour = np.empty_like(rays)
+    height = np.clip(rays[2] * 2, 0, 1)
+    sky = scene.sky[0][:, None] * (1 - height) + scene.sky[1][:, None] * height
+    solid_ground = np.isfinite(depth)
+    colour[:, ~solid_ground] = sky[:, ~solid_ground]
+
+    seen = np.flatnonzero(solid_ground)
+    points = scene.camera[:, None] + rays[:, seen] * depth[seen]
+    owner = which[seen]
+    albedo, normal, gloss = np.empty_like(points), np.zeros_like(points), np.zeros(len(seen), np.float32)
+    for number, solid in enumerate(scene.solids):
+        here = np.flatnonzero(owner == number)
+        local = solid.to_local(points[:, here] - solid.centre[:, None])
+        mix = _pattern(solid.pattern, solid.frequency, local)
+        albedo[:, here] = solid.colours[0][:, None] * (1 - mix) + solid.colours[1][:, None] * mix
+        normal[:, here] = solid.normal(local)
+        gloss[here] = solid.gloss
+    here = np.flatnonzero(owner < 0)
+    colours, kind, frequency, yaw = scene.ground
+    c, s = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
+    x, y, z = points[:, here]
+    mix = _pattern(kind, frequency, np.stack([c * x + s * y, c * y - s * x, 0 * z]))
+    albedo[:, here] = colours[0][:, None] * (1 - mix) + colours[1][:, None] * mix
+    normal[2, here] = 1
+
+    light = scene.light[:, None]
+    facing = np.maximum(_dot(normal, light), 0)
+    above = points + normal * np.float32(5e-3)
+    lit = np.ones(len(seen), np.float32)
+    for solid in scene.solids:
+        index, _ = _hits(solid, above, light)
+        lit[index] = 0
+    half = light - rays[:, seen]
+    half /= np.sqrt(_dot(half, half))
+    shine = gloss * lit * np.maximum(_dot(normal, half), 0) ** 32
+    shaded = albedo * (scene.ambient + (1 - scene.ambient) * facing * lit) * scene.tint[:, None] + shine
+    haze = np.where(owner < 0, 1 - np.exp(-np.maximum(depth[seen] - 8, 0) / 20), 0)
+    colour[:, seen] = shaded * (1 - haze) + sky[:, seen] * haze
+
+    mean = colour.reshape(3, size, _SUPERSAMPLE, size, _SUPERSAMPLE).mean((2, 4))
+    return (np.clip(mean, 0, 1) ** (1 / 1.8) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+
+
+def _draw(rng: np.random.Generator, kind: str, count: int, nearest: float) -> tuple[Scene | None, int]:
+    """A scene at random (None where its objects do not fit), and which solid is meant to be the largest, of `kind`."""
+    f32 = np.float32
+    camera = np.array([0, 0, rng.uniform(1.6, 3.2)], f32)
+    pitch = -np.arctan2(camera[2] - 0.4, rng.uniform(6.0, 8.0))
+    forward = np.array([0, np.cos(pitch), np.sin(pitch)], f32)
+    right = np.array([1, 0, 0], f32)
+    axes = np.stack([right, np.cross(right, forward), forward]).astype(f32)
+    focal = rng.uniform(1.5, 1.9)
+
+    solids: list[Solid] = []
+    big = int(rng.integers(count))
+    for number in range(count):
+        kind_here = kind if number == big else KINDS[rng.integers(len(KINDS))]
+        size = _EXTENT[kind_here] * rng.uniform(0.4, 0.65) * (rng.uniform(1.4, 1.9) if number == big else 1)
+        scale = np.full(3, size, f32)
+        if kind_here != "sphere":
+            scale[2] *= rng.uniform(0.8, 1.3)
+        for _ in range(40):
+            distance = nearest if number == 0 else rng.uniform(nearest, FARTHEST)
+            ground = np.sqrt(max(distance**2 - (camera[2] - scale[2]) ** 2, 1.0))
+            y = ground * np.cos(angle := rng.uniform(-1, 1) * np.arctan(0.85 / focal))
+            centre = np.array([ground * np.sin(angle), y, scale[2]], f32)
+            gap = size + 0.1
+            if all(np.hypot(*(centre - other.centre)[:2]) > gap + other.scale[0] for other in solids):
+                break
+        else:
+            return None, big
+        solids.append(
+            Solid(
+                kind=kind_here,
+                centre=centre,
+                scale=scale,
+                yaw=rng.uniform(0, np.pi),
+                colours=rng.uniform(0.03, 0.95, (2, 3)).astype(f32),
+                pattern=int(rng.integers(4)),
+                frequency=rng.uniform(1.5, 4),
+                gloss=rng.uniform(0, 0.6) if rng.random() < 0.5 else 0,
+            )
+        )
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.3)
+    light = [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
+    scene = Scene(
+        solids=solids,
+        camera=camera,
+        axes=axes,
+        focal=focal,
+        light=np.array(light, f32),
+        ambient=rng.uniform(0.2, 0.5),
+        tint=rng.uniform(0.75, 1.15, 3).astype(f32),
+        ground=(
+            rng.uniform(0.05, 0.9, (2, 3)).astype(f32),
+            int(rng.integers(4)),
+            rng.uniform(0.4, 1.5),
+            rng.uniform(0, np.pi),
+        ),
+        sky=rng.uniform(0.2, 1, (2, 3)).astype(f32),
+    )
+    return scene, big
+
+
+def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
+    """Scene `index` of `seed` and its labels: kind, count, distance (class), metres.
+
+    The labels are drawn first, uniformly. Scenes are drawn until one shows them: every object has at least 1/250 of the
+    picture, and the object meant to be the largest has 1.2 times the area of any other.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+    kind = KINDS[rng.integers(len(KINDS))]
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    metres = rng.uniform(*NEAREST)
+    while True:
+        scene, big = _draw(rng, kind, count, metres)
+        if scene is None:
+            continue
+        _, _, which = _cast(scene, _LOOK)
+        areas = np.bincount(which + 1, minlength=count + 1)[1:]
+        if areas.min() >= _LOOK * _LOOK / 250 and areas[big] >= 1.2 * np.delete(areas, big).max(initial=0):
+            break
+    distance = int(DISTANCES * (metres - NEAREST[0]) / (NEAREST[1] - NEAREST[0]))
+    return scene, {"kind": kind, "count": count, "distance": distance, "metres": round(metres, 3)}
+
+
+def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, processes: int | None = None) -> Path:
+    """Write `count` scenes of `size` x `size` pixels as JPEG files, and labels.csv: file, kind, count, distance, metres.
+
+    Scene i depends on (seed, i, size) only. `processes`: how many to render with, the machine's cores by default.
+    """
+    if count < 1 or size < 16:
+        raise ValueError(f"scenes: expected count >= 1 and size >= 16, got count={count}, size={size}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = max(1, min(processes or os.cpu_count() or 1, count))
+    # Plain child processes: a fork is unsafe beside the caller's threads, and a spawn would import the caller's main.
+    bounds = np.linspace(0, count, processes + 1).astype(int)
+    command = [sys.executable, "-m", "ijepa_fast.data.scenes", str(folder), "--size", str(size), "--seed", str(seed)]
+    checkout = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
+    children = [
+        subprocess.Popen([*command, "--start", str(a), "--stop", str(b)], stdout=subprocess.PIPE, env=environment)
+        for a, b in itertools.pairwise(bounds)
+    ]
+    try:
+        with (
+            tqdm(total=count, desc="rendering scenes", unit="image", mininterval=1, disable=None) as bar,
+            ThreadPoolExecutor(processes) as readers,  # one a child: an unread pipe would stop its writer
+        ):
+            rows = [row for part in readers.map(lambda child: _rows(child, bar), children) for row in part]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    with open(folder / "labels.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, _LABELS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
+    rows = []
+    for line in child.stdout:
+        rows.append(json.loads(line))
+        bar.update()
+    if child.wait() != 0:
+        raise RuntimeError(f"scenes: a rendering process ended with exit code {child.returncode}; its message is above")
+    return rows
+
+
+def ensure_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, processes: int | None = None) -> Path:
+    """A folder under `folder` with these scenes, rendered by whoever comes first and complete when it appears."""
+    final = Path(folder) / f"scenes-v{VERSION}-{count}x{size}-seed{seed}"
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with open(final.parent / f".{final.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.is_dir():
+            partial = final.with_name(f".{final.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_scenes(partial, count, size, seed, processes)
+            partial.rename(final)
+    return final
+
+
+def _main() -> None:
+    """Render scenes start to stop into a folder and print the labels of each as one line of JSON."""
+    parser = argparse.ArgumentParser(description=_main.__doc__)
+    parser.add_argument("folder", type=Path)
+    for name in ("start", "stop", "size", "seed"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    args = parser.parse_args()
+    for index in range(args.start, args.stop):
+        scene, labels = draw_scene(args.seed, index)
+        file = f"{index:06d}.jpg"
+        Image.fromarray(render(scene, args.size)).save(args.folder / file, quality=92)
+        print(json.dumps({"file": file, **labels}), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
