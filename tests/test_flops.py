@@ -1,0 +1,86 @@
+"""Work per image: the project's table, and torch's own count of what really runs."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.baselines.plain import PlainStep, plain_batch
+from ijepa_fast import flops
+from ijepa_fast.flops import Head, Transformer
+from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.vit import ARCHITECTURES
+from ijepa_fast.packing import pack
+
+# GFLOP an image of the published recipes with the context truncated at the recipe's batch, and with all context; target
+# encoder; arch, patch, crop, predictor depth, batch a GPU.
+TABLE = [
+    ("vit_small", 16, 224, 6, 128, 38, 51, 9),
+    ("vit_base", 16, 224, 6, 128, 83, 109, 35),
+    ("vit_large", 16, 224, 12, 128, 259, 336, 123),
+    ("vit_huge", 14, 224, 12, 128, 655, 840, 333),
+    ("vit_huge", 16, 448, 12, 16, 2375, 2809, 1089),
+    ("vit_giant", 16, 224, 16, 16, 836, 986, 405),
+]
+
+
+def transformer(arch):
+    dim, depth, _, ratio = ARCHITECTURES[arch]
+    return Transformer(dim, depth, ratio)
+
+
+@pytest.mark.parametrize(("arch", "patch", "crop", "depth", "batch", "truncated", "full", "target"), TABLE)
+def test_reproduces_the_published_recipes(arch, patch, crop, depth, batch, truncated, full, target):
+    grid = (crop // patch, crop // patch)
+    sampler = make_sampler("multiblock-reference", grid)
+    work = {"truncate": [], "full": []}
+    for step in range(60):
+        masks = sampler(batch, seed=0, step=step)
+        for policy, totals in work.items():
+            packed = pack(masks, policy)
+            result = flops.ijepa(
+                transformer(arch),
+                Transformer(384, depth),
+                patch=patch,
+                patches=packed.patches,
+                context=packed.context_cu_seqlens.diff().tolist(),
+                targets=packed.targets,
+                target_size=packed.target_size,
+                images=batch,
+            )
+            totals.append(result.total / batch / 1e9)
+    assert np.mean(work["full"]) == pytest.approx(full, rel=0.015)
+    assert np.mean(work["truncate"]) == pytest.approx(truncated, rel=0.03)
+    assert result.teacher / batch / 1e9 == pytest.approx(target, rel=0.02)
+
+
+def test_reproduces_mae_and_ibot():
+    mae = flops.mae(transformer("vit_huge"), Transformer(512, 8), patch=14, patches=256, visible=64)
+    ibot = flops.ibot(transformer("vit_small"), Head(), patch=16, global_patches=196, local_patches=36)
+    assert mae.total / 1e9 == pytest.approx(291, rel=0.01)
+    assert ibot.total / 1e9 == pytest.approx(163, rel=0.01)
+
+
+@pytest.mark.parametrize(("batch", "contexts"), [(3, 1), (2, 2)])
+def test_ijepa_agrees_with_the_flop_counter(batch, contexts):
+    step = PlainStep(
+        {"image_size": 64, "patch": 8, "dim": 64, "depth": 3, "heads": 2},
+        {"grid": (8, 8), "encoder_dim": 64, "dim": 32, "depth": 2, "heads": 2},
+    )
+    context = torch.stack([torch.arange(19).expand(batch, -1)] * contexts)
+    target = torch.arange(12).expand(4, batch, -1)
+    images = torch.randint(256, (batch, 64, 64, 3), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        step.loss(*plain_batch(images, context, target, (0.5,) * 3, (0.2,) * 3)).backward()
+    work = flops.ijepa(
+        Transformer(64, 3),
+        Transformer(32, 2),
+        patch=8,
+        patches=64,
+        context=[19] * contexts * batch,
+        targets=4,
+        target_size=12,
+        images=batch,
+        embed_all=True,
+    )
+    assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)
