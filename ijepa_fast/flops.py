@@ -79,10 +79,13 @@ def ijepa(
     """Work of an I-JEPA step.
 
     Args:
-        encoder: of both encoders; predictor: the narrow one.
-        patch: side of a patch, pixels; patches: patches an image, N.
+        encoder: of both encoders.
+        predictor: the narrow one.
+        patch: side of a patch, pixels.
+        patches: patches an image, N.
         context: tokens of each context, C*B of them in order (c, b).
-        targets: blocks an image, M; target_size: patches a block, K.
+        targets: blocks an image, M.
+        target_size: patches a block, K.
         images: B.
         unions: distinct target patches of each image. Where given, the last blocks of target encoder and predictor
             compute only the rows that are used, as this engine does; None counts the published computation.
