@@ -118,6 +118,7 @@ class Probe:
     train: str | None = None  # labelled images; None: the embedded data set's, or data.source
     test: str | None = None  # None: the embedded data set's held-out part
     images: int = 50_000  # at most, of each
+    resize: int | None = None  # shorter side before the central crop, pixels; None: data.crop
     every: int = 0  # steps between online probes; 0: none
 
 

@@ -82,11 +82,13 @@ class Engine:
             betas=tuple(config.optim.betas),
             eps=config.optim.eps,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, torch.distributed.get_world_size()),
-        )
+        self.shapes = {
+            name: tuple(param.shape)
+            for group in groups
+            for name, param in zip(group["names"], group["params"], strict=True)
+        }
+        settings = deepspeed_config(config, torch.distributed.get_world_size())
+        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=settings)
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
         self.optimizer.state.clear()
         self.layout = LAYOUTS[config.engine.zero](self._engine, self.optimizer, groups)

@@ -40,6 +40,10 @@ class Schedule:
         """Steps over which the decays run (horizon included)."""
         return int(self.horizon * self.epochs * self.steps_per_epoch)
 
+    def at(self, step: int) -> tuple[float, float, float]:
+        """(learning rate, weight decay, EMA momentum) of `step`."""
+        return self.learning_rate(step), self.decay(step), self.ema_momentum(step)
+
     def learning_rate(self, step: int) -> float:
         """Learning rate during `step`."""
         step, warmup = step + 1, int(self.warmup_epochs * self.steps_per_epoch)

@@ -1,0 +1,170 @@
+"""What a run measures and where it is written: a progress bar, log.jsonl, TensorBoard, W&B.
+
+Losses stay on the device between logging steps; a window's mean and its finiteness are read in one transfer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ijepa_fast.config import Config, flatten
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message says in which steps and on which ranks."""
+
+
+class Meter:
+    """Sums over the micro-batches since the last reading."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._losses = self._images = self._tokens = 0
+        self._wait = 0.0
+        self._begin = time.perf_counter()
+
+    def restart(self) -> None:
+        """Forget the time since the last reading: something else than training was done in it."""
+        self._begin = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, packed, wait: float) -> None:
+        """Count one micro-batch: its loss on the device, its PackedBatch, and seconds spent waiting for data."""
+        self._loss += loss
+        self._losses += 1
+        self._images += packed.images
+        self._tokens += tokens(packed)
+        self._wait += wait
+
+    def read(self, steps: tuple[int, int]) -> dict[str, float]:
+        """Means since the last reading, over all ranks; the only place that waits for the device.
+
+        `steps`: first and last step of the window, for the message. Raises NonFiniteLoss.
+        """
+        ranks = torch.distributed.get_world_size()
+        losses = torch.zeros(ranks, dtype=torch.float64, device=self._device)
+        losses[torch.distributed.get_rank()] = self._loss / max(1, self._losses)
+        torch.distributed.all_reduce(losses)
+        losses = losses.tolist()
+        bad = [rank for rank, value in enumerate(losses) if not torch.isfinite(torch.tensor(value))]
+        if bad:
+            raise NonFiniteLoss(
+                f"the loss is not finite in steps {steps[0]} to {steps[1]} on ranks {bad}; earlier checkpoints are "
+                f"untouched: lower optim.lr, set optim.clip=1, or resume with engine.precision=fp32"
+            )
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        window = {
+            "loss": sum(losses) / ranks,
+            "images_per_second": self._images * ranks / seconds,
+            "tokens_per_second": self._tokens * ranks / seconds,
+            "tokens_per_image": self._tokens / max(1, self._images),
+            "data_wait": self._wait / seconds,
+        }
+        self._reset()
+        return window
+
+
+def tokens(packed) -> int:
+    """Tokens of a PackedBatch that pass through a network: target encoder, context encoder, predictor."""
+    context = packed.context_index.numel()
+    masked = packed.target_index.numel() * packed.contexts
+    return packed.images * packed.patches + context + packed.targets * context + masked
+
+
+class RunLog:
+    """Rank 0's record of the run; on the other ranks, nothing. `step` of `total` steps are done already."""
+
+    def __init__(self, config: Config, rank: int, step: int, total: int):
+        self._bar = self._file = self._board = self._wandb = None
+        if rank:
+            return
+        folder = config.folder
+        self._file = _reopen(folder / "log.jsonl", step)
+        interval = 0.5 if sys.stderr.isatty() else 30
+        self._bar = tqdm(
+            total=total,
+            initial=step,
+            desc=config.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+        )
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        if config.log.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.log.wandb, name=config.name, dir=folder, config=flatten(config), resume="allow"
+            )
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int, record: dict) -> None:
+        """Write `record` for the state after `step` steps; nested sections keep their names, joined by slashes."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        numbers = dict(_numbers(record))
+        if "loss" in record:
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, momentum {record['momentum']:.4f}, "
+                f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0%}",
+                refresh=False,
+            )
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Finish all of it."""
+        for sink in (self._bar, self._file, self._board):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _reopen(path: Path, step: int):
+    """The log for appending, without records of steps that a resumed run will do again."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        path.write_text("".join(kept))
+    return open(path, "a")
+
+
+def _numbers(record: dict, prefix: str = ""):
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield prefix + key, value

@@ -1,0 +1,112 @@
+"""Train I-JEPA on a folder of images.
+
+    deepspeed ijepa_fast/train.py --config configs/quickstart.yaml key=value ...
+
+Results are in runs/<name>/: config.yaml, log.jsonl, checkpoints/, summary.json, loss.png, masks.png, tensorboard/.
+The same command continues a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # Started as a file by the launcher: this folder must not be on the path, where its modules would hide others.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from ijepa_fast import checkpoint, kernels
+from ijepa_fast.build import build_loader, build_objective, plan
+from ijepa_fast.config import Config, load_config, save_config
+from ijepa_fast.engine import Engine, choose_device, start
+from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog
+from ijepa_fast.prefetch import MaskQueue
+from ijepa_fast.probing import probe_folders, training_source
+from ijepa_fast.summary import finish
+
+
+def train(config: Config) -> None:
+    """Run `config` to its end, from its last checkpoint where there is one. Called by every rank."""
+    device = choose_device(config)
+    rank, ranks = start(config, device)
+    kernels.use(config.kernels)
+    source, folders = training_source(config), probe_folders(config)
+    schedule, total = plan(config, len(source))
+    micro_steps = config.engine.accumulation
+    engine = Engine(config, build_objective(config), device)
+    step = resume(config, engine, rank)
+    masks = MaskQueue(config, device, rank, ranks, first=step * micro_steps)
+    loader = build_loader(config, source, device, rank, ranks, first=step * micro_steps)
+    log, meter, logged = RunLog(config, rank, step, total), Meter(device), step
+    try:
+        while step < total:
+            lr, weight_decay, momentum = schedule.at(step)
+            for _ in range(micro_steps):
+                begin = time.perf_counter()
+                batch, packed = next(loader), next(masks)
+                wait = time.perf_counter() - begin
+                loss = engine.backward(batch.images, packed)
+                engine.step(lr, weight_decay, momentum)
+                meter.add(loss, packed, wait)
+            step += 1
+            log.advance()
+            saving = step % config.log.checkpoint_every == 0 or step == total
+            if saving or step % config.log.every == 0:
+                record = {"epoch": batch.epoch, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+                log.write(step, meter.read((logged + 1, step)) | record)
+                logged = step
+            if saving:
+                checkpoint.save(config.folder, engine, config, step)
+                meter.restart()
+    finally:
+        loader.close()
+        masks.close()
+        log.close()
+    if rank == 0:
+        finish(config, engine.objective, source, folders, device)
+    torch.distributed.barrier()
+
+
+def resume(config: Config, engine: Engine, rank: int) -> int:
+    """Load the run's last checkpoint into `engine`; the step to go on from, 0 for a new run."""
+    last = checkpoint.latest(config.folder)
+    if last is not None and not config.resume:
+        raise checkpoint.CheckpointError(f"{config.folder} holds a run (resume=false): set another name, or remove it")
+    step = checkpoint.load(last, engine, config) if last is not None else 0
+    if rank == 0:
+        if step:
+            print(f"continuing {config.folder} from step {step}", file=sys.stderr)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.folder / "config.yaml")
+    torch.distributed.barrier()
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
+    parser = argparse.ArgumentParser(description="Train I-JEPA.", usage="%(prog)s --config FILE [key=value ...]")
+    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        train(load_config(args.config, args.overrides))
+        return 0
+    except (ValueError, ImportError, NonFiniteLoss) as error:
+        if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
