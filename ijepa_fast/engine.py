@@ -43,6 +43,8 @@ def start(config: Config, device: torch.device) -> tuple[int, int]:
             port = free.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in alone.items()})
+    # A shared-memory all-reduce for the CPU, compiled on first use: half a minute and a compiler for nothing here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=config.engine.timeout),

@@ -1,0 +1,34 @@
+# make train and make test set everything up by themselves, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# A CPU build where the package index has one. On a machine with a GPU, set TORCH to the build for its driver.
+TORCH ?= torch==2.13.0
+CONFIG ?= configs/quickstart.yaml
+
+.PHONY: install train test test-gpu bench lint wheelhouse
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja py-cpuinfo numpy
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+train: install
+	$(BIN)/deepspeed ijepa_fast/train.py --config $(CONFIG) $(ARGS)
+
+test: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-gpu: install
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+bench: install
+	$(BIN)/python bench/run.py --all $(ARGS)
+
+lint: install
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+wheelhouse: install
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w wheelhouse .
