@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.decoder_pred = PixelProjection(dim, 3 * patch**2)
 
     def forward(self, latent: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """`latent` (B*(1 + V), D) -> predicted pixels (B*K, 3*P*P) of the masked patches, in the order of target_index."""
+        """`latent` (B*(1 + V), D) -> predicted pixels (B*K, 3*P*P) of the masked patches, as in target_index."""
         images, size, device = packed.images, packed.target_size, latent.device
         x = self.decoder_embed(latent).view(images, -1, self.dim)
         positions = self.positions.to(x.dtype)
