@@ -1,109 +1,88 @@
-"""Batches of decoded images from DALI: one graph for the CPU and the GPU, fed with bytes and crop windows from here.
+"""Batches of decoded images: an endless training loader, and every sample once for evaluation.
 
-DALI decides nothing at random. Order, windows and flips are functions of (seed, position in the sample stream), so a run
-resumes at the exact sample, on any number of ranks. A background thread reads ahead and owns the pipeline; `next` takes
-finished batches from a queue.
+Nothing is decided at random inside DALI. Order, windows, flips and replacements are functions of (seed, position in
+the sample stream), so a run resumes at the exact sample, on any number of ranks. A background thread reads ahead and
+decodes; `next` takes finished batches from a queue.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop
-from ijepa_fast.data.headers import MAX_PIXELS, read_header
+from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
+from ijepa_fast.data.decode import Decoder, Work, decode_all
+from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.order import SampleStream
+from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import Source
 
-INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
+_READERS = 8  # threads that wait for storage
+_REPLACEMENTS = 100  # tries to replace one bad file
+_PATIENCE = 10  # seconds that closing waits for a read to return
+
+# Streams of the counter-based numbers; replacements take one a try, from the last on.
+_WINDOWS, _REPLACE = 0, 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B, H, W, 3) on the loader's device. indices: int64 (B,) sample ids on the CPU. epoch: of the first."""
+    """images: uint8 (B, H, W, 3) on the loader's device. indices: int64 (B,) sample ids, on the CPU.
+
+    epoch: of the first image. extra: what the loader's `extra` gave for this step.
+    """
 
     images: torch.Tensor
     indices: torch.Tensor
     epoch: int
+    extra: object = None
 
 
-def import_dali():
-    """The module nvidia.dali. Raises ImportError naming the package where it is not installed."""
-    try:
-        import nvidia.dali as dali
-        import nvidia.dali.fn
-        import nvidia.dali.types
-    except ImportError as error:
-        raise ImportError(
-            "decoding images needs the package nvidia-dali-cuda130, which is not installed (it also runs without a GPU); "
-            "pip install nvidia-dali-cuda130"
-        ) from error
-    return dali
+class _Reader:
+    """Reads and screens samples; keeps the bytes of the first ones in memory, up to `cache_bytes`."""
 
+    def __init__(self, source: Source, max_pixels: int, cache_bytes: int):
+        self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
+        self._cache: dict[int, tuple] = {}
 
-class _Pipeline:
-    """A decode graph fed by an iterator: yields one uint8 (B, H, W, 3) tensor per item of `inputs`, in order.
-
-    An item is a tuple of batches (lists of arrays or arrays with a leading batch dimension), one for each name of the
-    graph. Up to `depth` items are taken ahead. Used by one thread.
-    """
-
-    def __init__(self, graph, inputs: Iterator[tuple], batch_size: int, device: torch.device, threads: int, depth: int):
-        dali = import_dali()
-        on_gpu = device.type == "cuda"
-        self.device = device
-        self._pipe = dali.Pipeline(
-            batch_size, threads, (device.index or 0) if on_gpu else None, prefetch_queue_depth=depth
-        )
-        with self._pipe:
-            self._pipe.set_outputs(graph(dali, inputs, "mixed" if on_gpu else "cpu"))
-        self._pipe.build()
-        self._pipe.schedule_run()
-
-    def __iter__(self) -> _Pipeline:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        (images,) = self._pipe.share_outputs()
-        dense = images.as_tensor()
-        if self.device.type == "cuda":
-            from nvidia.dali.plugin.pytorch import feed_ndarray
-
-            out = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
-            feed_ndarray(dense, out, cuda_stream=torch.cuda.current_stream(self.device))
-        else:
-            out = torch.from_numpy(np.array(dense))
-        self._pipe.release_outputs()
-        self._pipe.schedule_run()
-        return out
-
-
-def _train_graph(crop: int, interpolation: str, hw_decoder_load: float):
-    def graph(dali, inputs, decoder_device):
-        fn, types = dali.fn, dali.types
-        encoded, start, shape, flip = fn.external_source(inputs, num_outputs=4)
-        options = {"hw_decoder_load": hw_decoder_load} if decoder_device == "mixed" else {}
-        images = fn.decoders.image_slice(encoded, start, shape, device=decoder_device, **options)
-        interp = getattr(types, INTERPOLATIONS[interpolation])
-        images = fn.resize(images, size=[crop, crop], interp_type=interp, antialias=True)
-        return fn.flip(images, horizontal=flip)
-
-    return graph
+    def __call__(self, index: int) -> tuple[np.ndarray, int, int]:
+        """The bytes, uint8 (n,), and the height and width. Raises BadImage."""
+        row = self._cache.get(index)
+        if row is None:
+            try:
+                data = self.source.read(index)
+            except OSError as error:
+                raise BadImage(f"cannot be read: {error.strerror or error}") from error
+            row = np.frombuffer(data, np.uint8), *screen(data, self.max_pixels)
+            if len(data) <= self._room:
+                self._room -= len(data)
+                self._cache[index] = row
+        return row
 
 
 class TrainLoader:
     """An endless iterator of random resized crops; `next` gives a Batch.
 
-    batch_size is per rank. scale and ratio are those of RandomResizedCrop; flip mirrors half of the images. A loader made
-    with start_step=s yields what the unbroken one yields from step s on. wait_seconds is the time spent inside `next`.
+    batch_size: images a step of this rank. scale, ratio: area share and aspect ratio, as RandomResizedCrop. flip:
+    mirror half of the images. start_step: a loader made with it yields what the unbroken one yields from that step
+    on; to go on with another global batch, give start_image, the number of images that all ranks have seen. threads:
+    to decode. prefetch: batches decoded ahead. hw_decoder_load: share of JPEGs for the GPU's decode engine.
+    bad_files: file to name undecodable samples in, each once; another sample takes the place of each. Above
+    max_bad_share of the source the loader raises TooManyBadFiles. max_pixels: larger images count as bad.
+    cache_bytes: encoded samples kept in memory. extra: called with the step, ahead of it, in a reading thread; its
+    result is Batch.extra.
+
+    steps_per_epoch: whole global batches an epoch. wait_seconds: time spent inside `next`. replaced: images replaced.
     """
 
     def __init__(
@@ -123,116 +102,153 @@ class TrainLoader:
         threads: int = 2,
         prefetch: int = 2,
         start_step: int = 0,
+        start_image: int | None = None,
         hw_decoder_load: float = 0.65,
+        bad_files: str | Path | None = None,
+        max_bad_share: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = 1 << 30,
+        extra: Callable[[int], object] | None = None,
     ):
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
-        if len(source) < batch_size * world_size:
+        global_batch = batch_size * world_size
+        if len(source) < global_batch:
             raise ValueError(
-                f"batch_size: {batch_size} on {world_size} ranks needs at least {batch_size * world_size} images, "
-                f"the source has {len(source)}; lower batch_size"
+                f"batch_size: {batch_size} on {world_size} ranks needs {global_batch} images a step, the source has "
+                f"{len(source)}; lower batch_size"
+            )
+        if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(
+                f"scale, ratio: expected 0 < low <= high, scale at most 1; got scale={scale}, ratio={ratio}"
             )
         self.source, self.batch_size = source, batch_size
-        self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = len(source) // (batch_size * world_size)
-        self.wait_seconds = 0.0
+        self.steps_per_epoch = len(source) // global_batch
+        self.wait_seconds, self.replaced = 0.0, 0
+        self.bad_files = BadFiles(len(source), max_bad_share, bad_files)
         self._seed, self._scale, self._ratio, self._flip = seed, scale, ratio, flip
-        self._stream = SampleStream(len(source), seed)
-        self._step = start_step
-        self._readers = ThreadPoolExecutor(max(2, threads), thread_name_prefix="read")
-        device = torch.device(device)
-        graph = _train_graph(crop, interpolation, hw_decoder_load)
-        self._make = lambda inputs: _Pipeline(graph, inputs, batch_size, device, threads, prefetch)
-        self._prefetch = prefetch
+        self._first = (start_step * global_batch if start_image is None else start_image) + rank * batch_size
+        self._start_step, self._stride = start_step, global_batch
+        self._stream = SampleStream(len(source), seed, source.groups)
+        self._read = _Reader(source, max_pixels, cache_bytes)
+        self._extra, self._prefetch = extra, prefetch
+        self._decoder = Decoder(
+            crop=crop,
+            interpolation=interpolation,
+            flip=flip,
+            device=device,
+            threads=threads,
+            hw_decoder_load=hw_decoder_load,
+        )
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._stop = threading.Event()
-        import_dali()
+        self._stop, self._error = threading.Event(), None
         self._thread = threading.Thread(target=self._work, name="train-loader", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # the thread must not be inside DALI when the interpreter goes
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> Batch:
+        if self._stop.is_set():
+            raise self._error or RuntimeError("next: this loader is closed")
         begin = time.perf_counter()
-        batch = self._ready.get()
+        item = self._ready.get()
         self.wait_seconds += time.perf_counter() - begin
-        if isinstance(batch, BaseException):
-            raise batch
-        return batch
+        if isinstance(item, BaseException):
+            self._error = item
+            self.close()
+            raise item
+        return item
 
     def close(self) -> None:
-        """Stop reading ahead and free the pipeline; harmless when called twice."""
+        """Stop reading ahead and free the pipeline. May be called twice."""
+        atexit.unregister(self.close)
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._readers.shutdown(cancel_futures=True)
+        self._thread.join(_PATIENCE)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
     def _work(self) -> None:
+        extras: deque[Future | None] = deque()
         try:
-            in_flight = deque()
-            for images in self._make(self._inputs(in_flight)):
-                positions, ids = in_flight.popleft()
-                self._put(Batch(images, torch.from_numpy(ids), int(positions[0] // len(self.source))))
-                if self._stop.is_set():
+            works = self._works(extras)
+            for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
+                self.replaced += int((work.ids != self._stream[work.positions]).sum())
+                extra = extras.popleft()
+                batch = Batch(
+                    images=images,
+                    indices=torch.from_numpy(work.ids),
+                    epoch=int(work.positions[0]) // len(self.source),
+                    extra=None if extra is None else extra.result(),
+                )
+                if not self._put(batch):
                     return
         except BaseException as error:
             self._put(error)
 
-    def _inputs(self, in_flight: deque) -> Iterator[tuple]:
-        reading = deque()
-        while True:
-            while len(reading) < self._prefetch + 1:
-                reading.append(self._read_ahead())
-            positions, ids, futures = reading.popleft()
-            in_flight.append((positions, ids))
-            yield self._assemble(positions, futures)
-
-    def _put(self, item) -> None:
+    def _put(self, item) -> bool:
         while not self._stop.is_set():
             try:
-                return self._ready.put(item, timeout=0.1)
+                self._ready.put(item, timeout=0.1)
+                return True
             except queue.Full:
                 continue
+        return False
 
-    def _read_ahead(self) -> tuple[np.ndarray, list[Future]]:
-        first = (self._step * self.world_size + self.rank) * self.batch_size
-        positions = np.arange(first, first + self.batch_size)
-        self._step += 1
-        return positions, self._stream[positions], self._read(self._stream[positions])
+    def _works(self, extras: deque[Future | None]) -> Iterator[Work]:
+        """Batches in order, read `prefetch` + 1 ahead; ends when the loader is closed."""
+        reading: deque[tuple[np.ndarray, list[Future]]] = deque()
+        step = 0
+        while not self._stop.is_set():
+            while len(reading) <= self._prefetch + 1:
+                first = self._first + step * self._stride
+                positions = np.arange(first, first + self.batch_size)
+                parts = np.array_split(np.stack([positions, self._stream[positions]], axis=1), _READERS)
+                reading.append((positions, [self._readers.submit(self._read_part, part) for part in parts]))
+                extras.append(self._extra and self._readers.submit(self._extra, self._start_step + step))
+                if step % self.steps_per_epoch == self.steps_per_epoch // 2:
+                    # A permutation of millions takes a second: draw the next one before it is needed.
+                    self._readers.submit(self._stream.permutation, int(first) // len(self.source) + 1)
+                step += 1
+            positions, parts = reading.popleft()
+            yield self._assemble(positions, [row for part in parts for row in part.result()])
 
-    def _read(self, ids: np.ndarray) -> list[Future]:
-        return [self._readers.submit(self._read_some, part) for part in np.array_split(ids, 4)]
+    def _read_part(self, part: np.ndarray) -> list[tuple]:
+        return [self._read_one(position, index) for position, index in part.tolist()]
 
-    def _read_some(self, ids: np.ndarray) -> list[tuple]:
-        out = []
-        for index in ids.tolist():
-            data = self.source.read(index)
-            header = read_header(data, MAX_PIXELS)
-            out.append((np.frombuffer(data, np.uint8), header.height, header.width))
-        return out
+    def _read_one(self, position: int, index: int) -> tuple[int, np.ndarray, int, int]:
+        """The sample `index`, or where it is bad the first good one of those drawn for this position."""
+        for attempt in range(_REPLACEMENTS):
+            name = self.source.name(index) if len(self.bad_files) else None
+            if name is None or name not in self.bad_files:
+                try:
+                    return index, *self._read(index)
+                except BadImage as error:
+                    self.bad_files.add(self.source.name(index), str(error))
+            bits = counter_bits(self._seed, np.array([position]), 1, _REPLACE + attempt)
+            index = int(bits[0, 0] % np.uint64(len(self.source)))
+        raise TooManyBadFiles(
+            f"{_REPLACEMENTS} samples drawn at random cannot be decoded, the last is {self.source.name(index)}; "
+            "python -m ijepa_fast check-data PATH lists them with reasons"
+        )
 
-    def _assemble(self, positions, futures) -> tuple:
-        rows = [row for future in futures for row in future.result()]
-        sizes = np.array([row[1:] for row in rows])
-        uniform = counter_uniform(self._seed, positions, 2 * TRIES + 3)
-        windows = random_resized_crop(sizes, uniform[:, :-1], self._scale, self._ratio)
-        flip = (uniform[:, -1] < 0.5 * self._flip).astype(np.int32)
-        return [row[0] for row in rows], windows[:, :2].copy(), windows[:, 2:].copy(), flip
+    def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> Work:
+        sizes = np.array([row[2:] for row in rows])
+        uniform = counter_uniform(self._seed, positions, 2 * TRIES + 3, _WINDOWS)
+        return Work(
+            ids=np.array([row[0] for row in rows]),
+            positions=positions,
+            encoded=[row[1] for row in rows],
+            windows=random_resized_crop(sizes, uniform[:, :-1], self._scale, self._ratio),
+            flip=(uniform[:, -1] < 0.5).astype(np.int32) if self._flip else None,
+        )
 
-
-def _eval_graph(crop: int, interpolation: str):
-    def graph(dali, inputs, decoder_device):
-        fn, types = dali.fn, dali.types
-        encoded, start, end = fn.external_source(inputs, num_outputs=3)
-        images = fn.decoders.image(encoded, device=decoder_device)
-        interp = getattr(types, INTERPOLATIONS[interpolation])
-        return fn.resize(images, size=[crop, crop], roi_start=start, roi_end=end, interp_type=interp, antialias=True)
-
-    return graph
+    def _repair(self, work: Work, reasons: dict[int, str]) -> Work:
+        for row, reason in reasons.items():
+            self.bad_files.add(self.source.name(int(work.ids[row])), reason)
+        # Every row from the start: the chain of replacements is walked alike whenever a file turns out to be bad.
+        rows = self._read_part(np.stack([work.positions, self._stream[work.positions]], axis=1))
+        return self._assemble(work.positions, rows)
 
 
 def eval_batches(
@@ -244,25 +260,58 @@ def eval_batches(
     device: str | torch.device = "cpu",
     threads: int = 2,
     interpolation: str = "bilinear",
+    bad_files: str | Path | None = None,
+    max_bad_share: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every sample once, in order: images uint8 (b, H, W, 3) and labels int64 (b,), the last batch smaller.
+    """Every sample once, in order: images uint8 (b, H, W, 3), labels int64 (b,); without labels, the sample ids.
 
-    The shorter side is resized to `resize`, then the central `crop` x `crop` is cut; one resampling does both. Without
-    labels in the source, the labels are the sample ids.
+    The central square that is `crop` wide once the shorter side has `resize` pixels, in one resampling. Samples that
+    cannot be decoded are left out and recorded, up to max_bad_share.
     """
     if not 0 < crop <= resize:
-        raise ValueError(f"crop: expected at most resize = {resize}, got {crop}")
-    device = torch.device(device)
+        raise ValueError(f"crop: expected 1 to resize = {resize}, got {crop}")
+    bad = BadFiles(len(source), max_bad_share, bad_files)
+    read = _Reader(source, max_pixels, cache_bytes=0)
     labels = np.arange(len(source)) if source.labels is None else source.labels
 
-    def inputs() -> Iterator[tuple]:
-        for first in range(0, len(source), batch_size):
-            data = [source.read(i) for i in range(first, min(first + batch_size, len(source)))]
-            sizes = np.array([read_header(d)[:2] for d in data], np.float32)
-            half = sizes.min(1, keepdims=True) * np.float32(crop / resize / 2)
-            yield [np.frombuffer(d, np.uint8) for d in data], sizes / 2 - half, sizes / 2 + half
+    def read_one(index: int) -> tuple | None:
+        try:
+            return index, *read(index)
+        except BadImage as error:
+            bad.add(source.name(index), str(error))
+            return None
 
-    done = 0
-    for images in _Pipeline(_eval_graph(crop, interpolation), inputs(), batch_size, device, threads, 2):
-        yield images, torch.from_numpy(labels[done : done + len(images)])
-        done += len(images)
+    def works() -> Iterator[Work]:
+        reading: deque[list[Future]] = deque()
+        for first in range(0, len(source) + 2 * batch_size, batch_size):
+            last = min(first + batch_size, len(source))
+            reading.append([readers.submit(read_one, index) for index in range(first, last)])
+            if len(reading) > 2:
+                rows = [row for future in reading.popleft() if (row := future.result()) is not None]
+                if rows:
+                    yield _central(rows, crop / resize)
+
+    def repair(work: Work, reasons: dict[int, str]) -> Work:
+        for row, reason in reasons.items():
+            bad.add(source.name(int(work.ids[row])), reason)
+        kept = [row for row in range(len(work.ids)) if row not in reasons]
+        encoded = [work.encoded[row] for row in kept]
+        return Work(work.ids[kept], work.positions[kept], encoded, work.windows[kept])
+
+    decoder = Decoder(crop=crop, interpolation=interpolation, flip=False, device=device, threads=threads)
+    with ThreadPoolExecutor(_READERS) as readers:
+        try:
+            for work, images in decode_all(decoder, works(), repair, batch_size):
+                yield images, torch.from_numpy(labels[work.ids])
+        finally:
+            decoder.close()
+
+
+def _central(rows: list[tuple], share: float) -> Work:
+    """Windows of the central square, `share` of the shorter side wide."""
+    ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
+    side = np.maximum(np.rint(sizes.min(1, keepdims=True) * share).astype(np.int32), 1)
+    corner = (sizes[:, ::-1] - side) // 2
+    windows = np.concatenate([corner, side, side], axis=1).astype(np.int32)
+    return Work(ids, ids, [row[1] for row in rows], windows)

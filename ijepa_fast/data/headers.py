@@ -1,12 +1,14 @@
 """What the first bytes of a JPEG, PNG or WebP file say: its format, and its size as a viewer shows it.
 
-A few microseconds an image, no decoding. It sorts out what would kill a decoder (empty, no image, a size that no memory
-holds) and marks what a decoder should look at first (cut short).
+A few microseconds an image, no decoding. It sorts out what would kill a decoder: empty files, no images, a size that no
+memory holds. Files without their end marker are decoded once, to see how much is missing.
 """
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
 from typing import NamedTuple
 
 MAX_PIXELS = 178_956_970  # Pillow's bound for decompression bombs: 512 MiB of RGB
@@ -45,6 +47,20 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     if height * width > max_pixels:
         raise BadImage(f"declares {width} x {height} pixels, over the bound of {max_pixels}")
     return Header(width, height, cut_short) if orientation >= 5 else Header(height, width, cut_short)
+
+
+def screen(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of an encoded image. Raises BadImage with the reason where the file cannot be used."""
+    header = read_header(data, max_pixels)
+    if header.cut_short:
+        from PIL import Image
+
+        try:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+                image.load()
+        except Exception as error:  # Pillow raises whatever its plug-ins raise
+            raise BadImage(f"cut short: {error}") from error
+    return header.height, header.width
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int, bool]:

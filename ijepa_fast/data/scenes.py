@@ -304,9 +304,10 @@ def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
 
 
 def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, processes: int | None = None) -> Path:
-    """Write `count` scenes of `size` x `size` pixels as JPEG files, and labels.csv: file, kind, count, distance, metres.
+    """Write `count` scenes of `size` x `size` pixels as JPEG files, and labels.csv.
 
-    Scene i depends on (seed, i, size) only. `processes`: how many to render with, the machine's cores by default.
+    Its columns: file, kind, count, distance, metres. Scene i depends on (seed, i, size) only. `processes`: how many
+    to render with, the machine's cores by default.
     """
     if count < 1 or size < 16:
         raise ValueError(f"scenes: expected count >= 1 and size >= 16, got count={count}, size={size}")

@@ -1,0 +1,201 @@
+"""The decode graph: encoded bytes and crop windows in, uint8 HWC images of one size out; on the CPU or on a GPU.
+
+DALI decodes only the window's rows and columns. The resize is antialiased, as Pillow's. On a GPU it is part of the
+graph; on the CPU the graph ends at the window and PyTorch's uint8 resize follows, three to four times as fast as
+DALI's there. A file that cannot be decoded raises out of a DALI pipeline and leaves it dead: `decode_all` finds the
+file, lets the caller replace it, and goes on with a new pipeline.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# Output width up to which DALI resizes on the CPU as well: a call from Python an image costs more than it saves.
+_SMALL = 64
+
+# DALI's and PyTorch's names of the filters.
+INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
+
+
+def import_dali():
+    """The module nvidia.dali. Raises ImportError naming the package where it is not installed."""
+    try:
+        import nvidia.dali as dali
+    except ImportError as error:
+        raise ImportError(
+            "decoding images needs the package nvidia-dali-cuda130, which is not installed; "
+            "pip install nvidia-dali-cuda130 (it runs without a GPU too)"
+        ) from error
+    return dali
+
+
+@dataclass
+class Work:
+    """A batch to decode. ids: (B,) sample ids. positions: (B,) places in the sample stream.
+
+    encoded: B uint8 arrays. windows: (B, 4) int32 x, y, width, height. flip: (B,) int32, 1 to mirror, or None.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    encoded: list[np.ndarray]
+    windows: np.ndarray
+    flip: np.ndarray | None = None
+
+    def inputs(self, first: int = 0, last: int | None = None) -> tuple:
+        """What the graph is fed, of all rows or of those from `first` to `last`."""
+        rows = slice(first, last)
+        windows = self.windows[rows]
+        start, shape = np.ascontiguousarray(windows[:, :2]), np.ascontiguousarray(windows[:, 2:])
+        inputs = self.encoded[rows], start, shape
+        return inputs if self.flip is None else (*inputs, self.flip[rows])
+
+
+class Decoder:
+    """Makes pipelines of one graph. `threads` decode, and on the CPU as many resize."""
+
+    def __init__(
+        self,
+        *,
+        crop: int,
+        interpolation: str,
+        flip: bool,
+        device: str | torch.device,
+        threads: int,
+        hw_decoder_load: float = 0.65,
+    ):
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+        self.dali = import_dali()
+        self.crop, self.interpolation, self.flip, self.threads = crop, interpolation, flip, threads
+        self.hw_decoder_load = hw_decoder_load
+        self.device = torch.device(device)
+        self.on_gpu = self.device.type == "cuda"
+        self.resize_in_graph = self.on_gpu or crop <= _SMALL
+        self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self._resizers = None if self.resize_in_graph else ThreadPoolExecutor(threads, thread_name_prefix="resize")
+
+    def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[torch.Tensor]:
+        """A pipeline over the inputs of works: one uint8 (b, crop, crop, 3) tensor for each, `depth` of them ahead."""
+        device_id = (self.device.index or 0) if self.on_gpu else None
+        pipe = self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
+        with pipe:
+            pipe.set_outputs(self._graph(works))
+        pipe.build()
+        pipe.schedule_run()
+        while True:
+            try:
+                (images,) = pipe.share_outputs()
+            except StopIteration:
+                return
+            result = self._copy(images) if self.resize_in_graph else self._resize(images)
+            pipe.release_outputs()
+            pipe.schedule_run()
+            yield result
+
+    def close(self) -> None:
+        """Stop the resizing threads."""
+        if self._resizers is not None:
+            self._resizers.shutdown(cancel_futures=True)
+
+    def _graph(self, works: Iterable[tuple]):
+        fn, types = self.dali.fn, self.dali.types
+        encoded, start, shape, *flip = fn.external_source(works, num_outputs=4 if self.flip else 3)
+        options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if self.on_gpu else {}
+        images = fn.decoders.image_slice(encoded, start, shape, **options)
+        if self.resize_in_graph:
+            filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
+            images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
+        return fn.flip(images, horizontal=flip[0]) if self.flip else images
+
+    def _copy(self, images) -> torch.Tensor:
+        dense = images.as_tensor()
+        if not self.on_gpu:
+            return torch.from_numpy(np.array(dense))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        with torch.cuda.stream(self.stream):
+            out = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
+            feed_ndarray(dense, out, cuda_stream=self.stream)
+        self.stream.synchronize()  # holds up this thread only; the next batches are being decoded meanwhile
+        return out
+
+    def _resize(self, images) -> torch.Tensor:
+        out = torch.empty(len(images), self.crop, self.crop, 3, dtype=torch.uint8)
+
+        def part(rows: range) -> None:
+            for row in rows:
+                image = torch.from_numpy(np.asarray(images[row])).permute(2, 0, 1)[None]
+                image = F.interpolate(image, (self.crop, self.crop), mode=self.interpolation, antialias=True)
+                out[row] = image[0].permute(1, 2, 0)
+
+        bounds = np.linspace(0, len(images), self.threads + 1).astype(int).tolist()
+        list(self._resizers.map(part, itertools.starmap(range, itertools.pairwise(bounds))))
+        return out
+
+
+def decode_all(
+    decoder: Decoder,
+    works: Iterable[Work],
+    repair: Callable[[Work, dict[int, str]], Work],
+    batch_size: int,
+    depth: int = 2,
+) -> Iterator[tuple[Work, torch.Tensor]]:
+    """Every work with its images, in order.
+
+    `repair` is given a work and the reasons by row of what could not be decoded, and returns the work to decode
+    instead. Raises the pipeline's error where no row is to blame, or all are.
+    """
+    works, redo = iter(works), []
+    while True:
+        in_flight: deque[Work] = deque()
+        try:
+            for images in decoder.run(_feed(itertools.chain(redo, works), in_flight), batch_size, depth):
+                yield in_flight.popleft(), images
+            return
+        except RuntimeError as error:
+            redo = list(in_flight)
+            for place, work in enumerate(redo):
+                reasons = _find_bad(decoder, work)
+                if len(reasons) == len(work.ids) > 1:
+                    raise
+                if reasons:
+                    redo[place] = repair(work, reasons)
+                    break
+            else:
+                raise error
+
+
+def _feed(works: Iterable[Work], in_flight: deque[Work]) -> Iterator[tuple]:
+    for work in works:
+        in_flight.append(work)
+        yield work.inputs()
+
+
+def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
+    """The rows that cannot be decoded alone, with the reason."""
+    reasons: dict[int, str] = {}
+    row, count = 0, len(work.ids)
+    while row < count:
+        singles = (work.inputs(single, single + 1) for single in range(row, count))
+        try:
+            for _ in decoder.run(singles, 1, depth=1):
+                row += 1
+        except RuntimeError as error:
+            reasons[row] = _reason(error)
+            row += 1
+    return reasons
+
+
+def _reason(error: RuntimeError) -> str:
+    """The one line of DALI's message that says what happened."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    return text.partition("C++ context")[0].strip().splitlines()[0]

@@ -1,0 +1,69 @@
+"""Files that cannot be decoded: the record of them, and the bound on their share."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+
+
+class TooManyBadFiles(Exception):
+    """More of a source than the allowed share cannot be decoded."""
+
+
+class BadFiles:
+    """Names and reasons, each file once, in memory and (with `path`) as lines `name<TAB>reason` of a file.
+
+    The file is shared: other ranks append to it, a resumed run reads it. Raises TooManyBadFiles from `add` when more
+    than `max_share` of the `total` files are bad. Used from several threads.
+    """
+
+    def __init__(self, total: int, max_share: float, path: str | Path | None = None):
+        self.total, self.max_share = total, max_share
+        self.path = Path(path) if path is not None else None
+        self._reasons: dict[str, str] = {}
+        self._lock = threading.Lock()
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+", errors="surrogateescape") as file:
+                self._read(file)
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def __contains__(self, name: str) -> bool:
+        return _line(name) in self._reasons
+
+    def add(self, name: str, reason: str) -> None:
+        """Record a bad file."""
+        name, reason = _line(name), _line(reason)
+        with self._lock:
+            if self.path is None:
+                self._reasons.setdefault(name, reason)
+            else:
+                with open(self.path, "a+", errors="surrogateescape") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    self._read(file)
+                    if name not in self._reasons:
+                        self._reasons[name] = reason
+                        file.seek(0, os.SEEK_END)
+                        file.write(f"{name}\t{reason}\n")
+        if len(self) > self.max_share * self.total:
+            listed = f"they are listed in {self.path}" if self.path else f"the last is {name}: {reason}"
+            raise TooManyBadFiles(
+                f"{len(self)} of {self.total} files cannot be decoded, more than max_bad_share = {self.max_share:g}; "
+                f"{listed}. Repair or remove them (python -m ijepa_fast check-data PATH finds them all), "
+                "or raise max_bad_share"
+            )
+
+    def _read(self, file) -> None:
+        file.seek(0)
+        for line in file:
+            name, _, reason = line.rstrip("\n").partition("\t")
+            self._reasons.setdefault(name, reason)
+
+
+def _line(text: str) -> str:
+    """`text` without what would break a line of the record."""
+    return " ".join(text.split())
