@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines.plain_vit import Block, PatchEmbed, parameter_groups, set_rates
+from bench.baselines.plain_vit import Block, PatchEmbed, move_average, normalise, parameter_groups, set_rates, update
 from ijepa_fast.models.positions import sincos_2d
 
 
@@ -109,18 +109,10 @@ class PlainStep:
         set_rates(self.optimizer, lr, weight_decay)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             loss = self.loss(images, context_masks, target_masks)
-        if self.scaler is None:
-            loss.backward()
-            self.optimizer.step()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        update(loss, self.optimizer, self.scaler)
         self.gradient_norms = gradient_norms(self.encoder)
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for target, param in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
-                target.mul_(momentum).add_((1 - momentum) * param)
+        move_average(self.target_encoder, self.encoder, momentum)
         return loss.item()
 
 
@@ -145,6 +137,4 @@ def plain_batch(images: torch.Tensor, context, target, mean, std):
     """What the published data loader hands over: `images` uint8 (B, H, W, 3) -> normalised float (B, 3, H, W), and the
     masks context (C, B, Kc), target (M, B, K) as lists of int64 tensors.
     """
-    x = images.permute(0, 3, 1, 2).float() / 255
-    x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    return x.contiguous(), list(torch.as_tensor(context).long()), list(torch.as_tensor(target).long())
+    return normalise(images, mean, std), list(torch.as_tensor(context).long()), list(torch.as_tensor(target).long())

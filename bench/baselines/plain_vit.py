@@ -87,3 +87,33 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
         group["lr"] = lr
         if not group.get("fixed"):
             group["weight_decay"] = weight_decay
+
+
+def update(loss: torch.Tensor, optimizer: torch.optim.Optimizer, scaler=None, clip=None) -> None:
+    """Backward and optimiser step, through a GradScaler where there is one; `clip()` runs between them."""
+    if scaler is None:
+        loss.backward()
+    else:
+        scaler.scale(loss).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+    if clip is not None:
+        clip()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, module: nn.Module, momentum: float) -> None:
+    """average = momentum * average + (1 - momentum) * module, parameter by parameter as published."""
+    for target, param in zip(average.parameters(), module.parameters(), strict=True):
+        target.mul_(momentum).add_((1 - momentum) * param)
+
+
+def normalise(images: torch.Tensor, mean, std) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> normalised float (B, 3, H, W), as the published loaders hand it over."""
+    x = images.permute(0, 3, 1, 2).float() / 255
+    return ((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]).contiguous()

@@ -1,0 +1,204 @@
+"""The opponents are the published methods: held to the golden archives, and to each other."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.baselines.crops import draw_masks, draw_views, render
+from bench.baselines.ibot import IBOT, Backbone, CropSampler, Head, Network, StochasticBlock
+from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
+from bench.baselines.plain import PlainStep, load_published
+from bench.baselines.plain_ibot import PlainIBOTStep
+from bench.baselines.plain_mae import PlainMAEStep
+from bench.baselines.strong import StrongStep
+from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.vit import Sequences
+from ijepa_fast.packing import pack
+from tests.parity import relative_error
+from tests.parity_baselines import parity_ibot, parity_mae
+
+DATA = Path(__file__).parent / "data"
+TOLERANCE = 1e-4
+
+
+def state(archive, prefix):
+    names = [name for name in archive.files if name.startswith(prefix + "/")]
+    return {name.removeprefix(prefix + "/"): torch.from_numpy(archive[name]) for name in names}
+
+
+def ijepa_sizes(archive):
+    image, patch, dim, depth, heads, predictor_dim, predictor_depth, *_ = map(int, archive["config"])
+    grid = (image // patch, image // patch)
+    encoder = {"image_size": image, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
+    return encoder, {"grid": grid, "encoder_dim": dim, "dim": predictor_dim, "depth": predictor_depth, "heads": heads}
+
+
+@pytest.fixture(scope="module")
+def ijepa():
+    with np.load(DATA / "ijepa_step.npz") as archive:
+        yield archive
+
+
+@pytest.mark.parametrize("kind", ["plain", "strong"])
+def test_ijepa_steps_are_the_published_ones(ijepa, kind):
+    sizes = ijepa_sizes(ijepa)
+    # Images come normalised from the archive, so the strong step's own normalisation is made the identity.
+    step = PlainStep(*sizes) if kind == "plain" else StrongStep(*sizes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    load_published(step, *(state(ijepa, f"init/{name}") for name in ("encoder", "predictor", "target_encoder")))
+    for i in range(3):
+        images, context, target = (
+            torch.from_numpy(ijepa[f"s{i}/{name}"]) for name in ("images", "masks_context", "masks_target")
+        )
+        if kind == "plain":
+            batch = (images, list(context), list(target))
+            assert relative_error(step.targets(*batch), ijepa[f"s{i}/targets"]) < TOLERANCE
+        else:
+            batch = (images.permute(0, 2, 3, 1), context, target)
+        loss = step(batch, *(float(ijepa[f"s{i}/{name}"]) for name in ("lr", "wd", "ema")))
+        assert float(loss) == pytest.approx(float(ijepa[f"s{i}/loss_smooth_l1"]), rel=1e-5)
+    for network in ("encoder", "predictor", "target_encoder"):
+        ours = getattr(step, network).state_dict()
+        for name, golden in state(ijepa, f"final/{network}").items():
+            assert relative_error(ours[name], golden) < TOLERANCE, name
+
+
+def test_plain_and_strong_agree_with_two_contexts(ijepa):
+    sizes = ijepa_sizes(ijepa)
+    plain, strong = PlainStep(*sizes), StrongStep(*sizes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    weights = [state(ijepa, f"init/{name}") for name in ("encoder", "predictor", "target_encoder")]
+    load_published(plain, *weights)
+    load_published(strong, *weights)
+    images = torch.randn(3, 3, 64, 64)
+    context, target = torch.randint(64, (2, 3, 9)), torch.randint(64, (4, 3, 5))
+    losses = plain((images, list(context), list(target))), strong((images.permute(0, 2, 3, 1), context, target))
+    assert losses[0] == pytest.approx(float(losses[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "parity"), [("mae", parity_mae), ("ibot", parity_ibot)])
+def test_parity_with_the_published_code(name, parity):
+    with np.load(DATA / f"{name}_step.npz") as archive:
+        errors = parity(archive)
+    assert len(errors) > 40
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_plain_mae_is_the_published_one():
+    with np.load(DATA / "mae_step.npz") as archive:
+        image, patch, dim, depth, heads, *decoder = map(int, archive["config"])
+        step = PlainMAEStep(
+            dict(zip(("image_size", "patch", "dim", "depth", "heads"), (image, patch, dim, depth, heads)))
+            | dict(zip(("decoder_dim", "decoder_depth", "decoder_heads"), decoder))
+        )
+        step.model.load_state_dict(state(archive, "model"))
+        order = torch.from_numpy(archive["ids_restore"]).argsort(1)
+        loss = step.model(torch.from_numpy(archive["images"]), order, int((archive["mask"][0] == 0).sum()))
+        loss.backward()
+        assert relative_error(loss, archive["loss_norm_pix"]) < TOLERANCE
+        for name, golden in state(archive, "grad").items():
+            assert relative_error(step.model.get_parameter(name).grad, golden) < TOLERANCE, name
+
+
+def test_plain_ibot_is_the_published_one():
+    with np.load(DATA / "ibot_step.npz") as archive:
+        image, patch, dim, depth, heads, prototypes, hidden, bottleneck = map(int, archive["config"])
+        backbone = {"image_size": image, "patch": patch, "dim": dim, "depth": depth, "heads": heads, "drop_path": 0.0}
+        step = PlainIBOTStep(backbone, {"hidden": hidden, "bottleneck": bottleneck, "prototypes": prototypes})
+        for name in ("student", "teacher"):
+            network = getattr(step, name)
+            golden = state(archive, name)
+            network.load_state_dict({k: golden.get(k, v) for k, v in network.state_dict().items()})
+        step.centre = torch.from_numpy(archive["center_before"])
+        step.patch_centre = torch.from_numpy(archive["center2_before"])
+        large = [torch.from_numpy(archive[f"global{i}"]) for i in range(2)]
+        small = [torch.from_numpy(archive[f"local{i}"]) for i in range(3)]
+        masks = [torch.from_numpy(archive[f"mask{i}"]).flatten(1) for i in range(2)]
+        loss = step.loss(large, small, masks, temperature=0.04 + 0.03 * 5 / 9)
+        loss.backward()
+        assert relative_error(loss, archive["loss"]) < TOLERANCE
+        assert relative_error(step.centre, archive["center_after"]) < TOLERANCE
+        assert relative_error(step.patch_centre, archive["center2_after"]) < TOLERANCE
+        for name, golden in state(archive, "grad").items():
+            assert relative_error(step.student.get_parameter(name).grad, golden) < TOLERANCE, name
+
+
+def small_mae():
+    encoder = ClassTokenEncoder(32, 8, 32, 2, 2)
+    return MAE(encoder, Decoder(encoder.grid, 8, 32, 32, 2, 2), mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_mae_refuses_masks_it_cannot_use():
+    masks = make_sampler("rasterized", (4, 4))(2, seed=0, step=0)
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="one target block"):
+        small_mae()(images, pack(masks))
+
+
+def test_mae_features_come_without_the_class_token():
+    model, images = small_mae(), torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+    patches = model.patchify(images)
+    features = model.target_encoder(patches, 3)
+    assert features.shape == (3 * 16, 32)
+    alone = model.target_encoder(patches[16:32], 1)
+    torch.testing.assert_close(features[16:32], alone)
+
+
+def small_ibot():
+    return IBOT(Network(Backbone(32, 8, 32, 2, 2), Head(32, 32, 16, 48)), mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_ibot_learns_from_uint8_images_and_crops_drawn_ahead():
+    sampler = CropSampler(32, 8, small=3)
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    batch, again = sampler(4, seed=1, step=2), sampler(4, seed=1, step=2)
+    assert torch.equal(batch.views.boxes, again.views.boxes)
+    assert torch.equal(batch.mask, again.mask)
+    assert not torch.equal(batch.views.boxes, sampler(4, seed=1, step=3).views.boxes)
+    model = small_ibot()
+    model(images, batch).backward()
+    missing = [name for name, p in model.encoder.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_ibot_without_any_masked_patch_has_no_patch_loss():
+    sampler = CropSampler(32, 8, small=2)
+    batch = next(b for b in (sampler(1, seed=0, step=step) for step in range(100)) if not b.mask.any())
+    model, images = small_ibot(), torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    large = model.patchify(render(images, batch.views.of(slice(2)), 32))
+    small = model.patchify(render(images, batch.views.of(slice(2, None)), 8 * batch.small_side))
+    class_loss, patch_loss = model.losses(large, small, batch)
+    assert patch_loss == 0
+    assert class_loss > 0
+
+
+def test_stochastic_depth_drops_whole_branches():
+    block = StochasticBlock(16, 2, 4.0, drop=0.5).train()
+    x = torch.randn(64 * 3, 16)
+    cu_seqlens = torch.arange(0, 64 * 3 + 1, 3, dtype=torch.int32)
+    _, branch = block(x, None, Sequences(cu_seqlens, 3))
+    dropped = (branch.view(64, 3, 16) == 0).flatten(1)
+    assert torch.equal(dropped.all(1), dropped.any(1))
+    assert 10 < dropped.all(1).sum() < 54
+    _, whole = block.eval()(x, None, Sequences(cu_seqlens, 3))
+    assert (whole != 0).any(1).all()
+
+
+def test_a_view_of_the_whole_image_without_changes_is_the_image():
+    views = draw_views(np.random.default_rng(0), 2, 0)
+    views.boxes[:] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    views.boxes[1] = torch.tensor([1.0, 0.0, -1.0, 1.0])
+    views.colours[:] = torch.eye(3, 4)
+    views.contrast[:], views.blur[:], views.solarise[:] = 1, 0, 0
+    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    same, mirrored = render(images, views, 16).chunk(2)
+    assert torch.equal(same, images)
+    assert torch.equal(mirrored, images.flip(2))
+
+
+def test_mask_shares():
+    masks = draw_masks(np.random.default_rng(0), 2000, 14)
+    shares = masks.mean(1)
+    assert np.mean(shares == 0) == pytest.approx(0.5, abs=0.05)
+    assert shares[shares > 0].mean() == pytest.approx(0.3, abs=0.03)
+    assert shares.max() <= 0.5 + 1 / 196
