@@ -1,5 +1,6 @@
-"""Image files for the tests of ijepa_fast.data: real photographs in every supported kind, and every kind of broken file."""
+"""Image files for the tests of the data loader: real photographs of every supported kind, and broken files."""
 
+import functools
 import io
 import tarfile
 
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 
+@functools.cache
 def photographs() -> list[Image.Image]:
     """The two photographs that scikit-learn carries, 640 x 427."""
     from sklearn.datasets import load_sample_images
@@ -28,6 +30,7 @@ def rotated(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
     return encode(image, kind, quality=90, exif=exif)
 
 
+@functools.cache
 def good_kinds() -> dict[str, bytes]:
     """One file of each kind that must decode."""
     photo = photographs()[0]
@@ -50,6 +53,7 @@ def good_kinds() -> dict[str, bytes]:
     return kinds | {f"exif{turn}.jpg": rotated(photo, turn) for turn in range(1, 9)}
 
 
+@functools.cache
 def bad_kinds() -> dict[str, bytes]:
     """One file of each kind that cannot be used."""
     photo = photographs()[0]

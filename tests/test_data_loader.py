@@ -232,10 +232,8 @@ def test_half_a_percent_of_broken_files_is_survived_and_more_than_allowed_is_not
         assert len(next(loader).images) == 40
     loader.close()
     assert len(loader.bad_files) == 2
-    loader = TrainLoader(source, batch_size=40, crop=32, max_bad_share=0.004)
     with pytest.raises(TooManyBadFiles, match=r"2 of 400 .* max_bad_share = 0.004; .* check-data"):
-        for _ in range(10):
-            next(loader)
+        take(source, 10, batch_size=40, max_bad_share=0.004)
 
 
 def test_evaluation_leaves_broken_files_out(with_bad):
