@@ -292,12 +292,10 @@ def eval_batches(
                 if rows:
                     yield _central(rows, crop / resize)
 
-    def repair(work: Work, reasons: dict[int, str]) -> Work:
+    def repair(work: Work, reasons: dict[int, str]) -> Work | None:
         for row, reason in reasons.items():
             bad.add(source.name(int(work.ids[row])), reason)
-        kept = [row for row in range(len(work.ids)) if row not in reasons]
-        encoded = [work.encoded[row] for row in kept]
-        return Work(work.ids[kept], work.positions[kept], encoded, work.windows[kept])
+        return work.without(reasons)
 
     decoder = Decoder(crop=crop, interpolation=interpolation, flip=False, device=device, threads=threads)
     with ThreadPoolExecutor(_READERS) as readers:

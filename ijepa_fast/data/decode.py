@@ -8,15 +8,19 @@ file, lets the caller replace it, and goes on with a new pipeline.
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+
+from ijepa_fast.data.headers import pillow_complaint
 
 # Output width up to which DALI resizes on the CPU as well: a call from Python an image costs more than it saves.
 _SMALL = 64
@@ -58,6 +62,15 @@ class Work:
         inputs = self.encoded[rows], start, shape
         return inputs if self.flip is None else (*inputs, self.flip[rows])
 
+    def without(self, rows: Container[int]) -> Work | None:
+        """The same work but for some rows, or None where that leaves nothing."""
+        kept = [row for row in range(len(self.ids)) if row not in rows]
+        if not kept:
+            return None
+        encoded = [self.encoded[row] for row in kept]
+        flip = None if self.flip is None else self.flip[kept]
+        return Work(self.ids[kept], self.positions[kept], encoded, self.windows[kept], flip)
+
 
 class Decoder:
     """Makes pipelines of one graph. `threads` decode, and on the CPU as many resize."""
@@ -85,28 +98,46 @@ class Decoder:
 
     def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[torch.Tensor]:
         """A pipeline over the inputs of works: one uint8 (b, crop, crop, 3) tensor for each, `depth` of them ahead."""
-        device_id = (self.device.index or 0) if self.on_gpu else None
-        pipe = self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
+        pipe = self._pipeline(batch_size, depth)
         with pipe:
-            pipe.set_outputs(self._graph(works))
+            pipe.set_outputs(*self._graph(works))
         pipe.build()
         pipe.schedule_run()
         while True:
             try:
-                (images,) = pipe.share_outputs()
+                outputs = pipe.share_outputs()
             except StopIteration:
                 return
-            result = self._copy(images) if self.resize_in_graph else self._resize(images)
+            result = self._collect(outputs)
             pipe.release_outputs()
             pipe.schedule_run()
             yield result
+
+    def healthy(self) -> bool:
+        """Whether a picture that is certainly whole can be decoded; if not, the device is to blame and no file is."""
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, "JPEG")
+        fn = self.dali.fn
+        pipe = self._pipeline(1, 1)
+        with pipe:
+            encoded = fn.external_source(lambda: [np.frombuffer(file.getvalue(), np.uint8)])
+            pipe.set_outputs(fn.decoders.image(encoded, device="mixed" if self.on_gpu else "cpu"))
+        try:
+            pipe.run()
+        except RuntimeError:
+            return False
+        return True
 
     def close(self) -> None:
         """Stop the resizing threads."""
         if self._resizers is not None:
             self._resizers.shutdown(cancel_futures=True)
 
-    def _graph(self, works: Iterable[tuple]):
+    def _pipeline(self, batch_size: int, depth: int):
+        device_id = (self.device.index or 0) if self.on_gpu else None
+        return self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
+
+    def _graph(self, works: Iterable[tuple]) -> tuple:
         fn, types = self.dali.fn, self.dali.types
         encoded, start, shape, *flip = fn.external_source(works, num_outputs=4 if self.flip else 3)
         options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if self.on_gpu else {}
@@ -114,7 +145,10 @@ class Decoder:
         if self.resize_in_graph:
             filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
             images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
-        return fn.flip(images, horizontal=flip[0]) if self.flip else images
+        return (fn.flip(images, horizontal=flip[0]) if self.flip else images,)
+
+    def _collect(self, outputs: tuple) -> torch.Tensor:
+        return self._copy(outputs[0]) if self.resize_in_graph else self._resize(outputs[0])
 
     def _copy(self, images) -> torch.Tensor:
         dense = images.as_tensor()
@@ -145,14 +179,14 @@ class Decoder:
 def decode_all(
     decoder: Decoder,
     works: Iterable[Work],
-    repair: Callable[[Work, dict[int, str]], Work],
+    repair: Callable[[Work, dict[int, str]], Work | None],
     batch_size: int,
     depth: int = 2,
 ) -> Iterator[tuple[Work, torch.Tensor]]:
     """Every work with its images, in order.
 
-    `repair` is given a work and the reasons by row of what could not be decoded, and returns the work to decode
-    instead. Raises the pipeline's error where no row is to blame, or all are.
+    `repair` is given a work and the reasons, by row, of what could not be decoded; it returns the work to decode
+    instead, if any. Raises the pipeline's error where no file is to blame.
     """
     works, redo = iter(works), []
     while True:
@@ -164,11 +198,11 @@ def decode_all(
         except RuntimeError as error:
             redo = list(in_flight)
             for place, work in enumerate(redo):
-                reasons = _find_bad(decoder, work)
-                if len(reasons) == len(work.ids) > 1:
-                    raise
-                if reasons:
-                    redo[place] = repair(work, reasons)
+                if reasons := _find_bad(decoder, work):
+                    if len(reasons) == len(work.ids) and not decoder.healthy():
+                        raise
+                    repaired = repair(work, reasons)
+                    redo[place : place + 1] = [] if repaired is None else [repaired]
                     break
             else:
                 raise error
@@ -190,12 +224,12 @@ def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
             for _ in decoder.run(singles, 1, depth=1):
                 row += 1
         except RuntimeError as error:
-            reasons[row] = _reason(error)
+            reasons[row] = _reason(error, work.encoded[row])
             row += 1
     return reasons
 
 
-def _reason(error: RuntimeError) -> str:
-    """The one line of DALI's message that says what happened."""
-    text = str(error).partition("encountered:")[2] or str(error)
-    return text.partition("C++ context")[0].strip().splitlines()[0]
+def _reason(error: RuntimeError, encoded: np.ndarray) -> str:
+    """Why an image cannot be decoded: Pillow's words if it cannot either, for DALI's say little, else DALI's."""
+    text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
+    return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]

@@ -11,6 +11,8 @@ import struct
 import warnings
 from typing import NamedTuple
 
+from PIL import Image
+
 MAX_PIXELS = 178_956_970  # Pillow's bound for decompression bombs: 512 MiB of RGB
 
 # Start-of-frame markers; C4, C8 and CC in their range are tables and extensions.
@@ -52,15 +54,19 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 def screen(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width of an encoded image. Raises BadImage with the reason where the file cannot be used."""
     header = read_header(data, max_pixels)
-    if header.cut_short:
-        from PIL import Image
-
-        try:
-            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
-                image.load()
-        except Exception as error:  # Pillow raises whatever its plug-ins raise
-            raise BadImage(f"cut short: {error}") from error
+    if header.cut_short and (complaint := pillow_complaint(data)):
+        raise BadImage(f"cut short: {complaint}")
     return header.height, header.width
+
+
+def pillow_complaint(data: bytes) -> str | None:
+    """What Pillow says against decoding the whole of an image, or None."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except Exception as error:  # of whatever type its plug-ins raise
+        return str(error) or type(error).__name__
+    return None
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int, bool]:

@@ -1,0 +1,46 @@
+"""Batches without files: random images made once, for measuring everything but the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ijepa_fast.data.dali import Batch
+
+
+class SyntheticLoader:
+    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting."""
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        crop: int,
+        count: int = 1_281_167,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+        start_step: int = 0,
+        extra: Callable[[int], object] | None = None,
+    ):
+        generator = torch.Generator().manual_seed(seed * world_size + rank)
+        shape = (batch_size, crop, crop, 3)
+        self._images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+        self._indices = torch.arange(batch_size) + rank * batch_size
+        self._step, self._extra = start_step, extra
+        self.steps_per_epoch = max(count // (batch_size * world_size), 1)
+        self.wait_seconds, self.replaced = 0.0, 0
+
+    def __iter__(self) -> SyntheticLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        step = self._step
+        self._step += 1
+        extra = None if self._extra is None else self._extra(step)
+        return Batch(self._images, self._indices, step // self.steps_per_epoch, extra)
+
+    def close(self) -> None:
+        """Nothing to stop."""
