@@ -1,4 +1,4 @@
-"""The CPU implementation: batched attention for uniform or short sequences, else PyTorch's flash attention one by one."""
+"""The CPU implementation: batched attention for uniform or short sequences, else flash attention one by one."""
 
 from __future__ import annotations
 
