@@ -67,10 +67,10 @@ class Solid:
             side = np.abs(points).argmax(0)
             local = np.where(np.arange(3)[:, None] == side, np.sign(points), 0)
         elif self.kind == "cylinder":
-            flat = np.abs(z) > 1 - _EPSILON
+            flat = np.abs(z) > np.hypot(x, y)
             local = np.where(flat, np.stack([0 * x, 0 * y, np.sign(z)]), np.stack([x, y, 0 * z]))
         else:
-            flat = z < -1 + _EPSILON
+            flat = z + 1 < (1 - z) / 2 - np.hypot(x, y)
             local = np.where(flat, np.stack([0 * x, 0 * y, z]), np.stack([x, y, (1 - z) / 4]))
         c, s = np.float32(np.cos(self.yaw)), np.float32(np.sin(self.yaw))
         x, y, z = local / self.scale[:, None]

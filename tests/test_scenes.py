@@ -1,0 +1,135 @@
+"""The embedded data set: determinism, labels that are true and balanced, and no give-away in the colours."""
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_fast.data.scenes import (
+    DISTANCES,
+    KINDS,
+    MAX_OBJECTS,
+    NEAREST,
+    _cast,
+    draw_scene,
+    ensure_scenes,
+    render,
+    write_scenes,
+)
+from ijepa_fast.data.sources import open_source
+
+
+def test_a_scene_depends_on_seed_and_index_only():
+    first = render(draw_scene(3, 17)[0], 48)
+    assert first.shape == (48, 48, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, render(draw_scene(3, 17)[0], 48))
+    assert not np.array_equal(first, render(draw_scene(3, 18)[0], 48))
+    assert not np.array_equal(first, render(draw_scene(4, 17)[0], 48))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [draw_scene(0, index) for index in range(150)]
+
+
+def test_labels_are_what_the_picture_shows(scenes):
+    for scene, labels in scenes:
+        _, depth, which = _cast(scene, 64)
+        areas = np.bincount(which[which >= 0], minlength=len(scene.solids))
+        assert labels["kind"] == scene.solids[areas.argmax()].kind
+        assert labels["count"] == len(scene.solids) == (areas > 0).sum()
+        metres = min(np.linalg.norm(solid.centre - scene.camera) for solid in scene.solids)
+        assert metres == pytest.approx(labels["metres"], abs=2e-3)
+        seen = depth[which >= 0].min()  # the nearest surface lies in front of the nearest centre, by its size at most
+        assert metres - 2.5 < seen < metres
+
+
+def test_labels_are_balanced_and_independent(scenes):
+    table = [labels for _, labels in scenes]
+    for column, values in {"kind": KINDS, "count": range(1, MAX_OBJECTS + 1), "distance": range(DISTANCES)}.items():
+        shares = Counter(row[column] for row in table)
+        assert set(shares) == set(values)
+        assert max(shares.values()) < 2 * len(table) / len(values)
+    metres, counts = np.array([row["metres"] for row in table]), np.array([row["count"] for row in table])
+    assert abs(np.corrcoef(metres, counts)[0, 1]) < 0.2
+    assert metres.min() >= NEAREST[0]
+    assert metres.max() <= NEAREST[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solids_are_closed_and_their_normals_look_at_the_viewer(scenes, kind):
+    seen = 0
+    for scene, _ in scenes:
+        rays, depth, which = _cast(scene, 48)
+        for number, solid in enumerate(scene.solids):
+            here = np.flatnonzero(which == number)
+            if solid.kind == kind and len(here):
+                points = scene.camera[:, None] + rays[:, here] * depth[here]
+                local = solid.to_local(points - solid.centre[:, None])
+                assert np.abs(local).max() < 1.01
+                normal = solid.normal(local)
+                assert np.allclose(np.linalg.norm(normal, axis=0), 1, atol=1e-3)
+                assert ((normal * rays[:, here]).sum(0) < 0.02).mean() > 0.97  # all but grazing edges
+                seen += 1
+    assert seen > 20
+
+
+def test_writing_is_the_same_with_any_number_of_processes(tmp_path):
+    a = write_scenes(tmp_path / "a", 5, size=32, seed=1, processes=1)
+    b = write_scenes(tmp_path / "b", 5, size=32, seed=1, processes=2)
+    files = sorted(path.name for path in a.iterdir())
+    assert files == [*(f"{i:06d}.jpg" for i in range(5)), "labels.csv"]
+    for name in files:
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    with Image.open(a / "000003.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (32, 32))
+    with open(a / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "kind", "count", "distance", "metres"]
+    for label in ("kind", "count", "distance"):
+        source = open_source(a, label=label)
+        assert [source.classes[i] for i in source.labels] == [row[label] for row in rows]
+
+
+def test_ensured_scenes_are_rendered_once_and_appear_whole(tmp_path, monkeypatch):
+    folder = ensure_scenes(tmp_path, 3, size=32)
+    assert len(open_source(folder)) == 3
+    monkeypatch.setattr("ijepa_fast.data.scenes.write_scenes", lambda *args: pytest.fail("rendered again"))
+    assert ensure_scenes(tmp_path, 3, size=32) == folder
+    monkeypatch.undo()
+    monkeypatch.setattr("ijepa_fast.data.scenes._main", None)
+    assert ensure_scenes(tmp_path, 4, size=32) != folder
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_a_rendering_process_that_fails_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        ensure_scenes(tmp_path, 3, size=32)
+    monkeypatch.undo()
+    assert len(open_source(ensure_scenes(tmp_path, 3, size=32))) == 3
+
+
+def test_arguments(tmp_path):
+    with pytest.raises(ValueError, match="count >= 1 and size >= 16, got count=0"):
+        write_scenes(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_colour_statistics_do_not_give_the_labels_away():
+    from sklearn.linear_model import LogisticRegression
+
+    table, features = [], []
+    for index in range(900):
+        scene, labels = draw_scene(7, index)
+        image = render(scene, 32).reshape(-1, 3) / 255
+        table.append(labels)
+        features.append([*image.mean(0), *image.std(0), *np.quantile(image, [0.1, 0.9], axis=0).ravel()])
+    features = (np.array(features) - np.mean(features, 0)) / np.std(features, 0)
+    for column, classes in (("kind", len(KINDS)), ("count", MAX_OBJECTS), ("distance", DISTANCES)):
+        values = np.array([row[column] for row in table])
+        probe = LogisticRegression(max_iter=500).fit(features[:600], values[:600])
+        assert probe.score(features[600:], values[600:]) < 1 / classes + 0.12
