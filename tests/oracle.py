@@ -1,7 +1,7 @@
-"""What the op tests share: error budgets against fp64, gradients with random upstream, gradcheck, opcheck, compile counts.
+"""What the op tests share: error budgets against fp64, gradients with random upstream, gradcheck, opcheck, compiles.
 
-The budget of docs/numerics.md: an op's largest error against fp64 is at most twice that of its reference run in the same
-low precision, plus a few units of fp32 rounding. Nothing here imports triton.
+The budget of docs/numerics.md: an op's largest error against fp64 is at most twice that of its reference run in the
+same low precision, plus a few units of fp32 rounding. Nothing here imports triton.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def check_against_reference(
 ) -> None:
     """Hold `op` to the error budget of `reference`: every output, every gradient, with random upstream gradients.
 
-    Both are called with `inputs` (floating-point ones are differentiated, each in its own dtype); `reference` once more with
-    them in fp64. `names` are those of the floating-point inputs, for messages.
+    Both are called with `inputs` (floating-point ones are differentiated, each in its own dtype); `reference` once more
+    with them in fp64. `names` are those of the floating-point inputs, for messages.
     """
     upstream = random_upstream(reference, inputs)
     exact = differentiate(
@@ -79,7 +79,7 @@ def opcheck(op: Callable, *arguments: object) -> None:
 
 
 def count_compiles(function: Callable, calls: Sequence[Sequence[object]]) -> int:
-    """How often torch.compile(fullgraph, dynamic) compiles `function` over `calls`, whose results must equal eager's."""
+    """How often torch.compile(fullgraph, dynamic) compiles `function` over `calls`; its results must equal eager's."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()

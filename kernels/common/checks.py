@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 
@@ -49,3 +50,21 @@ def check_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= size:
         raise ValueError(f"{op}: {name}: expected values in [0, {size}), got values from {low} to {high}")
+
+
+def check_sequences(op: str, name: str, cu_seqlens: torch.Tensor, rows: int, max_name: str, max_seqlen: int) -> None:
+    """ValueError unless cu_seqlens rises from 0 to `rows` by at most `max_seqlen`: on the CPU, or in debug mode."""
+    if torch.compiler.is_compiling() or not (debug or cu_seqlens.device.type == "cpu"):
+        return
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if not bounds or bounds[0] != 0 or bounds[-1] != rows or min(lengths, default=0) < 0:
+        shown = str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:3]))}, ..., {bounds[-1]}]"
+        raise ValueError(
+            f"{op}: {name}: expected values that start at 0, never decrease and end at the row count {rows}, "
+            f"got {shown}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"{op}: {max_name}: expected at least {max(lengths)}, the longest sequence of {name}, got {max_seqlen}"
+        )

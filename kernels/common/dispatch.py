@@ -8,6 +8,7 @@ One setting an op, made once from the run's config with `use`:
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ _choices: dict[str, str] = dict.fromkeys(OPS, "auto")
 # Read once: Triton, too, fixes both when it is imported, and torch.compile can trace constants only.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if _HAS_TRITON and _INTERPRETED:
+    importlib.import_module("ijepa_fast.kernels.common.interpreter").repair()
 
 
 def use(impl: str | Mapping[str, str]) -> None:
@@ -70,7 +73,11 @@ def runs_triton(op: str, tensor: torch.Tensor) -> bool:
         )
     if not tensor.is_cuda and not _INTERPRETED:
         raise RuntimeError(
-            f"kernels.{op}: 'triton' was asked for a tensor on {tensor.device}; set TRITON_INTERPRET=1 to run it there, or "
-            f"kernels.{op}=auto"
+            f"kernels.{op}: 'triton' was asked for a tensor on {tensor.device}; set TRITON_INTERPRET=1 to run it "
+            f"there, or kernels.{op}=auto"
+        )
+    if tensor.dtype == torch.float64:
+        raise RuntimeError(
+            f"kernels.{op}: the Triton kernel computes in fp32, got a float64 tensor; set kernels.{op}=reference"
         )
     return True

@@ -1,8 +1,8 @@
 """Registration of the ops with torch.library, namespace `ijepa_fast`.
 
 An op's Triton launcher lives in `ijepa_fast.kernels.<folder>.kernel` under the op's own name, and is imported by the
-first call that needs it. On CPU tensors the launcher runs in Triton's interpreter if that is on; otherwise the op is plain
-PyTorch.
+first call that needs it. On CPU tensors the launcher runs in Triton's interpreter if that is on; otherwise the op is
+plain PyTorch.
 """
 
 from __future__ import annotations

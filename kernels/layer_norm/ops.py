@@ -1,10 +1,12 @@
-"""layer_norm: checks, dispatch and registration."""
+"""layer_norm: checks, dispatch, autograd and registration."""
 
 from __future__ import annotations
 
 import torch
 
 from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
 from ijepa_fast.kernels.layer_norm import reference
 
 
@@ -16,7 +18,7 @@ def layer_norm(
     Args:
         x: (T, D) floating point.
         weight: (D,) gain.
-        bias: (D,) shift.
+        bias: (D,) shift, in weight's dtype.
         eps: added to the variance.
         residual: (T, D) in x's dtype, or None.
 
@@ -29,7 +31,77 @@ def layer_norm(
     """
     check_tensor("layer_norm", "x", x, (None, None))
     check_tensor("layer_norm", "weight", weight, (x.shape[1],), device=x.device)
-    check_tensor("layer_norm", "bias", bias, (x.shape[1],), device=x.device)
+    check_tensor("layer_norm", "bias", bias, (x.shape[1],), weight.dtype, x.device)
     if residual is not None:
         check_tensor("layer_norm", "residual", residual, (x.shape[0], x.shape[1]), x.dtype, x.device)
-    return reference.layer_norm(x, weight, bias, eps, residual)
+    if not runs_triton("layer_norm", x):
+        return reference.layer_norm(x, weight, bias, eps, residual)
+    return _LayerNorm.apply(x, residual, weight, bias, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        ctx.set_materialize_grads(False)
+        if residual is None:
+            y, mean, rstd = _fwd(x, weight, bias, eps)
+            ctx.save_for_backward(x, weight, mean, rstd)
+            ctx.fused = False
+            return y
+        y, total, mean, rstd = _add_fwd(x, residual, weight, bias, eps)
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.fused = True
+        return y, total
+
+    @staticmethod
+    def backward(ctx, dy, ds=None):
+        total, weight, mean, rstd = ctx.saved_tensors
+        dy = torch.zeros_like(total) if dy is None else dy.contiguous()
+        dx, dparameters = _bwd(dy, None if ds is None else ds.contiguous(), total, weight, mean, rstd)
+        # One tensor is the gradient of both summands; autograd copies it before it would write into it.
+        return dx, dx if ctx.fused else None, dparameters[0], dparameters[1], None
+
+
+def _fwd_cpu(x, weight, bias, eps):
+    y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y, mean.flatten().float(), rstd.flatten().float()
+
+
+def _add_fwd_cpu(x, residual, weight, bias, eps):
+    total = x + residual
+    y, mean, rstd = _fwd_cpu(total, weight, bias, eps)
+    return y, total, mean, rstd
+
+
+def _bwd_cpu(dy, ds, s, weight, mean, rstd):
+    xhat = (s.float() - mean[:, None]) * rstd[:, None]
+    g = dy.float() * weight.float()
+    dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
+    dparameters = torch.stack([(dy.float() * xhat).sum(0), dy.float().sum(0)])
+    return (dx if ds is None else dx + ds.float()).to(s.dtype), dparameters.to(weight.dtype)
+
+
+def _statistic(x):
+    return x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+_fwd = register(
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    folder="layer_norm",
+    cpu=_fwd_cpu,
+    fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistic(x), _statistic(x)),
+)
+_add_fwd = register(
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    folder="layer_norm",
+    cpu=_add_fwd_cpu,
+    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x), _statistic(x)),
+)
+_bwd = register(
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd)"
+    " -> (Tensor dx, Tensor dparameters)",
+    folder="layer_norm",
+    cpu=_bwd_cpu,
+    fake=lambda dy, ds, s, weight, mean, rstd: (torch.empty_like(s), weight.new_empty(2, weight.shape[0])),
+)
