@@ -1,5 +1,166 @@
-"""The predictor's input and the read-out of its mask rows: public functions."""
+"""predictor_tokens and predictor_readout: checks, dispatch, autograd and registration."""
 
-from ijepa_fast.kernels.predictor_tokens.reference import predictor_readout, predictor_tokens
+from __future__ import annotations
 
-__all__ = ["predictor_readout", "predictor_tokens"]
+import torch
+
+from ijepa_fast.kernels.common.checks import check_index, check_sequences, check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
+from ijepa_fast.kernels.predictor_tokens import reference
+
+
+def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions: torch.Tensor, packed) -> torch.Tensor:
+    """The predictor's input: for every target block, the context tokens and the block's mask tokens, with positions.
+
+    Args:
+        context: (T, D) floating point, in the order of `packed.context_index`.
+        mask_token: (D,) floating point.
+        positions: (N, D) floating point, fixed: no gradient flows to them.
+        packed: PackedBatch on context's device.
+
+    Returns:
+        (S, D) in context's dtype, S = M*(T + C*B*K), laid out by `packed.predictor_cu_seqlens`. The backward sums the M
+        copies of each context row, and all mask rows, in a fixed order.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or layout, or positions that require a gradient; on the CPU and in
+            debug mode for a context_cu_seqlens that does not end at T; in debug mode for indices outside the batch.
+    """
+    width, device = context.shape[-1], context.device
+    check_tensor("predictor_tokens", "context", context, (packed.context_index.shape[0], None))
+    check_tensor("predictor_tokens", "mask_token", mask_token, (width,), device=device)
+    check_tensor("predictor_tokens", "positions", positions, (packed.patches, width), device=device)
+    if positions.requires_grad:
+        raise ValueError(
+            "predictor_tokens: positions: expected a fixed table, got a tensor that requires a gradient; detach it"
+        )
+    _check_packed("predictor_tokens", packed, device)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+    if not runs_triton("predictor_tokens", context):
+        return reference.predictor_tokens(context, mask_token, positions, *layout, packed.patches)
+    return _Tokens.apply(context, mask_token, positions, *layout, packed.context_max_seqlen, packed.patches)
+
+
+def predictor_readout(tokens: torch.Tensor, packed) -> torch.Tensor:
+    """The rows of the mask tokens.
+
+    Args:
+        tokens: (S, D) floating point, laid out as by `predictor_tokens`.
+        packed: PackedBatch on tokens' device.
+
+    Returns:
+        (M*C*B*K, D), rows ordered (m, c, b, k), bit for bit; the backward writes zeros to the other rows.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or layout.
+    """
+    sequences = packed.contexts * packed.images
+    rows = packed.targets * (packed.context_index.shape[0] + sequences * packed.target_size)
+    check_tensor("predictor_readout", "tokens", tokens, (rows, None))
+    _check_packed("predictor_readout", packed, tokens.device)
+    layout = (packed.context_cu_seqlens, packed.targets, packed.target_size)
+    if not runs_triton("predictor_tokens", tokens):
+        return reference.predictor_readout(tokens, *layout)
+    return _Readout.apply(tokens, *layout, packed.context_max_seqlen)
+
+
+def _check_packed(op: str, packed, device: torch.device) -> None:
+    sequences = packed.contexts * packed.images
+    target_shape = (packed.targets, packed.images, packed.target_size)
+    check_tensor(op, "packed.context_index", packed.context_index, (None,), torch.int32, device)
+    check_tensor(op, "packed.context_cu_seqlens", packed.context_cu_seqlens, (sequences + 1,), torch.int32, device)
+    check_tensor(op, "packed.target_index", packed.target_index, target_shape, torch.int32, device)
+    check_index(op, "packed.context_index", packed.context_index, packed.images * packed.patches)
+    check_index(op, "packed.target_index", packed.target_index, packed.images * packed.patches)
+    check_sequences(
+        op,
+        "packed.context_cu_seqlens",
+        packed.context_cu_seqlens,
+        packed.context_index.shape[0],
+        "packed.context_max_seqlen",
+        packed.context_max_seqlen,
+    )
+
+
+class _Tokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
+        ctx.save_for_backward(mask_token, cu_seqlens)
+        targets, _, size = target_index.shape
+        ctx.sizes = (context.shape[0], targets, size, max_seqlen)
+        return _fwd(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches)
+
+    @staticmethod
+    def backward(ctx, dtokens):
+        gradients = _bwd(dtokens.contiguous(), *ctx.saved_tensors, *ctx.sizes)
+        return *gradients, None, None, None, None, None, None
+
+
+class _Readout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, cu_seqlens, targets, size, max_seqlen):
+        ctx.save_for_backward(cu_seqlens)
+        ctx.sizes = (tokens.shape[0], targets, size, max_seqlen)
+        return _readout_fwd(tokens, cu_seqlens, targets, size)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _readout_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+
+
+def _fwd_cpu(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
+    layout = (context_index, cu_seqlens, target_index)
+    return reference.predictor_tokens(context, mask_token, positions, *layout, patches)
+
+
+def _bwd_cpu(dtokens, mask_token, cu_seqlens, tokens, targets, size, max_seqlen):
+    total = dtokens.unflatten(0, (targets, -1)).float().sum(0)
+    dcontext = total[reference.context_rows(cu_seqlens, tokens, size)]
+    return dcontext.to(dtokens.dtype), total[reference.mask_rows(cu_seqlens, size)].sum(0).to(mask_token.dtype)
+
+
+def _readout_bwd_cpu(dout, cu_seqlens, rows, targets, size, max_seqlen):
+    dtokens = dout.new_zeros((targets, rows // targets, dout.shape[1]))
+    dtokens[:, reference.mask_rows(cu_seqlens, size)] = dout.unflatten(0, (targets, -1))
+    return dtokens.flatten(0, 1)
+
+
+def _fwd_fake(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
+    targets, _, size = target_index.shape
+    rows = context.shape[0] + (cu_seqlens.shape[0] - 1) * size
+    return context.new_empty((targets * rows, context.shape[1]))
+
+
+_fwd = register(
+    "predictor_tokens_fwd(Tensor context, Tensor mask_token, Tensor positions, Tensor context_index, Tensor cu_seqlens,"
+    " Tensor target_index, SymInt max_seqlen, SymInt patches) -> Tensor",
+    folder="predictor_tokens",
+    cpu=_fwd_cpu,
+    fake=_fwd_fake,
+)
+_bwd = register(
+    "predictor_tokens_bwd(Tensor dtokens, Tensor mask_token, Tensor cu_seqlens, SymInt tokens, SymInt targets, "
+    "SymInt size, SymInt max_seqlen) -> (Tensor dcontext, Tensor dmask_token)",
+    folder="predictor_tokens",
+    cpu=_bwd_cpu,
+    fake=lambda dtokens, mask_token, cu_seqlens, tokens, *_: (
+        dtokens.new_empty((tokens, dtokens.shape[1])),
+        torch.empty_like(mask_token),
+    ),
+)
+_readout_fwd = register(
+    "predictor_readout_fwd(Tensor tokens, Tensor cu_seqlens, SymInt targets, SymInt size) -> Tensor",
+    folder="predictor_tokens",
+    cpu=reference.predictor_readout,
+    fake=lambda tokens, cu_seqlens, targets, size: tokens.new_empty(
+        (targets * (cu_seqlens.shape[0] - 1) * size, tokens.shape[1])
+    ),
+)
+_readout_bwd = register(
+    "predictor_readout_bwd(Tensor dout, Tensor cu_seqlens, SymInt rows, SymInt targets, SymInt size, SymInt max_seqlen)"
+    " -> Tensor",
+    folder="predictor_tokens",
+    cpu=_readout_bwd_cpu,
+    fake=lambda dout, cu_seqlens, rows, *_: dout.new_empty((rows, dout.shape[1])),
+)

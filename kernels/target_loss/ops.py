@@ -1,5 +1,92 @@
-"""The I-JEPA loss: public function."""
+"""target_loss: checks, dispatch, autograd and registration."""
 
-from ijepa_fast.kernels.target_loss.reference import target_loss
+from __future__ import annotations
 
-__all__ = ["target_loss"]
+import torch
+
+from ijepa_fast.kernels.common.checks import check_index, check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
+from ijepa_fast.kernels.target_loss import reference
+
+
+def target_loss(
+    predictions: torch.Tensor, features: torch.Tensor, index: torch.Tensor, kind: str = "l2", eps: float = 1e-5
+) -> torch.Tensor:
+    """Mean loss between predictions and the target features they belong to, normalised without gain and shift.
+
+    Args:
+        predictions: (R, D) floating point, R >= 1.
+        features: (V, D) floating point, before the normalisation; no gradient flows to them.
+        index: (R,) int32, the row of `features` each prediction is for; rows may repeat.
+        kind: "l2", the mean square (the paper), or "smooth_l1" with beta 1 (the published code).
+        eps: added to the variance.
+
+    Returns:
+        Scalar in fp32 (fp64 for fp64 predictions), statistics and sums in fp32. The kernel's gradient is made with the
+        loss and handed on in the backward, which can therefore run only once for each call.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device, layout or kind, no rows; in debug mode, for an index outside
+            `features`.
+    """
+    check_tensor("target_loss", "predictions", predictions, (None, None))
+    check_tensor("target_loss", "features", features, (None, predictions.shape[1]), device=predictions.device)
+    check_tensor("target_loss", "index", index, (predictions.shape[0],), torch.int32, predictions.device)
+    if predictions.numel() == 0:
+        raise ValueError(
+            f"target_loss: predictions: expected at least one row and column, got shape {tuple(predictions.shape)}"
+        )
+    if kind not in reference.KINDS:
+        raise ValueError(f"target_loss: kind: expected one of {', '.join(reference.KINDS)}, got {kind!r}")
+    check_index("target_loss", "index", index, features.shape[0])
+    if not runs_triton("target_loss", predictions):
+        return reference.target_loss(predictions, features, index, kind, eps)
+    return _TargetLoss.apply(predictions, features.detach(), index, kind, eps)
+
+
+class _TargetLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, predictions, features, index, kind, eps):
+        loss, gradient = _fwd(predictions, features, index, kind, eps)
+        ctx.save_for_backward(gradient)
+        ctx.used = False
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return gradient * upstream.to(gradient.dtype), None, None, None, None
+        if ctx.used:
+            raise RuntimeError("target_loss: its backward can run only once; call target_loss again for a second one")
+        ctx.used = True
+        _scale_(gradient, upstream)
+        return gradient, None, None, None, None
+
+
+def _fwd_cpu(predictions, features, index, kind, eps):
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    error = predictions.to(dtype) - reference.normalised(features, eps, dtype).index_select(0, index)
+    loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
+    gradient = 2 * error if kind == "l2" else error.clamp(-1, 1)
+    return loss, (gradient / error.numel()).to(predictions.dtype)
+
+
+def _scale_cpu(gradient, upstream):
+    gradient.mul_(upstream)
+
+
+_fwd = register(
+    "target_loss_fwd(Tensor predictions, Tensor features, Tensor index, str kind, float eps)"
+    " -> (Tensor loss, Tensor gradient)",
+    folder="target_loss",
+    cpu=_fwd_cpu,
+    fake=lambda predictions, *_: (predictions.new_empty((), dtype=torch.float32), torch.empty_like(predictions)),
+)
+_scale_ = register(
+    "target_loss_scale_(Tensor(a!) gradient, Tensor upstream) -> ()",
+    folder="target_loss",
+    cpu=_scale_cpu,
+    fake=lambda gradient, upstream: None,
+)

@@ -21,5 +21,9 @@ def target_loss(
     No gradient flows to the features.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    targets = F.layer_norm(features.detach().to(dtype), features.shape[-1:], eps=eps)
-    return KINDS[kind](predictions.to(dtype), targets.index_select(0, index))
+    return KINDS[kind](predictions.to(dtype), normalised(features.detach(), eps, dtype).index_select(0, index))
+
+
+def normalised(features: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """LayerNorm without gain and shift, (V, D), computed in `dtype`."""
+    return F.layer_norm(features.to(dtype), features.shape[-1:], eps=eps)

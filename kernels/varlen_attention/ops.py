@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.kernels.common import checks
-from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.checks import check_sequences, check_tensor
 from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.library import register
 from ijepa_fast.kernels.varlen_attention import backends, reference
@@ -140,24 +137,7 @@ def _check_heads_adjacent(name: str, x: torch.Tensor) -> None:
 
 def _check_sequences(name: str, cu_seqlens: torch.Tensor, x: torch.Tensor, max_name: str, max_seqlen: int) -> None:
     check_tensor("varlen_attention", name, cu_seqlens, (None,), torch.int32, x.device)
-    if torch.compiler.is_compiling() or not (checks.debug or cu_seqlens.device.type == "cpu"):
-        return
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if not bounds or bounds[0] != 0 or bounds[-1] != x.shape[0] or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"varlen_attention: {name}: expected values that start at 0, never decrease and end at the row count "
-            f"{x.shape[0]}, got {_short(bounds)}"
-        )
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(
-            f"varlen_attention: {max_name}: expected at least {max(lengths)}, the longest sequence of {name}, got "
-            f"{max_seqlen}"
-        )
-
-
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:3]))}, ..., {values[-1]}]"
+    check_sequences("varlen_attention", name, cu_seqlens, x.shape[0], max_name, max_seqlen)
 
 
 class _Attention(torch.autograd.Function):

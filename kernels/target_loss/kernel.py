@@ -1,0 +1,142 @@
+"""The I-JEPA loss in Triton: affine-free LayerNorm, gather, loss and its gradient in one pass.
+
+Per row r, with f = features[index[r]]:
+    t = (f - mean(f)) * rstd(f)        e = predictions[r] - t
+    loss += l(e)                       gradient[r] = l'(e) / (R*D)
+The normalised and the gathered features never reach memory. Programs loop over their share of the rows and write one
+partial sum each; column_sum adds them in a fixed order, so the result is deterministic.
+
+The gradient is for an upstream gradient of one. The backward's kernel multiplies it in place by the upstream gradient,
+which it reads on the device, and leaves at once when that is one: no pass over memory then, and no wait for the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ijepa_fast.kernels.common.column_sum import column_sum
+from ijepa_fast.kernels.common.launch import programs
+
+TILE, WARPS, STAGES = 4096, 8, 3
+PROGRAMS = 4  # a multiprocessor
+SCALE_BLOCK = 8192
+
+
+@triton.jit(do_not_specialize=["R"])
+def _target_loss_fwd_kernel(
+    predictions_ptr,  # (R, D)
+    features_ptr,  # (V, D)
+    index_ptr,  # (R,) int32
+    gradient_ptr,  # (R, D), predictions' dtype
+    partial_ptr,  # (programs,) fp32
+    R,
+    eps,
+    inverse_count,  # 1 / (R*D)
+    D: tl.constexpr,
+    SMOOTH_L1: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    in_columns = columns < D
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+
+    for tile in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0), num_stages=STAGES):
+        first = tl.cast(tile, tl.int64) * ROWS
+        in_rows = rows < R - first
+        mask = in_rows[:, None] & in_columns[None, :]
+        offsets = first * D + rows[:, None] * D + columns[None, :]
+        source = tl.load(index_ptr + first + rows, mask=in_rows, other=0).to(tl.int64)
+        f = tl.load(features_ptr + source[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(predictions_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+        mean = tl.sum(f, 1) / D
+        centred = tl.where(in_columns[None, :], f - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+        # Outside the mask both terms are zero, and with them loss and gradient.
+        e = y - centred * rstd[:, None]
+        if SMOOTH_L1:
+            size = tl.abs(e)
+            loss = tl.where(size < 1.0, 0.5 * e * e, size - 0.5)
+            gradient = tl.minimum(tl.maximum(e, -1.0), 1.0)
+        else:
+            loss = e * e
+            gradient = 2.0 * e
+        total += loss
+        tl.store(gradient_ptr + offsets, (gradient * inverse_count).to(gradient_ptr.dtype.element_ty), mask=mask)
+
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total) * inverse_count)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _target_loss_scale_kernel(
+    gradient_ptr,  # (R, D), changed in place
+    upstream_ptr,  # (1,)
+    R,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    upstream = tl.load(upstream_ptr).to(tl.float32)
+    if upstream == 1.0:
+        return
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < tl.cast(R, tl.int64) * D
+    gradient = tl.load(gradient_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(gradient_ptr + offsets, (gradient * upstream).to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"ROWS": max(1, TILE // block), "BLOCK_D": block}
+
+
+def target_loss_fwd(predictions, features, index, kind, eps):
+    """(loss () fp32, gradient (R, D) of the loss in predictions' dtype)."""
+    rows, width = predictions.shape
+    gradient = torch.empty_like(predictions)
+    count = programs(predictions.device, PROGRAMS)
+    partial = torch.empty((count, 1), dtype=torch.float32, device=predictions.device)
+    _target_loss_fwd_kernel[(count,)](
+        predictions,
+        features,
+        index,
+        gradient,
+        partial,
+        rows,
+        eps,
+        1.0 / (rows * width),
+        width,
+        kind == "smooth_l1",
+        **_tile(width),
+        STAGES=STAGES,
+        num_warps=WARPS,
+    )
+    return column_sum(partial, torch.float32).view(()), gradient
+
+
+def target_loss_scale_(gradient, upstream):
+    """Multiply `gradient` by the scalar tensor `upstream` in place."""
+    rows, width = gradient.shape
+    grid = (triton.cdiv(rows * width, SCALE_BLOCK),)
+    _target_loss_scale_kernel[grid](gradient, upstream, rows, width, SCALE_BLOCK, num_warps=8)
+
+
+def aot_cases(capability: int = 9):
+    """Cases of bench/aot.py: the encoders' widths, both losses; bf16 predictions and features."""
+    types = {"index_ptr": "*i32", "partial_ptr": "*fp32", "R": "i32", "eps": "fp32", "inverse_count": "fp32"}
+    cases = []
+    for width in (384, 768, 1024, 1280, 1408):
+        for smooth in (False, True):
+            constants = {"D": width, "SMOOTH_L1": smooth, **_tile(width), "STAGES": STAGES}
+            names = [name for name in _target_loss_fwd_kernel.arg_names if name not in constants]
+            signature = {name: types.get(name, "*bf16") for name in names}
+            name = f"target_loss {'smooth_l1' if smooth else 'l2'} D={width}"
+            cases.append((name, _target_loss_fwd_kernel, signature, constants, WARPS, 3))
+    signature = {"gradient_ptr": "*bf16", "upstream_ptr": "*fp32", "R": "i32"}
+    constants = {"D": 1280, "BLOCK": SCALE_BLOCK}
+    cases.append(("target_loss scale D=1280", _target_loss_scale_kernel, signature, constants, 8, 3))
+    return cases
