@@ -167,7 +167,8 @@ class Decoder:
 
         def part(rows: range) -> None:
             for row in rows:
-                image = torch.from_numpy(np.asarray(images[row])).permute(2, 0, 1)[None]
+                # Laid out as channels-last in PyTorch's eyes, so that the result is, and is copied as it lies.
+                image = torch.from_numpy(np.asarray(images[row])).unsqueeze(0).permute(0, 3, 1, 2)
                 image = F.interpolate(image, (self.crop, self.crop), mode=self.interpolation, antialias=True)
                 out[row] = image[0].permute(1, 2, 0)
 
