@@ -7,8 +7,11 @@ same low precision, plus a few units of fp32 rounding. Nothing here imports trit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
+
+from ijepa_fast.kernels.common import library
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -74,17 +77,40 @@ def gradcheck(function: Callable, *inputs: torch.Tensor) -> None:
 
 
 def opcheck(op: Callable, *arguments: object) -> None:
-    """torch.library.opcheck of a registered op: schema, fake tensors, autograd registration, dynamic AOT dispatch."""
+    """torch.library.opcheck of a registered op; and its PyTorch implementation on the CPU agrees with its kernel."""
     torch.library.opcheck(op, arguments)
+    kernel = _call(op, arguments, device=None)
+    with mock.patch.object(library, "interpreted", return_value=False):
+        torch.testing.assert_close(_call(op, arguments, device="cpu"), kernel, check_device=False)
+
+
+def _call(op, arguments, device):
+    copies = [x.to(device or x.device, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments]
+    return op(*copies), [x for x in copies if isinstance(x, torch.Tensor)]
 
 
 def count_compiles(function: Callable, calls: Sequence[Sequence[object]]) -> int:
-    """How often torch.compile(fullgraph, dynamic) compiles `function` over `calls`; its results must equal eager's."""
+    """How many of `calls` torch.compile(fullgraph, dynamic) had to compile `function` for.
+
+    Results, and gradients of the tensors that require them, must equal those of the function itself.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    compiles = 0
     for arguments in calls:
-        torch.testing.assert_close(compiled(*arguments), function(*arguments), rtol=0, atol=0)
-    return counter.frame_count
+        # One call can count twice: a float argument is traced as a symbol first and then as the constant it is.
+        before = counter.frame_count
+        results = compiled(*arguments)
+        compiles += counter.frame_count > before
+        expected = function(*arguments)
+        variables = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+        if variables:
+            upstream = [torch.randn_like(y) for y in (expected if isinstance(expected, tuple) else (expected,))]
+            results, expected = (
+                (ys, torch.autograd.grad(ys, variables, upstream, allow_unused=True)) for ys in (results, expected)
+            )
+        torch.testing.assert_close(results, expected, rtol=0, atol=0)
+    return compiles

@@ -1,11 +1,14 @@
-"""bias_gelu: checks, dispatch and registration."""
+"""bias_gelu: checks, dispatch, autograd and registration."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ijepa_fast.kernels.bias_gelu import reference
 from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -23,4 +26,36 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("bias_gelu", "x", x, (None, None))
     check_tensor("bias_gelu", "bias", bias, (x.shape[1],), device=x.device)
-    return reference.bias_gelu(x, bias)
+    if not runs_triton("bias_gelu", x):
+        return reference.bias_gelu(x, bias)
+    return _BiasGelu.apply(x, bias)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return _fwd(x, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _bwd(dy.contiguous(), *ctx.saved_tensors)
+
+
+def _bwd_cpu(dy, x, bias):
+    dx = torch.ops.aten.gelu_backward(dy.float(), x.float() + bias.float())
+    return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
+
+
+_fwd = register(
+    "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor",
+    folder="bias_gelu",
+    cpu=lambda x, bias: F.gelu(x.float() + bias.float()).to(x.dtype),
+    fake=lambda x, bias: torch.empty_like(x),
+)
+_bwd = register(
+    "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
+    folder="bias_gelu",
+    cpu=_bwd_cpu,
+    fake=lambda dy, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
+)

@@ -96,7 +96,12 @@ _add_fwd = register(
     " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
     folder="layer_norm",
     cpu=_add_fwd_cpu,
-    fake=lambda x, residual, weight, bias, eps: (torch.empty_like(x), torch.empty_like(x), _statistic(x), _statistic(x)),
+    fake=lambda x, residual, weight, bias, eps: (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        _statistic(x),
+        _statistic(x),
+    ),
 )
 _bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd)"
