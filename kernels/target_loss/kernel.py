@@ -29,7 +29,7 @@ def _target_loss_fwd_kernel(
     predictions_ptr,  # (R, D)
     features_ptr,  # (V, D)
     index_ptr,  # (R,) int32
-    gradient_ptr,  # (R, D), predictions' dtype
+    gradient_ptr,  # (R, D), predictions' dtype, or fp32 for fp16 ones
     partial_ptr,  # (programs,) fp32
     R,
     eps,
@@ -95,9 +95,10 @@ def _tile(width: int) -> dict[str, int]:
 
 
 def target_loss_fwd(predictions, features, index, kind, eps):
-    """(loss () fp32, gradient (R, D) of the loss in predictions' dtype)."""
+    """(loss () fp32, its gradient (R, D) in predictions' dtype, or in fp32, whose range fp16 lacks)."""
     rows, width = predictions.shape
-    gradient = torch.empty_like(predictions)
+    dtype = torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
+    gradient = torch.empty_like(predictions, dtype=dtype)
     count = programs(predictions.device, PROGRAMS)
     partial = torch.empty((count, 1), dtype=torch.float32, device=predictions.device)
     _target_loss_fwd_kernel[(count,)](

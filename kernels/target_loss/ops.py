@@ -23,8 +23,9 @@ def target_loss(
         eps: added to the variance.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 predictions), statistics and sums in fp32. The kernel's gradient is made with the
-        loss and handed on in the backward, which can therefore run only once for each call.
+        Scalar in fp32 (fp64 for fp64 predictions), statistics and sums in fp32. The kernel makes the gradient with the
+        loss, rounded to predictions' dtype; the backward multiplies it by the upstream gradient (exact for a power of
+        two, one more rounding otherwise) and can run only once for each call.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, layout or kind, no rows; in debug mode, for an index outside
@@ -50,19 +51,24 @@ class _TargetLoss(torch.autograd.Function):
     def forward(ctx, predictions, features, index, kind, eps):
         loss, gradient = _fwd(predictions, features, index, kind, eps)
         ctx.save_for_backward(gradient)
-        ctx.used = False
+        ctx.dtype, ctx.used = predictions.dtype, False
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return gradient * upstream.to(gradient.dtype), None, None, None, None
+            return (gradient * upstream).to(ctx.dtype), None, None, None, None
         if ctx.used:
             raise RuntimeError("target_loss: its backward can run only once; call target_loss again for a second one")
         ctx.used = True
         _scale_(gradient, upstream)
-        return gradient, None, None, None, None
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _gradient_dtype(predictions):
+    """That of the predictions, but fp32 for fp16 ones: before loss scaling, fp16 cannot hold a mean's gradient."""
+    return torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
 
 
 def _fwd_cpu(predictions, features, index, kind, eps):
@@ -70,7 +76,7 @@ def _fwd_cpu(predictions, features, index, kind, eps):
     error = predictions.to(dtype) - reference.normalised(features, eps, dtype).index_select(0, index)
     loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
     gradient = 2 * error if kind == "l2" else error.clamp(-1, 1)
-    return loss, (gradient / error.numel()).to(predictions.dtype)
+    return loss, (gradient / error.numel()).to(_gradient_dtype(predictions))
 
 
 def _scale_cpu(gradient, upstream):
@@ -82,7 +88,10 @@ _fwd = register(
     " -> (Tensor loss, Tensor gradient)",
     folder="target_loss",
     cpu=_fwd_cpu,
-    fake=lambda predictions, *_: (predictions.new_empty((), dtype=torch.float32), torch.empty_like(predictions)),
+    fake=lambda predictions, *_: (
+        predictions.new_empty((), dtype=torch.float32),
+        torch.empty_like(predictions, dtype=_gradient_dtype(predictions)),
+    ),
 )
 _scale_ = register(
     "target_loss_scale_(Tensor(a!) gradient, Tensor upstream) -> ()",

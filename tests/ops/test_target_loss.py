@@ -1,0 +1,193 @@
+"""target_loss: kernel against reference, gradient, registration, compilation, bad input."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ijepa_fast.kernels.common import checks, dispatch
+from ijepa_fast.kernels.target_loss import ops, reference, target_loss
+from tests import oracle
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KINDS = ("l2", "smooth_l1")
+
+
+def make(rows, sources, width, dtype, device, features_dtype=None):
+    predictions = torch.randn(rows, width).to(device, dtype)
+    features = torch.randn(sources, width).mul(3).add(0.5).to(device, features_dtype or dtype)
+    index = torch.randint(0, sources, (rows,), dtype=torch.int32).to(device)
+    return predictions, features, index
+
+
+def of_predictions(function, features, index, kind):
+    """The loss as a function of the predictions; in fp64 of fp64 ones."""
+    return lambda predictions: function(
+        predictions, features.double() if predictions.dtype == torch.float64 else features, index, kind, 1e-5
+    )
+
+
+def check(predictions, features, index, kind, upstream=1.0):
+    """Loss and gradient within the error budget; bf16 gradients are rounded twice if upstream is no power of two."""
+    expected = of_predictions(reference.target_loss, features, index, kind)
+    actual = of_predictions(target_loss, features, index, kind)
+    upstream = (torch.tensor(upstream, device=predictions.device),)
+    exact_loss, exact = oracle.differentiate(expected, (predictions.double(),), upstream)
+    eager_loss, eager = oracle.differentiate(expected, (predictions,), upstream)
+    actual_loss, gradient = oracle.differentiate(actual, (predictions,), upstream)
+    oracle.assert_within_budget(actual_loss[0], eager_loss[0], exact_loss[0], "loss")
+    if predictions.dtype == torch.bfloat16 and float(upstream[0].abs().frexp().mantissa) not in (0.0, 0.5):
+        torch.testing.assert_close(gradient[0].double(), exact[0], rtol=2**-7, atol=0)
+    else:
+        oracle.assert_within_budget(gradient[0], eager[0], exact[0], "gradient of predictions")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_on_gpu(triton_everywhere, kind):
+    check(*make(20011, 9001, 1280, torch.bfloat16, triton_everywhere), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "sources", "width"), [(1, 1, 24), (5, 3, 192), (45, 17, 384), (11, 30, 1408)])
+def test_matches_reference(triton_everywhere, poisoned, rows, sources, width, dtype, kind):
+    predictions, features, index = make(rows, sources, width, dtype, triton_everywhere)
+    check(predictions, features, index, kind)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 65536.0, -1.7, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_gradient(triton_everywhere, poisoned, dtype, upstream):
+    predictions, features, index = make(33, 20, 96, dtype, triton_everywhere)
+    check(predictions, features, index, "l2", upstream)
+
+
+def test_fp32_features_with_bf16_predictions(triton_everywhere, poisoned):
+    check(*make(13, 7, 96, torch.bfloat16, triton_everywhere, torch.float32), "smooth_l1")
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_any_index(data, kind):
+    """Rows of features that repeat, in any order, and rows that nobody asks for."""
+    sources = data.draw(st.integers(1, 5))
+    index = torch.tensor(data.draw(st.lists(st.integers(0, sources - 1), min_size=1, max_size=9)), dtype=torch.int32)
+    predictions, features, _ = make(len(index), sources, 20, torch.float32, "cpu")
+    loss, gradient = ops._fwd(predictions, features, index, kind, 1e-5)
+    expected = of_predictions(reference.target_loss, features, index, kind)
+    (exact,), (exact_gradient,) = oracle.differentiate(expected, (predictions.double(),), (torch.ones(()),))
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_unit_upstream_leaves_the_gradient_of_the_forward(triton_everywhere):
+    predictions, features, index = make(9, 4, 48, torch.bfloat16, triton_everywhere)
+    _, gradient = ops._fwd(predictions, features, index, "l2", 1e-5)
+    scaled = gradient.clone()
+    ops._scale_(scaled, torch.ones((), device=scaled.device))
+    assert torch.equal(scaled, gradient)
+    ops._scale_(scaled, torch.full((), 0.5, device=scaled.device))
+    assert torch.equal(scaled, gradient * 0.5)
+
+
+def test_upstream_of_an_expression(triton_everywhere):
+    predictions, features, index = make(9, 4, 48, torch.float32, triton_everywhere)
+    scale = torch.tensor(-2.5, device=triton_everywhere)
+    function = of_predictions(target_loss, features, index, "smooth_l1")
+    _, (gradient,) = oracle.differentiate(lambda x: scale * function(x), (predictions,), (torch.ones(()),))
+    _, (unscaled,) = oracle.differentiate(function, (predictions,), (torch.ones(()),))
+    torch.testing.assert_close(gradient, -2.5 * unscaled)
+
+
+def test_second_backward_is_refused(triton_everywhere):
+    predictions, features, index = make(3, 3, 16, torch.float32, triton_everywhere)
+    loss = target_loss(predictions.requires_grad_(), features, index)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
+def test_no_gradient_to_features(triton_everywhere):
+    predictions, features, index = make(3, 3, 16, torch.float32, triton_everywhere)
+    features.requires_grad_()
+    for setting in ("triton", "reference"):
+        dispatch.use({"target_loss": setting})
+        assert not target_loss(predictions, features, index).requires_grad
+
+
+def test_inputs_are_left_alone(triton_everywhere):
+    tensors = make(7, 4, 40, torch.float32, triton_everywhere)
+    before = [x.clone() for x in tensors]
+    target_loss(tensors[0].requires_grad_(), *tensors[1:]).mul(3).backward()
+    for x, y in zip(tensors, before):
+        assert torch.equal(x.detach(), y)
+
+
+def test_deterministic(triton_everywhere):
+    predictions, features, index = make(203, 50, 384, torch.bfloat16, triton_everywhere)
+    first, second = (ops._fwd(predictions, features, index, "l2", 1e-5) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_reference_is_the_formula():
+    predictions, features, index = make(6, 4, 32, torch.float64, "cpu")
+    variance, mean = torch.var_mean(features, 1, correction=0, keepdim=True)
+    error = predictions - ((features - mean) / (variance + 1e-5).sqrt())[index.long()]
+    size = error.abs()
+    smooth = torch.where(size < 1, 0.5 * size**2, size - 0.5).mean()
+    torch.testing.assert_close(reference.target_loss(predictions, features, index, "l2"), error.square().mean())
+    torch.testing.assert_close(reference.target_loss(predictions, features, index, "smooth_l1"), smooth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_reference(kind):
+    predictions, features, index = make(4, 3, 6, torch.float64, "cpu")
+    oracle.gradcheck(of_predictions(reference.target_loss, features, index, kind), predictions.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_implementation_of_the_op(kind):
+    """What the registered op does on a CPU without Triton's interpreter."""
+    predictions, features, index = make(6, 4, 32, torch.float32, "cpu")
+    function = of_predictions(reference.target_loss, features, index, kind)
+    (loss,), (gradient,) = oracle.differentiate(function, (predictions,), (torch.ones(()),))
+    actual_loss, actual_gradient = ops._fwd_cpu(predictions, features, index, kind, 1e-5)
+    torch.testing.assert_close(actual_loss, loss)
+    torch.testing.assert_close(actual_gradient, gradient)
+    ops._scale_cpu(actual_gradient, torch.tensor(3.0))
+    torch.testing.assert_close(actual_gradient, 3 * gradient)
+
+
+def test_opcheck(triton_everywhere):
+    predictions, features, index = make(5, 4, 24, torch.float32, triton_everywhere)
+    oracle.opcheck(torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5)
+    oracle.opcheck(torch.ops.ijepa_fast.target_loss_scale_, predictions, torch.ones((), device=predictions.device))
+
+
+def test_compiles_once(triton_everywhere):
+    calls = [make(rows, 7, 24, torch.float32, triton_everywhere) for rows in (5, 9, 17)]
+    calls = [(predictions.requires_grad_(), features, index) for predictions, features, index in calls]
+    assert oracle.count_compiles(target_loss, calls) == 1
+
+
+def test_bad_input(monkeypatch):
+    predictions, features, index = make(4, 3, 8, torch.float32, "cpu")
+    cases = {
+        "predictions: expected shape": (predictions[0], features, index),
+        "predictions: expected dtype": (predictions.int(), features, index),
+        "predictions: expected a contiguous": (predictions.mT.contiguous().mT, features, index),
+        "predictions: expected at least one": (predictions[:0], features, index[:0]),
+        "features: expected shape": (predictions, features[:, :4], index),
+        "features: expected device": (predictions, features.to("meta"), index),
+        "index: expected dtype": (predictions, features, index.long()),
+        "index: expected shape": (predictions, features, index[:2]),
+        "kind: expected one of l2, smooth_l1, got 'l1'": (predictions, features, index, "l1"),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=f"target_loss: {message}"):
+            target_loss(*arguments)
+    monkeypatch.setattr(checks, "debug", True)
+    with pytest.raises(ValueError, match=r"index: expected values in \[0, 3\)"):
+        target_loss(predictions, features, index + 3)
