@@ -9,7 +9,7 @@ import torch
 from bench.baselines.crops import draw_masks, draw_views, render
 from bench.baselines.ibot import IBOT, Backbone, CropSampler, Head, Network, StochasticBlock
 from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
-from bench.baselines.plain import PlainStep, load_published
+from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
@@ -28,11 +28,12 @@ def state(archive, prefix):
     return {name.removeprefix(prefix + "/"): torch.from_numpy(archive[name]) for name in names}
 
 
-def ijepa_sizes(archive):
+def networks(archive):
     image, patch, dim, depth, heads, predictor_dim, predictor_depth, *_ = map(int, archive["config"])
     grid = (image // patch, image // patch)
     encoder = {"image_size": image, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
-    return encoder, {"grid": grid, "encoder_dim": dim, "dim": predictor_dim, "depth": predictor_depth, "heads": heads}
+    predictor = {"grid": grid, "encoder_dim": dim, "dim": predictor_dim, "depth": predictor_depth, "heads": heads}
+    return Encoder(**encoder), Predictor(**predictor)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,12 @@ def ijepa():
 
 @pytest.mark.parametrize("kind", ["plain", "strong"])
 def test_ijepa_steps_are_the_published_ones(ijepa, kind):
-    sizes = ijepa_sizes(ijepa)
     # Images come normalised from the archive, so the strong step's own normalisation is made the identity.
-    step = PlainStep(*sizes) if kind == "plain" else StrongStep(*sizes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    step = (
+        PlainStep(*networks(ijepa))
+        if kind == "plain"
+        else StrongStep(*networks(ijepa), mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    )
     load_published(step, *(state(ijepa, f"init/{name}") for name in ("encoder", "predictor", "target_encoder")))
     for i in range(3):
         images, context, target = (
@@ -65,8 +69,7 @@ def test_ijepa_steps_are_the_published_ones(ijepa, kind):
 
 
 def test_plain_and_strong_agree_with_two_contexts(ijepa):
-    sizes = ijepa_sizes(ijepa)
-    plain, strong = PlainStep(*sizes), StrongStep(*sizes, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    plain, strong = PlainStep(*networks(ijepa)), StrongStep(*networks(ijepa), mean=(0.0,) * 3, std=(1 / 255,) * 3)
     weights = [state(ijepa, f"init/{name}") for name in ("encoder", "predictor", "target_encoder")]
     load_published(plain, *weights)
     load_published(strong, *weights)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.baselines.plain import PlainStep, plain_batch
+from bench.baselines.plain import Encoder, PlainStep, Predictor, plain_batch
 from ijepa_fast import flops
 from ijepa_fast.flops import Head, Transformer
 from ijepa_fast.masks import make_sampler
@@ -64,8 +64,8 @@ def test_reproduces_mae_and_ibot():
 @pytest.mark.parametrize(("batch", "contexts"), [(3, 1), (2, 2)])
 def test_ijepa_agrees_with_the_flop_counter(batch, contexts):
     step = PlainStep(
-        {"image_size": 64, "patch": 8, "dim": 64, "depth": 3, "heads": 2},
-        {"grid": (8, 8), "encoder_dim": 64, "dim": 32, "depth": 2, "heads": 2},
+        Encoder(image_size=64, patch=8, dim=64, depth=3, heads=2),
+        Predictor(grid=(8, 8), encoder_dim=64, dim=32, depth=2, heads=2),
     )
     context = torch.stack([torch.arange(19).expand(batch, -1)] * contexts)
     target = torch.arange(12).expand(4, batch, -1)

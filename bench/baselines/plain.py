@@ -74,14 +74,16 @@ class PlainStep:
     """One training step of I-JEPA on one process.
 
     Args:
-        encoder, predictor: keyword arguments of `Encoder` and `Predictor`.
+        encoder: `Encoder`, or another with its interface; so is predictor.
+        predictor: `Predictor`.
+        device: to run on.
         autocast: bfloat16 autocast with a GradScaler, as published for a GPU; fp32 without.
     """
 
-    def __init__(self, encoder: dict, predictor: dict, device="cpu", autocast=False):
+    def __init__(self, encoder: nn.Module, predictor: nn.Module, device="cpu", autocast=False):
         self.device = torch.device(device)
-        self.encoder = Encoder(**encoder).to(device)
-        self.predictor = Predictor(**predictor).to(device)
+        self.encoder = encoder.to(device)
+        self.predictor = predictor.to(device)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.encoder, self.predictor))
         self.autocast = autocast
@@ -100,15 +102,19 @@ class PlainStep:
         predictions = self.predictor(self.encoder(images, context_masks), context_masks, target_masks)
         return (F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss)(predictions, targets)
 
-    def __call__(self, batch, lr=1e-3, weight_decay=0.04, momentum=0.996) -> float:
-        """One step on `batch` = (images, context masks, target masks) in host memory -> the loss."""
+    def loss_of(self, batch) -> torch.Tensor:
+        """The loss of `batch` = (images, context masks, target masks) in host memory; see `loss`."""
         images, context_masks, target_masks = batch
         images = images.to(self.device, non_blocking=True)
         context_masks = [mask.to(self.device, non_blocking=True) for mask in context_masks]
         target_masks = [mask.to(self.device, non_blocking=True) for mask in target_masks]
-        set_rates(self.optimizer, lr, weight_decay)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(images, context_masks, target_masks)
+            return self.loss(images, context_masks, target_masks)
+
+    def __call__(self, batch, lr=1e-3, weight_decay=0.04, momentum=0.996) -> float:
+        """One step on `batch`, see `loss_of` -> the loss."""
+        set_rates(self.optimizer, lr, weight_decay)
+        loss = self.loss_of(batch)
         update(loss, self.optimizer, self.scaler)
         self.gradient_norms = gradient_norms(self.encoder)
         self.optimizer.zero_grad()

@@ -17,7 +17,7 @@ from bench.baselines.plain_vit import Block, PatchEmbed, move_average, parameter
 
 
 class Backbone(nn.Module):
-    def __init__(self, image_size, patch, dim, depth, heads, drop_path=0.1):
+    def __init__(self, image_size, patch, dim, depth, heads, mlp_ratio=4.0, drop_path=0.1):
         super().__init__()
         self.side = image_size // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -25,7 +25,7 @@ class Backbone(nn.Module):
         self.masked_embed = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = PatchEmbed(patch, dim)
         rates = torch.linspace(0, drop_path, depth).tolist()
-        self.blocks = nn.ModuleList([Block(dim, heads, drop_path=rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,13 +132,17 @@ class PlainIBOTStep:
             self.patch_centre = self.patch_centre * 0.9 + teacher_patches.mean(1).mean(0)[None, None] * 0.1
         return sum(class_losses) / len(class_losses) + sum(patch_losses) / len(patch_losses)
 
-    def __call__(self, batch, lr=5e-4, weight_decay=0.04, momentum=0.996) -> float:
-        """One step on `batch` = (large, small, masks, temperature), see `loss`, in host memory -> the loss."""
+    def loss_of(self, batch) -> torch.Tensor:
+        """The loss of `batch` = (large, small, masks, temperature) in host memory; see `loss`."""
         *lists, temperature = batch
         large, small, masks = ([x.to(self.device, non_blocking=True) for x in tensors] for tensors in lists)
-        set_rates(self.optimizer, lr, weight_decay)
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
-            loss = self.loss(large, small, masks, temperature)
+            return self.loss(large, small, masks, temperature)
+
+    def __call__(self, batch, lr=5e-4, weight_decay=0.04, momentum=0.996) -> float:
+        """One step on `batch`, see `loss_of` -> the loss."""
+        set_rates(self.optimizer, lr, weight_decay)
+        loss = self.loss_of(batch)
         value = loss.item()
         update(loss, self.optimizer, self.scaler, self._clip)
         self.optimizer.zero_grad()

@@ -27,13 +27,15 @@ def table(dim: int, grid: tuple[int, int]) -> nn.Parameter:
 class PlainMAE(nn.Module):
     """Masked autoencoder; state-dict names are the published ones."""
 
-    def __init__(self, image_size, patch, dim, depth, heads, decoder_dim=512, decoder_depth=8, decoder_heads=16):
+    def __init__(
+        self, image_size, patch, dim, depth, heads, mlp_ratio=4.0, decoder_dim=512, decoder_depth=8, decoder_heads=16
+    ):
         super().__init__()
         self.patch, grid = patch, (image_size // patch, image_size // patch)
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = table(dim, grid)
-        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -83,13 +85,17 @@ class PlainMAEStep:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=(0.9, 0.95))
         self.scaler = torch.amp.GradScaler(self.device.type) if autocast else None
 
-    def __call__(self, batch, lr=1.5e-4, weight_decay=0.05) -> float:
-        """One step on `batch` = (float images (B, 3, H, W), order (B, N), visible) in host memory -> the loss."""
+    def loss_of(self, batch) -> torch.Tensor:
+        """The loss of `batch` = (float images (B, 3, H, W), order (B, N), visible) in host memory."""
         images, order, visible = batch
         images, order = (x.to(self.device, non_blocking=True) for x in (images, order))
-        set_rates(self.optimizer, lr, weight_decay)
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
-            loss = self.model(images, order, visible)
+            return self.model(images, order, visible)
+
+    def __call__(self, batch, lr=1.5e-4, weight_decay=0.04) -> float:
+        """One step on `batch`, see `loss_of` -> the loss."""
+        set_rates(self.optimizer, lr, weight_decay)
+        loss = self.loss_of(batch)
         value = loss.item()
         update(loss, self.optimizer, self.scaler, self._gradient_norm)
         self.optimizer.zero_grad()

@@ -26,19 +26,24 @@ def gather(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class StrongStep:
-    """One training step of I-JEPA on one process; arguments as of plain.PlainStep.
+    """One training step of I-JEPA on one process.
 
     Args:
+        encoder: of plain.py; so is predictor.
+        predictor: likewise.
         compile: torch.compile the loss, with dynamic token counts.
-        mean, std: (3,) normalisation of the images, in units of 0..1.
+        mean: (3,) of the images, in units of 0..1.
+        std: (3,) likewise.
+        device: to run on.
+        autocast: bfloat16 autocast.
     """
 
-    def __init__(self, encoder, predictor, mean, std, device="cpu", autocast=False, compile=False):
+    def __init__(self, encoder: Encoder, predictor: Predictor, mean, std, device="cpu", autocast=False, compile=False):
         self.device, self.autocast = torch.device(device), autocast
-        self.encoder = Encoder(**encoder).to(device)
-        self.predictor = Predictor(**predictor).to(device)
+        self.encoder = encoder.to(device)
+        self.predictor = predictor.to(device)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-        self.patch, self.heads = encoder["patch"], encoder["heads"]
+        self.patch, self.heads = encoder.patch_embed.proj.kernel_size[0], encoder.blocks[0].attn.heads
         self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
         groups = parameter_groups(self.encoder, self.predictor)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -89,12 +94,16 @@ class StrongStep:
         predictions = self.predictor.predictor_proj(x).unflatten(0, (-1, contexts, count))
         return F.smooth_l1_loss(predictions, targets.expand_as(predictions))
 
-    def __call__(self, batch, lr=1e-3, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
-        """One step on `batch` = (uint8 images, context (C, B, Kc), target (M, B, K)) in host memory -> the loss."""
+    def loss_of(self, batch) -> torch.Tensor:
+        """The loss of `batch` = (uint8 images, context (C, B, Kc), target (M, B, K)) in host memory."""
         batch = [x.to(self.device, non_blocking=True) for x in batch]
-        set_rates(self.optimizer, lr, weight_decay)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(*batch)
+            return self.loss(*batch)
+
+    def __call__(self, batch, lr=1e-3, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
+        """One step on `batch`, see `loss_of` -> the loss, on the device."""
+        set_rates(self.optimizer, lr, weight_decay)
+        loss = self.loss_of(batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -1,0 +1,475 @@
+"""What bench/throughput.py compares: one training step of a method, by implementation, on the same images and masks.
+
+A contender is made from a `Case`. Its batches are put together ahead of the step, as a data loader would, and lie in
+host memory (pinned for a GPU); the step's own time includes bringing them to the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bench.baselines import ibot, mae, plain
+from bench.baselines.crops import LARGE, render
+from bench.baselines.plain import PlainStep, load_published, plain_batch
+from bench.baselines.plain_ibot import PlainIBOTStep
+from bench.baselines.plain_mae import PlainMAEStep
+from bench.baselines.plain_vit import normalise
+from bench.baselines.strong import StrongStep
+from ijepa_fast import flops
+from ijepa_fast.config import IMAGENET_MEAN, IMAGENET_STD, Config, Data, Model, check
+from ijepa_fast.config import Engine as EngineConfig
+from ijepa_fast.flops import Head, Transformer
+from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
+from ijepa_fast.masks import Masks, make_sampler
+from ijepa_fast.metrics import tokens
+from ijepa_fast.models.predictor import Predictor
+from ijepa_fast.models.vit import ARCHITECTURES, Encoder
+from ijepa_fast.objective import IJEPA
+from ijepa_fast.optim import parameter_groups
+from ijepa_fast.packing import PackedBatch, pack
+
+PREDICTOR_DEPTHS = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 12, "vit_huge": 12, "vit_giant": 16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size on one device."""
+
+    method: str = "ijepa"
+    arch: str = "vit_small"
+    crop: int = 224
+    patch: int = 16
+    batch: int = 16
+    device: str = "cpu"
+    precision: str = "fp32"
+    predictor_depth: int | None = None  # of MAE: the decoder's; None: as published
+    batches: int = 4  # distinct ones, taken in turn
+    seed: int = 0
+    compile: tuple[str, ...] = ()  # implementations that torch.compile may change
+    head: dict = field(default_factory=dict)  # iBOT's, where not as published
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return (self.crop // self.patch,) * 2
+
+    @property
+    def patches(self) -> int:
+        """Patches an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether anything but fp32 is asked for."""
+        return self.precision != "fp32"
+
+    @property
+    def sizes(self) -> dict:
+        """Keyword arguments of an encoder."""
+        dim, depth, heads, ratio = ARCHITECTURES[self.arch]
+        sizes = {"image_size": self.crop, "patch": self.patch, "dim": dim, "depth": depth, "heads": heads}
+        return sizes | {"mlp_ratio": ratio}
+
+    @property
+    def predictor_sizes(self) -> dict:
+        """Keyword arguments of a predictor."""
+        sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": 384, "heads": self.sizes["heads"]}
+        depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
+        return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
+
+    def images(self, i: int) -> torch.Tensor:
+        """Random images of batch `i`, uint8 (B, H, W, 3)."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + i)
+        shape = (self.batch, self.crop, self.crop, 3)
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    def masks(self, i: int):
+        """The masks of batch `i`: Masks, for iBOT a CropBatch."""
+        if self.method == "ibot":
+            return ibot.CropSampler(self.crop, self.patch)(self.batch, self.seed, i)
+        if self.method == "mae":
+            return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
+        smallest = min(10, self.patches // 16)  # as published, but on grids too small for that
+        return make_sampler("multiblock-reference", self.grid, min_keep=smallest)(self.batch, self.seed, i)
+
+
+@dataclass
+class Contender:
+    """One implementation, ready to run.
+
+    prepare: (images uint8 (B, H, W, 3), masks) -> a batch.
+    step: one training step on a batch; evaluate: only its loss.
+    network: what is trained.
+    tokens: an image.
+    work: GFLOP an image as published, the same for every implementation; executed: as computed here.
+    """
+
+    name: str
+    context: str
+    prepare: Callable
+    step: Callable
+    evaluate: Callable
+    network: nn.Module
+    tokens: float
+    work: float
+    executed: float
+    batches: list = field(default_factory=list)
+
+    def run(self, i: int):
+        """Step `i`, on the batches prepared ahead in turn."""
+        return self.step(self.batches[i % len(self.batches)], lr=LR)
+
+    @torch.no_grad()
+    def first_loss(self) -> float:
+        """The loss of the first batch with the weights as they are, and nothing dropped at random."""
+        self.network.eval()
+        loss = float(self.evaluate(self.batches[0]))
+        self.network.train()
+        return loss
+
+
+class BareStep:
+    """This project's step without DeepSpeed: objective, and AdamW with EMA in one pass.
+
+    Below fp32 the optimiser updates fp32 masters of weights and average, and writes both low-precision copies.
+    """
+
+    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False):
+        self.device, self.objective, self.betas, self.steps = torch.device(case.device), objective, betas, 0
+        dtype = DTYPES[case.precision]
+        objective.to(self.device, dtype)
+        objective.target_encoder.to(self.device, dtype)
+        targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
+        self.groups = []
+        for group in parameter_groups(objective.encoder, [objective.predictor]):
+            params = [p.data for p in group["params"]]
+            averages = [targets[name].data for name in group["names"]] if group["ema"] and average else None
+            masters = params if dtype == torch.float32 else [p.float() for p in params]
+            states = {
+                "params": masters,
+                "exp_avgs": [torch.zeros_like(p) for p in masters],
+                "exp_avg_sqs": [torch.zeros_like(p) for p in masters],
+                "emas": averages,
+            }
+            if dtype != torch.float32:
+                states["param_out"] = params
+                if averages is not None:
+                    states |= {"emas": [p.float() for p in averages], "ema_out": averages}
+            self.groups.append((group["params"], group["decay"], states))
+        if compile:
+            for module in objective.modules():
+                if type(module).__name__.endswith("Block"):
+                    module.compile(dynamic=True)
+
+    def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
+        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
+        loss = self.loss(batch)
+        loss.backward()
+        self.steps += 1
+        for params, decay, states in self.groups:
+            adamw_ema_multi_(
+                grads=[p.grad for p in params],
+                **states,
+                lr=lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                eps=1e-8,
+                weight_decay=weight_decay if decay else 0.0,
+                step=self.steps,
+                momentum=momentum,
+            )
+            for p in params:
+                p.grad = None
+        return loss.detach()
+
+    def loss(self, batch) -> torch.Tensor:
+        """The loss of `batch`."""
+        return self.objective(*(x.to(self.device, non_blocking=True) for x in batch))
+
+
+class EngineStep:
+    """This project's step through DeepSpeed, as train.py runs it."""
+
+    def __init__(self, objective, case: Case, zero: int):
+        from ijepa_fast.engine import Engine, start
+
+        sizes, predictor = case.sizes, case.predictor_sizes
+        model = Model(arch=case.arch, patch=case.patch, predictor_depth=predictor["depth"])
+        settings = EngineConfig(device=torch.device(case.device).type, precision=case.precision, zero=zero)
+        data = Data(source="synthetic", crop=sizes["image_size"])
+        config = Config(name="throughput", batch_size=case.batch, data=data, model=model, engine=settings)
+        check(config)
+        self.device, self.objective = torch.device(case.device), objective
+        if not torch.distributed.is_initialized():
+            threads = torch.get_num_threads()
+            start(config, self.device)
+            torch.set_num_threads(threads)
+        self.engine = Engine(config, objective, self.device)
+
+    def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
+        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
+        loss = self.engine.backward(*(x.to(self.device, non_blocking=True) for x in batch))
+        self.engine.step(lr, weight_decay, momentum)
+        return loss
+
+    loss = BareStep.loss
+
+
+def published_networks(case: Case, path: str | Path):
+    """Encoder and predictor of a checkout of the published I-JEPA code; the plain step is their training loop too."""
+    checkout = Path(path)
+    if not (checkout / "src" / "helper.py").is_file():
+        raise ValueError(
+            f"--external: expected a checkout of the published I-JEPA code, with src/helper.py, got {path}"
+        )
+    sys.path.insert(0, str(checkout.resolve()))
+    try:
+        helper = importlib.import_module("src.helper")
+    finally:
+        sys.path.pop(0)
+    predictor = case.predictor_sizes
+    logging.disable(logging.INFO)  # it prints the whole model
+    try:
+        return helper.init_model(
+            device=torch.device(case.device),
+            patch_size=case.patch,
+            model_name=case.arch,
+            crop_size=case.crop,
+            pred_depth=predictor["depth"],
+            pred_emb_dim=predictor["dim"],
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def masks_at_equal_tokens(masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The published rectangular masks, context (C, B, Kc) and target (M, B, K) int64, contexts cut to the shortest."""
+    packed = pack(masks, "truncate")
+    length = packed.context_max_seqlen
+    context = packed.context_index.view(packed.contexts, packed.images, length) % packed.patches
+    return context.long(), masks.target.long()
+
+
+def make_contenders(case: Case, impls: list[str], contexts: list[str], external=None, engine=None) -> list[Contender]:
+    """The contenders of a case, all with the same weights.
+
+    Args:
+        case: what is trained.
+        impls: of fast, strong, plain, published.
+        contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
+        external: checkout of the published code, for `published`.
+        engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
+    """
+    make = {"ijepa": _ijepa, "mae": _mae, "ibot": _ibot}[case.method]
+    contenders = make(case, impls, contexts, external, engine)
+    drawn = [(case.images(i), case.masks(i)) for i in range(case.batches)]
+    for contender in contenders:
+        contender.batches = [_pin(contender.prepare(*pair), case.device) for pair in drawn]
+    return contenders
+
+
+def _pin(value, device: str):
+    """`value` with every tensor in it pinned, if it is to go to a GPU."""
+    if not device.startswith("cuda"):
+        return value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_pin(x, device) for x in value)
+    return value.pin_memory() if hasattr(value, "pin_memory") else value
+
+
+def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
+    torch.manual_seed(case.seed)
+    weights = [{k: v.clone() for k, v in n.state_dict().items()} for n in _networks(_ijepa_objective(case))]
+    contenders = []
+    for context in contexts:
+        count, work, executed = _ijepa_work(case, context)
+        steps = []
+        if "fast" in impls:
+            steps.append(("fast", BareStep(_ijepa_objective(case, weights), case, compile="fast" in case.compile)))
+        if engine is not None:
+            steps.append((f"fast, ZeRO {engine}", EngineStep(_ijepa_objective(case, weights), case, engine)))
+        prepare = partial(_packed_batch, context=context, case=case)
+        contenders += [
+            Contender(name, context, prepare, step, step.loss, step.objective, count, work, executed)
+            for name, step in steps
+        ]
+    if "truncate" not in contexts:
+        return contenders
+    count, work, _ = _ijepa_work(case, "truncate")
+    for impl in ("strong", "published", "plain"):
+        if impl not in impls:
+            continue
+        step = _opponent(case, impl, external)
+        load_published(step, *weights)
+        prepare = _strong_batch if impl == "strong" else _plain_batch
+        contenders.append(Contender(impl, "truncate", prepare, step, step.loss_of, step.encoder, count, work, work))
+    return contenders
+
+
+def _opponent(case: Case, impl: str, external: str | None):
+    if impl == "published":
+        return PlainStep(*published_networks(case, external), case.device, case.low_precision)
+    networks = plain.Encoder(**case.sizes), plain.Predictor(**case.predictor_sizes)
+    if impl == "plain":
+        return PlainStep(*networks, case.device, case.low_precision)
+    compile = "strong" in case.compile
+    step = StrongStep(*networks, IMAGENET_MEAN, IMAGENET_STD, case.device, case.low_precision, compile)
+    step.use_fastest_attention(case.batch, case.patches, case.sizes["dim"])
+    return step
+
+
+def _pack(masks: Masks, context: str, case: Case) -> PackedBatch:
+    """`budget` keeps a quarter of the patches, a number every batch has."""
+    return pack(masks, context, budget=case.patches // 4 if context == "budget" else None)
+
+
+def _packed_batch(images, masks, context, case):
+    return images, _pack(masks, context, case)
+
+
+def _strong_batch(images, masks):
+    return (images, *masks_at_equal_tokens(masks))
+
+
+def _plain_batch(images, masks):
+    return plain_batch(images, *masks_at_equal_tokens(masks), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _networks(objective: IJEPA):
+    return objective.encoder, objective.predictor, objective.target_encoder
+
+
+def _ijepa_objective(case: Case, weights=None) -> IJEPA:
+    objective = IJEPA(
+        Encoder(**case.sizes),
+        Predictor(**case.predictor_sizes),
+        loss="smooth_l1",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    for network, state in zip(_networks(objective), weights or ()):
+        network.load_state_dict(state)
+    return objective
+
+
+def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
+    """Tokens, published work and work as executed here, of an image, the latter two in GFLOP."""
+    batches = [_pack(case.masks(i), context, case) for i in range(case.batches)]
+    dim, depth, _, ratio = ARCHITECTURES[case.arch]
+    encoder = Transformer(dim, depth, ratio)
+    predictor = Transformer(384, case.predictor_sizes["depth"], ratio)
+    sums = [0, 0, 0]
+    for packed in batches:
+        sizes = {
+            "patch": case.patch,
+            "patches": case.patches,
+            "context": packed.context_cu_seqlens.diff().tolist(),
+            "targets": packed.targets,
+            "target_size": packed.target_size,
+            "images": packed.images,
+        }
+        published = flops.ijepa(encoder, predictor, **sizes, embed_all=True).total
+        executed = flops.ijepa(encoder, predictor, **sizes, unions=packed.union_cu_seqlens.diff().tolist()).total
+        sums = [a + b for a, b in zip(sums, (tokens(packed), published, executed))]
+    images = case.batch * len(batches)
+    return sums[0] / images, sums[1] / images / 1e9, sums[2] / images / 1e9
+
+
+def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
+    torch.manual_seed(case.seed)
+    encoder = mae.ClassTokenEncoder(**case.sizes)
+    depth = case.predictor_depth or 8
+    decoder = mae.Decoder(encoder.grid, case.patch, encoder.dim, depth=depth)
+    objective = mae.MAE(encoder, decoder, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    weights = {k: v.clone() for k, v in (encoder.state_dict() | decoder.state_dict()).items()}
+    visible = case.patches - round(case.patches * mae.MASKED_SHARE)
+    sizes = {"patch": case.patch, "patches": case.patches, "visible": visible}
+    stacks = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Transformer(512, depth)
+    work = flops.mae(*stacks, **sizes).total / 1e9
+    own = flops.mae(*stacks, **sizes, embed_all=False, used_rows_only=True).total / 1e9
+    count = 2 + visible + case.patches
+    contenders = []
+    if "fast" in impls:
+        step = BareStep(objective, case, betas=(0.9, 0.95), average=False, compile="fast" in case.compile)
+        contenders.append(Contender("fast", "full", _mae_batch, step, step.loss, objective, count, work, own))
+    if "plain" in impls:
+        step = PlainMAEStep(case.sizes | {"decoder_depth": depth}, case.device, case.low_precision)
+        step.model.load_state_dict(step.model.state_dict() | weights)
+        contenders.append(
+            Contender("plain", "full", _plain_mae_batch, step, step.loss_of, step.model, count, work, work)
+        )
+    return contenders
+
+
+def _mae_batch(images, masks):
+    return images, pack(masks)
+
+
+def _plain_mae_batch(images, masks):
+    packed = pack(masks)
+    visible = packed.context_index.view(packed.images, -1) % packed.patches
+    order = torch.cat([visible, masks.target[0]], dim=1).long()
+    return normalise(images, IMAGENET_MEAN, IMAGENET_STD), order, visible.shape[1]
+
+
+class CropStep(BareStep):
+    """iBOT's step on crops that were cut ahead, as a data loader's workers cut them."""
+
+    def loss(self, batch) -> torch.Tensor:
+        """The loss of `batch` = (large crops, small crops uint8, CropBatch)."""
+        large, small, crops = (x.to(self.device, non_blocking=True) for x in batch)
+        return self.objective.loss_of_patches(self.objective.patchify(large), self.objective.patchify(small), crops)
+
+
+def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
+    torch.manual_seed(case.seed)
+    network = ibot.Network(ibot.Backbone(**case.sizes, drop=ibot.DROP_PATH), ibot.Head(case.sizes["dim"], **case.head))
+    objective = ibot.IBOT(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    weights = {k: v.clone() for k, v in network.state_dict().items()}
+    drawn = [case.masks(i) for i in range(case.batches)]
+    sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_side ** 2}
+    sizes |= {"images": case.batch, "locals_": drawn[0].small}
+    encoder, head = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Head(**case.head)
+    work = flops.ibot(encoder, head, **sizes).total / case.batch / 1e9
+    masked = sum(int(batch.mask.sum()) for batch in drawn) // len(drawn)
+    own = flops.ibot(encoder, head, **sizes, masked=masked).total / case.batch / 1e9
+    count = drawn[0].tokens / case.batch
+    contenders = []
+    if "fast" in impls:
+        step = CropStep(objective, case, compile="fast" in case.compile)
+        prepare = partial(_crop_batch, patch=case.patch)
+        contenders.append(Contender("fast", "full", prepare, step, step.loss, objective, count, work, own))
+    if "plain" in impls:
+        step = PlainIBOTStep(case.sizes, case.head, case.device, case.low_precision)
+        for side in (step.student, step.teacher):
+            side.load_state_dict(weights)
+        prepare = partial(_plain_crop_batch, patch=case.patch)
+        contenders.append(Contender("plain", "full", prepare, step, step.loss_of, step.student, count, work, work))
+    return contenders
+
+
+def _crop_batch(images, crops, patch):
+    """Large and small views of `images`, uint8, and their CropBatch."""
+    return (
+        render(images, crops.views.of(slice(LARGE)), crops.side * patch),
+        render(images, crops.views.of(slice(LARGE, None)), crops.small_side * patch),
+        crops,
+    )
+
+
+def _plain_crop_batch(images, crops, patch):
+    large, small, _ = _crop_batch(images, crops, patch)
+    large, small = (normalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in (large, small))
+    masks = crops.mask.view(LARGE, crops.images, -1)
+    return list(large.chunk(LARGE)), list(small.chunk(crops.small)), list(masks), crops.temperature

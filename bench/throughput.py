@@ -1,0 +1,327 @@
+"""Throughput of whole training steps, implementations side by side in one run.
+
+    python bench/throughput.py --method ijepa --impl fast,strong,plain --model vit_small --batch 16 --device cpu
+
+All contenders start from the same weights and take the same images and masks; a run in which their first losses differ
+is refused. They take turns, a few steps each, so that a machine that is busy or warm is so for all of them. Images/s
+may be compared at equal tokens only: opponents hold masks as rectangles, so they truncate the context, as published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from bench.baselines.contenders import DTYPES, LR, Case, Contender, make_contenders
+from ijepa_fast.models.vit import ARCHITECTURES
+
+METHODS = ("ijepa", "mae", "ibot")
+IMPLS = ("fast", "strong", "plain", "published")
+CONTEXTS = ("truncate", "full", "budget")
+# Dense peak in bf16, FLOP/s (data sheets).
+PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
+# First losses may differ by rounding: fp32, and low precision whose casts differ.
+AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def check_agreement(contenders: list[Contender], precision: str) -> None:
+    """Raise ValueError where two contenders of equal context disagree about the first batch's loss."""
+    for context in {c.context for c in contenders}:
+        losses = {c.name: c.first_loss() for c in contenders if c.context == context}
+        low, high = min(losses.values()), max(losses.values())
+        if not high - low <= AGREEMENT[precision] * abs(high):
+            raise ValueError(f"the contenders do not compute the same loss, so their times mean nothing: {losses}")
+
+
+class Ceiling:
+    """The rate of a matrix product of the model's MLP shape, measured among the contenders."""
+
+    def __init__(self, case: Case):
+        dim = case.sizes["dim"]
+        rows = case.batch * case.patches
+        options = {"device": case.device, "dtype": DTYPES[case.precision]}
+        self.a, self.b = torch.randn(rows, dim, **options), torch.randn(dim, 4 * dim, **options)
+        self.flops = 2 * rows * dim * 4 * dim
+        self.seconds: list[float] = []
+
+    def measure(self, device: str) -> None:
+        """Time the product for about a twentieth of a second."""
+        times = 0
+        start = time.perf_counter()
+        while time.perf_counter() - start < 0.05:
+            for _ in range(5):
+                self.a @ self.b
+            synchronise(device)
+            times += 5
+        self.seconds.append((time.perf_counter() - start) / times)
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s."""
+        return self.flops / float(np.median(self.seconds))
+
+
+def measure(contenders: list[Contender], case: Case, rounds: int, steps: int, warmup: int, with_data=None) -> dict:
+    """Seconds a step of each contender by round, (contenders, rounds), the peak memory of each, and the ceiling.
+
+    with_data: gives (images, masks) as a loader does; batches are then prepared inside the measured time.
+    """
+    ceiling = Ceiling(case)
+    seconds, peak = [[] for _ in contenders], [0] * len(contenders)
+    cuda = case.device.startswith("cuda")
+    for r in range(rounds + 1):
+        for i, contender in enumerate(contenders):
+            count = warmup if r == 0 else steps
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(case.device)
+                held = torch.cuda.memory_allocated(case.device)
+            synchronise(case.device)
+            start = time.perf_counter()
+            for step in range(count):
+                if with_data is None:
+                    contender.run(step)
+                else:
+                    contender.step(contender.prepare(*next(with_data)), lr=LR)
+            synchronise(case.device)
+            if r:
+                seconds[i].append((time.perf_counter() - start) / count)
+            if cuda:
+                peak[i] = max(peak[i], torch.cuda.max_memory_allocated(case.device) - held)
+        ceiling.measure(case.device)
+    return {"seconds": np.array(seconds), "step_memory": peak, "ceiling": ceiling.rate}
+
+
+def rows_of(contenders, case: Case, measured: dict, data: bool) -> list[dict]:
+    """One record a contender, plain values in the units their names say; ratios are medians over the rounds."""
+    seconds = measured["seconds"]
+    slowest = next((i for i, c in enumerate(contenders) if c.name == "plain"), None)
+    peak = next((v for k, v in PEAKS.items() if k in device_name(case.device)), None)
+    rows = []
+    for i, c in enumerate(contenders):
+        median, low, high = (float(np.quantile(seconds[i], q)) for q in (0.5, 0.2, 0.8))
+        rate = c.work * 1e9 * case.batch / median
+        same_tokens = slowest is not None and contenders[slowest].context == c.context
+        rows.append(
+            {
+                "impl": c.name,
+                "context": c.context,
+                "data": data,
+                "seconds_per_step": median,
+                "seconds_20": low,
+                "seconds_80": high,
+                "images_per_second": case.batch / median,
+                "tokens_per_second": case.batch * c.tokens / median,
+                "tokens_per_image": c.tokens,
+                "gflop_per_image": c.work,
+                "executed_gflop_per_image": c.executed,
+                "tflops": rate / 1e12,
+                "share_of_ceiling": rate / measured["ceiling"],
+                "share_of_peak": rate / peak if peak and case.low_precision else None,
+                "step_memory_bytes": measured["step_memory"][i] or None,
+                "speedup_over_plain": float(np.median(seconds[slowest] / seconds[i])) if same_tokens else None,
+            }
+        )
+    return rows
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU, or of the CPU and its cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def table(rows: list[dict]) -> str:
+    """The records as a Markdown table."""
+    heads = ("impl", "context", "data", "images/s", "tokens/s", "tokens/image", "GFLOP/image", "TFLOP/s")
+    heads += ("of GEMM", "of peak", "step memory, GB", "x plain")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for r in rows:
+        cells = (
+            r["impl"],
+            r["context"],
+            "yes" if r["data"] else "no",
+            f"{r['images_per_second']:.1f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['tokens_per_image']:.0f}",
+            f"{r['gflop_per_image']:.1f}",
+            f"{r['tflops']:.3f}",
+            f"{r['share_of_ceiling']:.0%}",
+            _or_dash(r["share_of_peak"], "{:.0%}"),
+            _or_dash(r["step_memory_bytes"], "{:.2f}", 1e-9),
+            _or_dash(r["speedup_over_plain"], "{:.2f}"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _or_dash(value, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else form.format(value * scale)
+
+
+def stream(case: Case, folder: str, threads: int):
+    """Endless (images, masks) from the project's loader of `folder`, masks drawn as they are needed."""
+    from ijepa_fast.data.dali import TrainLoader
+    from ijepa_fast.data.sources import open_source
+
+    loader = TrainLoader(
+        open_source(folder),
+        batch_size=case.batch,
+        crop=case.crop,
+        seed=case.seed,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        threads=threads,
+    )
+    try:
+        for i, batch in enumerate(loader):
+            yield batch.images, case.masks(i)
+    finally:
+        loader.close()
+
+
+def largest_batch(case: Case, context: str) -> int:
+    """The largest power of two whose step fits into the GPU's memory, truncated or not."""
+    best, batch = 0, 8
+    while True:
+        trial = Case(**asdict(case) | {"batch": batch, "batches": 1})
+        try:
+            (contender,) = make_contenders(trial, ["fast"], [context])
+            contender.run(0)
+            contender.run(0)
+            synchronise(case.device)
+        except torch.OutOfMemoryError:
+            return best
+        finally:
+            contender = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        best, batch = batch, 2 * batch
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Exits with one sentence for a value that does not exist."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=METHODS, default="ijepa")
+    parser.add_argument("--impl", default="fast,strong,plain", help=f"of {', '.join(IMPLS)}, with commas")
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="vit_small")
+    parser.add_argument("--crop", type=int, default=224)
+    parser.add_argument("--patch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--predictor-depth", type=int, help="default: the published one for the model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--context", default="truncate", help=f"of {', '.join(CONTEXTS)}, with commas")
+    parser.add_argument(
+        "--engine", type=int, metavar="ZERO", help="also time `fast` through DeepSpeed at this ZeRO stage"
+    )
+    parser.add_argument("--external", metavar="PATH", help="also time a checkout of the published I-JEPA code")
+    parser.add_argument("--compile", default=None, help="of fast, strong, none; default: both on a GPU, none on a CPU")
+    parser.add_argument("--data", metavar="FOLDER", help="also measure with images decoded from this folder")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    parser.add_argument("--max-batch", action="store_true", help="only find the largest batch of `fast` on the GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="of each contender in a round")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    args.impl = args.impl.split(",")
+    args.context = args.context.split(",")
+    for name, allowed in (("impl", IMPLS), ("context", CONTEXTS)):
+        if unknown := set(getattr(args, name)) - set(allowed):
+            parser.error(f"--{name}: expected of {', '.join(allowed)}, got {', '.join(sorted(unknown))}")
+    if args.external and "published" not in args.impl:
+        args.impl.append("published")
+    if "published" in args.impl and not args.external:
+        parser.error("--impl published: expected --external PATH, a checkout of the published code")
+    if args.method != "ijepa" and (args.external or args.engine is not None):
+        parser.error("--external and --engine are for --method ijepa")
+    if args.max_batch and not args.device.startswith("cuda"):
+        parser.error("--max-batch: expected --device cuda, there is no limit to find on a CPU")
+    cuda = args.device.startswith("cuda")
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    args.compile = args.compile or ("fast,strong" if cuda else "none")
+    return args
+
+
+def run(argv: list[str] | None = None) -> dict:
+    """Measure as the command line says; -> what is written as JSON."""
+    args = parse(argv)
+    case = Case(
+        method=args.method,
+        arch=args.model,
+        crop=args.crop,
+        patch=args.patch,
+        batch=args.batch,
+        device=args.device,
+        precision=args.precision,
+        predictor_depth=args.predictor_depth,
+        seed=args.seed,
+        compile=tuple(args.compile.split(",")),
+    )
+    about = {"case": asdict(case), "device": device_name(args.device), "torch": torch.__version__}
+    if args.max_batch:
+        return about | {"max_batch": {context: largest_batch(case, context) for context in args.context}}
+    contenders = make_contenders(case, args.impl, args.context, args.external, args.engine)
+    if not contenders:
+        raise ValueError(f"--impl {','.join(args.impl)}: nothing to measure with --context {','.join(args.context)}")
+    check_agreement(contenders, case.precision)
+    schedule = {"rounds": args.rounds, "steps": args.steps, "warmup": args.warmup}
+    measured = measure(contenders, case, **schedule)
+    rows = rows_of(contenders, case, measured, data=False)
+    if args.data:
+        batches = stream(case, args.data, args.threads)
+        rows += rows_of(contenders, case, measure(contenders, case, **schedule, with_data=batches), data=True)
+        batches.close()
+    return about | schedule | {"ceiling_tflops": measured["ceiling"] / 1e12, "rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, write the JSON. Returns the exit status."""
+    try:
+        result = run(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{result['device']}, torch {result['torch']}")
+    if "max_batch" in result:
+        for context, batch in result["max_batch"].items():
+            print(f"largest batch, context {context}: {batch}")
+    else:
+        print(f"{result['case']}\nGEMM of the model's MLP: {result['ceiling_tflops']:.3f} TFLOP/s")
+        print(table(result["rows"]))
+    path = parse(argv).json
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
