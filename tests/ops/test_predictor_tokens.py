@@ -1,0 +1,283 @@
+"""predictor_tokens and predictor_readout: kernels against references, registration, compilation, bad input."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ijepa_fast.kernels.common import checks
+from ijepa_fast.kernels.predictor_tokens import ops, predictor_readout, predictor_tokens, reference
+from ijepa_fast.packing import PackedBatch
+from tests import oracle
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (context lengths (C, B), targets, patches a target, patches an image)
+LAYOUTS = {
+    "one token": ([[1]], 1, 1, 4),
+    "ragged": ([[17, 3, 40]], 4, 5, 49),
+    "two contexts": ([[5, 0, 33], [1, 16, 7]], 2, 18, 50),
+    "no context": ([[0, 0]], 3, 4, 9),
+    "uniform": ([[16, 16]], 4, 16, 64),
+}
+
+
+def pack(lengths, targets, size, patches, seed=0):
+    """A PackedBatch with random patches; targets overlap."""
+    generator = np.random.default_rng(seed)
+    lengths = np.array(lengths)
+    contexts, images = lengths.shape
+    rows = [
+        image * patches + np.sort(generator.permutation(patches)[: lengths[c, image]])
+        for c in range(contexts)
+        for image in range(images)
+    ]
+    target = np.stack([generator.permutation(patches)[:size] for _ in range(targets * images)])
+    target = target.reshape(targets, images, size) + np.arange(images)[:, None] * patches
+    union, position = np.unique(target, return_inverse=True)
+    predictor = np.tile(lengths.ravel() + size, targets)
+    return PackedBatch(
+        images=images,
+        contexts=contexts,
+        targets=targets,
+        patches=patches,
+        target_size=size,
+        context_index=int32(np.concatenate(rows)),
+        context_cu_seqlens=cu_seqlens(lengths.ravel()),
+        context_max_seqlen=int(lengths.max()),
+        target_index=int32(target),
+        union_index=int32(union),
+        union_cu_seqlens=cu_seqlens(np.bincount(union // patches, minlength=images)),
+        union_max_seqlen=int(np.bincount(union // patches).max()),
+        target_in_union=int32(position.reshape(target.shape)),
+        predictor_cu_seqlens=cu_seqlens(predictor),
+        predictor_max_seqlen=int(predictor.max()),
+    )
+
+
+def int32(values):
+    return torch.from_numpy(np.asarray(values).astype(np.int32))
+
+
+def cu_seqlens(lengths):
+    return int32(np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def make(packed, width, dtype, device, table_dtype=None):
+    context = torch.randn(packed.context_index.shape[0], width).to(device, dtype)
+    mask_token = torch.randn(width).to(device, table_dtype or dtype)
+    positions = torch.randn(packed.patches, width).to(device, table_dtype or dtype)
+    return context, mask_token, positions
+
+
+def tokens_of(function, packed, positions):
+    """The tokens as a function of context and mask token, by the op or its reference."""
+    if function is predictor_tokens:
+        return lambda context, mask_token: predictor_tokens(context, mask_token, positions, packed)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.patches)
+    return lambda context, mask_token: reference.predictor_tokens(context, mask_token, positions, *layout)
+
+
+def readout_of(function, packed):
+    if function is predictor_readout:
+        return lambda tokens: predictor_readout(tokens, packed)
+    layout = (packed.context_cu_seqlens, packed.targets, packed.target_size)
+    return lambda tokens: reference.predictor_readout(tokens, *layout)
+
+
+def row_by_row(context, mask_token, positions, packed):
+    """(tokens, mask rows) as the paper describes them, one row after the other."""
+    tokens, masks = [], []
+    bounds = packed.context_cu_seqlens.tolist()
+    for m in range(packed.targets):
+        for s in range(packed.contexts * packed.images):
+            for t in range(bounds[s], bounds[s + 1]):
+                tokens.append(context[t] + positions[packed.context_index[t] % packed.patches])
+            for patch in packed.target_index[m, s % packed.images]:
+                masks.append(mask_token + positions[patch % packed.patches])
+                tokens.append(masks[-1])
+    return torch.stack(tokens), torch.stack(masks)
+
+
+@pytest.mark.gpu
+def test_large_on_gpu(triton_everywhere):
+    lengths = np.random.default_rng(0).integers(40, 150, (1, 128)).tolist()
+    packed = pack(lengths, 4, 44, 256).to(triton_everywhere)
+    check(packed, 384, torch.bfloat16, triton_everywhere)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("layout", "width"), [(name, width) for name, width in zip(LAYOUTS, (24, 130, 96, 40, 384))])
+def test_matches_reference(triton_everywhere, poisoned, layout, width, dtype):
+    check(pack(*LAYOUTS[layout]).to(triton_everywhere), width, dtype, triton_everywhere)
+
+
+def check(packed, width, dtype, device):
+    context, mask_token, positions = make(packed, width, dtype, device)
+    oracle.check_against_reference(
+        tokens_of(predictor_tokens, packed, positions),
+        tokens_of(reference, packed, positions),
+        (context, mask_token),
+        names=("context", "mask_token"),
+    )
+    tokens = torch.randn(packed.predictor_cu_seqlens[-1], width).to(device, dtype)
+    upstream = oracle.random_upstream(readout_of(reference, packed), (tokens,))
+    outputs, gradients = oracle.differentiate(readout_of(predictor_readout, packed), (tokens,), upstream)
+    expected, expected_gradients = oracle.differentiate(readout_of(reference, packed), (tokens,), upstream)
+    assert torch.equal(outputs[0], expected[0])
+    assert torch.equal(gradients[0], expected_gradients[0])
+
+
+def test_fp32_tables_with_low_precision_context(triton_everywhere, poisoned):
+    packed = pack(*LAYOUTS["ragged"]).to(triton_everywhere)
+    context, mask_token, positions = make(packed, 48, torch.bfloat16, triton_everywhere, torch.float32)
+    oracle.check_against_reference(
+        tokens_of(predictor_tokens, packed, positions),
+        tokens_of(reference, packed, positions),
+        (context, mask_token),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reference_is_row_by_row(layout):
+    packed = pack(*LAYOUTS[layout])
+    context, mask_token, positions = make(packed, 6, torch.float64, "cpu")
+    tokens, masks = row_by_row(context, mask_token, positions, packed)
+    assert torch.equal(tokens_of(reference, packed, positions)(context, mask_token), tokens)
+    assert torch.equal(readout_of(reference, packed)(tokens), masks)
+    assert tokens.shape[0] == packed.predictor_cu_seqlens[-1]
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_any_layout(data):
+    images, contexts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    patches = data.draw(st.integers(1, 30))
+    length = st.lists(st.integers(0, patches), min_size=images, max_size=images)
+    lengths = data.draw(st.lists(length, min_size=contexts, max_size=contexts))
+    size, targets = data.draw(st.integers(1, patches)), data.draw(st.integers(1, 3))
+    packed = pack(lengths, targets, size, patches, data.draw(st.integers(0, 99)))
+    context, mask_token, positions = make(packed, 12, torch.float32, "cpu")
+    tokens, masks = row_by_row(context, mask_token, positions, packed)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+    maximum = packed.context_max_seqlen
+    assert torch.equal(ops._fwd(context, mask_token, positions, *layout, maximum, patches), tokens)
+    assert torch.equal(ops._readout_fwd(tokens, packed.context_cu_seqlens, targets, size), masks)
+
+    dtokens = torch.randn_like(tokens)
+    sizes = (packed.context_index.shape[0], targets, size, maximum)
+    arguments = (dtokens, mask_token, packed.context_cu_seqlens, *sizes)
+    for actual, expected in zip(ops._bwd(*arguments), ops._bwd_cpu(*arguments)):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], targets, size, maximum)
+    assert torch.equal(ops._readout_bwd(*arguments), ops._readout_bwd_cpu(*arguments))
+
+
+def test_plain_implementation_of_the_ops():
+    """What the registered ops do on a CPU without Triton's interpreter."""
+    packed = pack(*LAYOUTS["two contexts"])
+    context, mask_token, positions = make(packed, 8, torch.float32, "cpu")
+    function = tokens_of(reference, packed, positions)
+    upstream = oracle.random_upstream(function, (context, mask_token))
+    (tokens,), gradients = oracle.differentiate(function, (context, mask_token), upstream)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+    assert torch.equal(ops._fwd_cpu(context, mask_token, positions, *layout, 33, packed.patches), tokens)
+    sizes = (context.shape[0], packed.targets, packed.target_size, 33)
+    actual = ops._bwd_cpu(*upstream, mask_token, packed.context_cu_seqlens, *sizes)
+    torch.testing.assert_close(actual, gradients)
+
+    upstream = oracle.random_upstream(readout_of(reference, packed), (tokens,))
+    _, (gradient,) = oracle.differentiate(readout_of(reference, packed), (tokens,), upstream)
+    sizes = (tokens.shape[0], packed.targets, packed.target_size, 33)
+    assert torch.equal(ops._readout_bwd_cpu(*upstream, packed.context_cu_seqlens, *sizes), gradient)
+
+
+def test_deterministic(triton_everywhere):
+    packed = pack(*LAYOUTS["ragged"]).to(triton_everywhere)
+    context, mask_token, positions = make(packed, 96, torch.bfloat16, triton_everywhere)
+    function = tokens_of(predictor_tokens, packed, positions)
+    upstream = oracle.random_upstream(function, (context, mask_token))
+    first, second = (oracle.differentiate(function, (context, mask_token), upstream)[1] for _ in range(2))
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+def test_gradcheck_of_references():
+    packed = pack(*LAYOUTS["two contexts"])
+    context, mask_token, positions = make(packed, 3, torch.float64, "cpu")
+    oracle.gradcheck(tokens_of(reference, packed, positions), context.requires_grad_(), mask_token.requires_grad_())
+    tokens = torch.randn(int(packed.predictor_cu_seqlens[-1]), 2, dtype=torch.float64, requires_grad=True)
+    oracle.gradcheck(readout_of(reference, packed), tokens)
+
+
+def test_opcheck(triton_everywhere):
+    packed = pack(*LAYOUTS["ragged"]).to(triton_everywhere)
+    context, mask_token, positions = make(packed, 24, torch.float32, triton_everywhere)
+    tokens = predictor_tokens(context, mask_token, positions, packed)
+    masks = predictor_readout(tokens, packed)
+    cu, size, maximum = packed.context_cu_seqlens, packed.target_size, packed.context_max_seqlen
+    layout = (packed.context_index, cu, packed.target_index, maximum, packed.patches)
+    library = torch.ops.ijepa_fast
+    oracle.opcheck(library.predictor_tokens_fwd, context, mask_token, positions, *layout)
+    oracle.opcheck(
+        library.predictor_tokens_bwd, tokens, mask_token, cu, context.shape[0], packed.targets, size, maximum
+    )
+    oracle.opcheck(library.predictor_readout_fwd, tokens, cu, packed.targets, size)
+    oracle.opcheck(library.predictor_readout_bwd, masks, cu, tokens.shape[0], packed.targets, size, maximum)
+
+
+def test_compiles_once(triton_everywhere):
+    def step(context, mask_token, positions, packed):
+        tokens = predictor_tokens(context, mask_token, positions, packed)
+        return tokens, predictor_readout(tokens, packed)
+
+    calls = []
+    for lengths, size in (([[17, 3]], 5), ([[18, 30]], 6), ([[9, 11]], 7)):
+        packed = pack(lengths, 2, size, 49).to(triton_everywhere)
+        context, mask_token, positions = make(packed, 24, torch.float32, triton_everywhere)
+        calls.append((context.requires_grad_(), mask_token.requires_grad_(), positions, packed))
+    assert oracle.count_compiles(step, calls) == 1
+
+
+def test_bad_input(monkeypatch):
+    packed = pack(*LAYOUTS["ragged"])
+    context, mask_token, positions = make(packed, 8, torch.float32, "cpu")
+    cases = {
+        "context: expected shape": (context[1:], mask_token, positions, packed),
+        "context: expected dtype": (context.int(), mask_token, positions, packed),
+        "context: expected a contiguous": (context.mT.contiguous().mT, mask_token, positions, packed),
+        "mask_token: expected shape": (context, mask_token[:4], positions, packed),
+        "mask_token: expected device": (context, mask_token.to("meta"), positions, packed),
+        "positions: expected shape": (context, mask_token, positions[1:], packed),
+        "positions: expected a fixed table": (context, mask_token, positions.clone().requires_grad_(), packed),
+        "packed.target_index: expected shape": (context, mask_token, positions, replace(packed, targets=3)),
+        "packed.context_index: expected dtype": (
+            context,
+            mask_token,
+            positions,
+            replace(packed, context_index=packed.context_index.long()),
+        ),
+        "packed.context_cu_seqlens: .* end at the row count 60": (
+            context,
+            mask_token,
+            positions,
+            replace(packed, context_cu_seqlens=packed.context_cu_seqlens - 1),
+        ),
+        "packed.context_max_seqlen: expected at least 40": (
+            context,
+            mask_token,
+            positions,
+            replace(packed, context_max_seqlen=39),
+        ),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=f"predictor_tokens: {message}"):
+            predictor_tokens(*arguments)
+    tokens = predictor_tokens(context, mask_token, positions, packed)
+    with pytest.raises(ValueError, match="predictor_readout: tokens: expected shape"):
+        predictor_readout(tokens[1:], packed)
+    monkeypatch.setattr(checks, "debug", True)
+    with pytest.raises(ValueError, match=r"packed.target_index: expected values in \[0, 147\)"):
+        predictor_tokens(context, mask_token, positions, replace(packed, target_index=packed.target_index + 147))
