@@ -27,7 +27,7 @@ def test_ibot_contenders_agree_on_the_first_loss():
     head = {"hidden": 32, "bottleneck": 16, "prototypes": 64}
     case = Case(method="ibot", arch="vit_tiny", crop=32, patch=8, batch=2, batches=1, head=head)
     fast, plain = make_contenders(case, ["fast", "plain"], ["truncate"])
-    assert fast.first_loss() == pytest.approx(plain.first_loss(), rel=1e-5)
+    assert fast.fingerprint() == pytest.approx(plain.fingerprint(), rel=1e-4)
     assert fast.executed < plain.executed == fast.work
 
 
@@ -36,8 +36,8 @@ def test_disagreement_stops_the_benchmark():
     contenders = make_contenders(case, ["fast", "plain"], ["truncate"])
     throughput.check_agreement(contenders, "fp32")
     with torch.no_grad():
-        contenders[0].network.encoder.norm.weight[0] += 1.0
-    with pytest.raises(ValueError, match="same loss"):
+        contenders[0].network.encoder.blocks[3].norm2.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="same step"):
         throughput.check_agreement(contenders, "fp32")
 
 

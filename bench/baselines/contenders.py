@@ -110,7 +110,7 @@ class Contender:
 
     prepare: (images uint8 (B, H, W, 3), masks) -> a batch.
     step: one training step on a batch; evaluate: only its loss.
-    network: what is trained.
+    network: what is trained; None where only the step as a whole may touch it (DeepSpeed).
     tokens: an image.
     work: GFLOP an image as published, the same for every implementation; executed: as computed here.
     """
@@ -120,7 +120,7 @@ class Contender:
     prepare: Callable
     step: Callable
     evaluate: Callable
-    network: nn.Module
+    network: nn.Module | None
     tokens: float
     work: float
     executed: float
@@ -130,13 +130,17 @@ class Contender:
         """Step `i`, on the batches prepared ahead in turn."""
         return self.step(self.batches[i % len(self.batches)], lr=LR)
 
-    @torch.no_grad()
-    def first_loss(self) -> float:
-        """The loss of the first batch with the weights as they are, and nothing dropped at random."""
+    def fingerprint(self) -> tuple[float, float]:
+        """The loss of the first batch and the norm of its gradient to the patch embedding, nothing dropped at random.
+
+        Fresh weights predict next to nothing, so the loss alone would hide most errors.
+        """
+        weight = next(p for n, p in self.network.named_parameters() if n.endswith("patch_embed.proj.weight"))
         self.network.eval()
-        loss = float(self.evaluate(self.batches[0]))
+        loss = self.evaluate(self.batches[0])
+        (gradient,) = torch.autograd.grad(loss, weight)
         self.network.train()
-        return loss
+        return loss.item(), gradient.float().norm().item()
 
 
 class BareStep:
@@ -293,17 +297,14 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     weights = [{k: v.clone() for k, v in n.state_dict().items()} for n in _networks(_ijepa_objective(case))]
     contenders = []
     for context in contexts:
-        count, work, executed = _ijepa_work(case, context)
-        steps = []
-        if "fast" in impls:
-            steps.append(("fast", BareStep(_ijepa_objective(case, weights), case, compile="fast" in case.compile)))
-        if engine is not None:
-            steps.append((f"fast, ZeRO {engine}", EngineStep(_ijepa_objective(case, weights), case, engine)))
+        facts = _ijepa_work(case, context)
         prepare = partial(_packed_batch, context=context, case=case)
-        contenders += [
-            Contender(name, context, prepare, step, step.loss, step.objective, count, work, executed)
-            for name, step in steps
-        ]
+        if "fast" in impls:
+            step = BareStep(_ijepa_objective(case, weights), case, compile="fast" in case.compile)
+            contenders.append(Contender("fast", context, prepare, step, step.loss, step.objective, *facts))
+        if engine is not None:
+            step = EngineStep(_ijepa_objective(case, weights), case, engine)
+            contenders.append(Contender(f"fast, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
     if "truncate" not in contexts:
         return contenders
     count, work, _ = _ijepa_work(case, "truncate")
