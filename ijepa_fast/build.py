@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
+from ijepa_fast.data.synthetic import SyntheticLoader
+from ijepa_fast.masks import make_sampler
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.objective import IJEPA
+from ijepa_fast.packing import PackedBatch, pack
 from ijepa_fast.schedules import Schedule
 
+SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
 
-def plan(config: Config, images: int) -> tuple[Schedule, int]:
-    """The schedules of a run over `images` images, and its number of steps."""
+
+def plan(config: Config, source: Source | None) -> tuple[Schedule, int]:
+    """The schedules of a run over `source` (random images without one), and its number of steps."""
+    images = SYNTHETIC_IMAGES if source is None else len(source)
     steps_per_epoch = images // config.batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
             f"batch_size={config.batch_size} is more than the {images} images of {config.data.source}; "
             f"set batch_size to at most {images}"
         )
+    build_masks(config, torch.device("cpu"), 0, 1)  # masks that cannot be drawn are an error before anything starts
     optim = config.optim
     schedule = Schedule(
         steps_per_epoch,
@@ -66,22 +75,57 @@ def build_objective(config: Config) -> IJEPA:
     )
 
 
-def build_loader(config: Config, source: Source, device: torch.device, rank: int, ranks: int, first: int):
-    """The endless loader of this rank's micro-batches of `source`, from micro-step `first` on."""
+def build_masks(config: Config, device: torch.device, rank: int, ranks: int) -> Callable[[int], PackedBatch]:
+    """The masks of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
+
+    They are packed on the CPU, in pinned memory where `device` is a GPU.
+    """
+    options = asdict(config.mask)
+    strategy, policy, budget = (options.pop(key) for key in ("strategy", "policy", "budget"))
+    side = config.data.crop // config.model.patch
+    sampler = make_sampler(strategy, (side, side), **options)
+    batch = _micro_batch(config, ranks)
+
+    def masks(step: int) -> PackedBatch:
+        packed = pack(sampler(batch, config.seed, step, rank), policy, budget)
+        return packed.pin_memory() if device.type == "cuda" else packed
+
+    return masks
+
+
+def build_loader(config: Config, source: Source | None, device: torch.device, rank: int, ranks: int, first: int = 0):
+    """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.extra is their PackedBatch.
+
+    Masks are made ahead of the step, in the loader's threads. Without `source`, the images are random.
+    """
     data = config.data
+    common = {
+        "batch_size": _micro_batch(config, ranks),
+        "crop": data.crop,
+        "seed": config.seed,
+        "rank": rank,
+        "world_size": ranks,
+        "device": device,
+        "start_step": first,
+        "extra": build_masks(config, device, rank, ranks),
+    }
+    if source is None:
+        return SyntheticLoader(count=SYNTHETIC_IMAGES, **common)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     return TrainLoader(
         source,
-        batch_size=config.batch_size // (ranks * config.engine.accumulation),
-        crop=data.crop,
         scale=tuple(data.scale),
         ratio=tuple(data.ratio),
         interpolation=data.interpolation,
         flip=data.flip,
-        seed=config.seed,
-        rank=rank,
-        world_size=ranks,
-        device=device,
-        threads=data.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
+        threads=data.threads or max(1, cores),
         prefetch=data.prefetch,
-        start_step=first,
+        hw_decoder_load=data.hw_decoder_load,
+        bad_files=config.folder / "bad_files.txt",
+        max_bad_share=data.max_bad_share,
+        **common,
     )
+
+
+def _micro_batch(config: Config, ranks: int) -> int:
+    return config.batch_size // (ranks * config.engine.accumulation)

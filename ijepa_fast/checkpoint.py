@@ -27,7 +27,7 @@ from ijepa_fast.optim import STATES
 FORMAT = 1
 # A run resumed with another value of one of these would not be the run that was begun.
 FIXED = ("seed", "batch_size", "data.", "mask.", "model.", "objective.")
-FREE = ("data.threads", "data.prefetch", "data.cache", "data.max_bad_share", "model.recompute")
+FREE = ("data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load", "data.max_bad_share", "model.recompute")
 
 
 class CheckpointError(ValueError):

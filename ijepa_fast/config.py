@@ -38,6 +38,7 @@ class Data:
     cache: str = "~/.cache/ijepa_fast"  # where the embedded data set is written
     scenes: int = 4000  # images of the embedded data set
     scenes_size: int = 64  # their side, pixels
+    hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decode engine
     max_bad_share: float = 0.01  # unreadable files beyond this share end the run
 
 

@@ -1,7 +1,7 @@
 """Mask strategies: which patches of an image are context and which are target blocks.
 
 `make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, rank)` gives the masks of a
-batch, a pure function of its arguments. One target size is drawn per batch, so that target blocks are rectangular arrays.
+batch, a pure function of its arguments. One target size is drawn per batch, so that targets are a rectangular array.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class MultiBlock:
             self.min_keep,
             self.published,
         )
-        return Masks(torch.from_numpy(context), torch.from_numpy(target), key)
+        return Masks(context, target, key)
 
     def _size(self, kind: str, for_scale: float, for_aspect: float) -> Size:
         """Two numbers in [0, 1] -> the block's (height, width); the published sampler uses the first for both."""
@@ -171,7 +171,7 @@ class Block:
         numbers = _batch_numbers(key)
         size = _block_size(self.grid, _between(self.target_scale, numbers[0]), _between(self.target_aspect, numbers[1]))
         context, target = sample_blocks(key, batch, self.grid, 1, size, 1, self.grid, 0, False)
-        return Masks(torch.from_numpy(context), torch.from_numpy(target), key)
+        return Masks(context, target, key)
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,10 @@ class Random:
         """Masks of `batch` images: M = C = 1."""
         key = _key(batch, seed, step, rank)
         patches = self.grid[0] * self.grid[1]
-        target = random_subset(key, np.ones((batch, patches), dtype=bool), np.full(batch, self._count))
-        numbers = (np.flatnonzero(target) % patches).astype(np.int32).reshape(1, batch, self._count)
-        return Masks(torch.from_numpy(~target[None]), torch.from_numpy(numbers), key)
+        everything = torch.ones(batch, patches, dtype=torch.bool)
+        target = random_subset(key, everything, torch.full((batch,), self._count, dtype=torch.int32))
+        numbers = (np.flatnonzero(target.numpy()) % patches).astype(np.int32).reshape(1, batch, self._count)
+        return Masks(~target[None], torch.from_numpy(numbers), key)
 
 
 Sampler = MultiBlock | Block | Rasterized | Random
@@ -241,7 +242,7 @@ STRATEGIES: dict[str, tuple[Callable[..., Sampler], dict]] = {
 
 
 def _key(batch: int, seed: int, step: int, rank: int) -> Key:
-    for name, value, bits in (("seed", seed, 64), ("step", step, 32), ("rank", rank, 32)):
+    for name, value, bits in (("seed", seed, 63), ("step", step, 32), ("rank", rank, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected an integer of {bits} bits, not negative, got {value}")
     if batch < 1:

@@ -5,6 +5,7 @@ Losses stay on the device between logging steps; a window's mean and its finiten
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -78,6 +79,15 @@ def tokens(packed) -> int:
     context = packed.context_index.numel()
     masked = packed.target_index.numel() * packed.contexts
     return packed.images * packed.patches + context + packed.targets * context + masked
+
+
+def check_loggers(config: Config) -> None:
+    """Raises ImportError, naming the package and the key, where a logger was asked for that is not installed."""
+    for key, package in (("log.tensorboard", "tensorboard"), ("log.wandb", "wandb")):
+        if flatten(config)[key] and importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{key}: the package {package} is not installed; install it, or set {key} to false or null"
+            )
 
 
 class RunLog:

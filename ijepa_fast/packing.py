@@ -120,8 +120,8 @@ def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
     while missing := budget * count.size - count.sum():
         spare = np.flatnonzero(available > count)[:missing]
         count[spare] += 1
-    count = count.reshape(contexts, images)
-    return np.stack([random_subset(masks.key, context[c], count[c], draw=c) for c in range(contexts)])
+    counts = torch.from_numpy(count.astype(np.int32)).view(contexts, images)
+    return np.stack([random_subset(masks.key, masks.context[c], counts[c], c).numpy() for c in range(contexts)])
 
 
 def _assemble(context_rows: np.ndarray, lengths: np.ndarray, target: np.ndarray, patches: int) -> PackedBatch:

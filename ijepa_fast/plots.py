@@ -87,14 +87,14 @@ def mask_tiles(image, context, targets, patch, least=160):
     """One image beside what the context encoder sees of it and the blocks to predict.
 
     image: uint8 (H, W, 3). context: patch indices (row-major over the grid). targets: M sequences of patch indices.
-    Returns uint8 (h, 3*w + 2*gap, 3): image, context patches on white, target blocks each in a colour.
+    Returns uint8 (h, 3*w + 2*gap, 3): image, context patches on grey, target blocks each in a colour.
     """
     height, width = image.shape[:2]
     if height % patch or width % patch:
         raise ValueError(f"image: expected sides divisible by patch {patch}, got {height}x{width}")
     grid = (height // patch, width // patch)
     big, size = _enlarge(np.asarray(image), patch, least)
-    seen = np.where(_patch_mask(context, grid, size)[..., None], big, 255)
+    seen = np.where(_patch_mask(context, grid, size)[..., None], big, 228)
     blocks = big * 0.35 + 255 * 0.65
     for number, target in enumerate(targets):
         colour = _rgb(COLOURS[number % len(COLOURS)])

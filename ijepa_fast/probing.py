@@ -19,10 +19,14 @@ from ijepa_fast.objective import IJEPA
 HELD_OUT = 1000  # scenes to test on
 
 
-def training_source(config: Config) -> Source:
-    """The images a run trains on. Raises ConfigError, naming data.source, where there are none."""
+def training_source(config: Config) -> Source | None:
+    """The images a run trains on, None for random ones. Raises ConfigError naming data.source."""
+    if config.data.source == "synthetic":
+        return None
     try:
-        return open_source(_scenes(config, "train") if config.data.source == "scenes" else config.data.source)
+        if config.data.source == "scenes":
+            return open_source(_scenes(config, "train"))
+        return open_source(config.data.source, cache=Path(config.data.cache).expanduser())
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.source: {error}") from None
 

@@ -12,7 +12,6 @@ from ijepa_fast.build import build_loader, build_objective
 from ijepa_fast.config import Config
 from ijepa_fast.objective import IJEPA
 from ijepa_fast.plots import plot_loss, plot_masks, read_log
-from ijepa_fast.prefetch import MaskQueue
 from ijepa_fast.probing import probe
 
 
@@ -31,7 +30,7 @@ def finish(config: Config, objective: IJEPA, source, folders: tuple[str, str] | 
         "probe": None,
     }
     plot_loss(records, folder / "loss.png")
-    _plot_masks(config, source, device)
+    _plot_masks(config, source)
     if folders is not None:
         print("probing the encoder before and after training", file=sys.stderr)
         untrained = build_objective(config)
@@ -71,13 +70,10 @@ def _figure(before: dict, after: dict, head: str) -> tuple[str, float, float]:
     return f"k={k}, {key}", before["knn"][k][key], after["knn"][k][key]
 
 
-def _plot_masks(config: Config, source, device: torch.device) -> None:
-    masks = MaskQueue(config, device, 0, 1, first=0)
-    loader = build_loader(config, source, device, 0, 1, first=0)
+def _plot_masks(config: Config, source) -> None:
+    loader = build_loader(config, source, torch.device("cpu"), 0, 1)
     try:
-        plot_masks(
-            next(loader).images[:8].cpu(), next(masks).to("cpu"), config.model.patch, config.folder / "masks.png"
-        )
+        batch = next(loader)
+        plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()
-        masks.close()

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+# On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if __package__ in (None, ""):
     # Started as a file by the launcher: this folder must not be on the path, where its modules would hide others.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,23 +26,22 @@ from ijepa_fast import checkpoint, kernels
 from ijepa_fast.build import build_loader, build_objective, plan
 from ijepa_fast.config import Config, load_config, save_config
 from ijepa_fast.engine import Engine, choose_device, start
-from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog
-from ijepa_fast.prefetch import MaskQueue
+from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog, check_loggers
 from ijepa_fast.probing import probe_folders, training_source
 from ijepa_fast.summary import finish
 
 
 def train(config: Config) -> None:
     """Run `config` to its end, from its last checkpoint where there is one. Called by every rank."""
-    device = choose_device(config)
-    rank, ranks = start(config, device)
     kernels.use(config.kernels)
+    check_loggers(config)
+    device = choose_device(config)
     source, folders = training_source(config), probe_folders(config)
-    schedule, total = plan(config, len(source))
+    schedule, total = plan(config, source)
+    rank, ranks = start(config, device)
     micro_steps = config.engine.accumulation
     engine = Engine(config, build_objective(config), device)
     step = resume(config, engine, rank)
-    masks = MaskQueue(config, device, rank, ranks, first=step * micro_steps)
     loader = build_loader(config, source, device, rank, ranks, first=step * micro_steps)
     log, meter, logged = RunLog(config, rank, step, total), Meter(device), step
     try:
@@ -48,8 +49,9 @@ def train(config: Config) -> None:
             lr, weight_decay, momentum = schedule.at(step)
             for _ in range(micro_steps):
                 begin = time.perf_counter()
-                batch, packed = next(loader), next(masks)
+                batch = next(loader)
                 wait = time.perf_counter() - begin
+                packed = batch.extra.to(device, non_blocking=True)
                 loss = engine.backward(batch.images, packed)
                 engine.step(lr, weight_decay, momentum)
                 meter.add(loss, packed, wait)
@@ -65,7 +67,6 @@ def train(config: Config) -> None:
                 meter.restart()
     finally:
         loader.close()
-        masks.close()
         log.close()
     if rank == 0:
         finish(config, engine.objective, source, folders, device)

@@ -1,7 +1,7 @@
-"""The fused operations. Each one is a package, `ijepa_fast.kernels.<op>`; its source folder is `kernels/<op>` of the checkout.
+"""The fused operations: each is a package `ijepa_fast.kernels.<op>`, whose source folder is `kernels/<op>`.
 
 An installed wheel carries the op folders inside this package. In a checkout they stand beside `setup.py`, so their
-parent folder is appended to this package's search path; the checkout's `kernels/` itself must never be a package, because
+parent folder is appended to this package's search path; the checkout's `kernels/` itself must never be a package, since
 that import name belongs to another project.
 """
 

@@ -1,0 +1,84 @@
+"""Start the trainer as a user would, on one or several CPU ranks, and read what a run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "data.source=synthetic",
+    "data.crop=32",
+    "batch_size=8",
+    "model.dim=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.patch=4",
+    "model.predictor_dim=16",
+    "model.predictor_depth=2",
+    "mask.min_keep=4",
+    "optim.epochs=1",
+    "optim.warmup_epochs=0.1",
+    "log.every=1",
+    "log.tensorboard=false",
+    "probe.enabled=false",
+]
+
+
+def command(runs: Path, *overrides: str, config: str = "quickstart") -> list[str]:
+    """The command line of a run in `runs`, without a launcher."""
+    script = [sys.executable, "ijepa_fast/train.py", "--config", f"configs/{config}.yaml", f"runs={runs}"]
+    return [*script, *TINY, *overrides]
+
+
+def start(runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart") -> list[subprocess.Popen]:
+    """Start a run's ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+    environment = {**os.environ, **world, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    return [
+        subprocess.Popen(
+            command(runs, *overrides, config=config),
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> tuple[list[int], str]:
+    """Wait for the ranks: their exit statuses, and what they wrote to stderr."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
+def run(runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart") -> Path:
+    """Run to the end and expect success; the run's folder."""
+    statuses, errors = finish(start(runs, *overrides, ranks=ranks, config=config))
+    assert statuses == [0] * ranks, errors[-3000:]
+    name = next((o.removeprefix("name=") for o in reversed(overrides) if o.startswith("name=")), config)
+    return runs / name
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses of a run's log."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def rank_files(folder: Path, step: int) -> list[Path]:
+    """The rank files of a checkpoint."""
+    return sorted((folder / "checkpoints" / f"step-{step:08d}").glob("rank-*.safetensors"))

@@ -1,0 +1,136 @@
+"""The model: packed equals per-image, selected rows equal dense ones, initialisation and sizes are the published."""
+
+import pytest
+import torch
+
+from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.positions import sincos_2d
+from ijepa_fast.models.predictor import Predictor
+from ijepa_fast.models.vit import ARCHITECTURES, Encoder, init_weights
+from ijepa_fast.objective import IJEPA, target_rows
+from ijepa_fast.packing import from_masks, pack
+
+IMAGES, PATCH = 3, 8
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    encoder = Encoder(64, PATCH, 32, 3, 2)
+    model = IJEPA(encoder, Predictor(encoder.grid, 32, 16, 2, 2), mean=(0.5,) * 3, std=(0.25,) * 3).double()
+    model.target_encoder.double()
+    return model
+
+
+@pytest.fixture
+def masks():
+    return make_sampler("multiblock", (8, 8), contexts=2, min_keep=3)(IMAGES, 0, 0, 0)
+
+
+@pytest.fixture
+def patches():
+    return torch.randn(IMAGES * 64, 3 * PATCH**2, dtype=torch.float64)
+
+
+def one_image(masks, i):
+    """The masks of image i alone, as patch numbers: context of each c, target (M, 1, K)."""
+    return [masks.context[c, i].nonzero()[:, 0] for c in range(masks.context.shape[0])], masks.target[:, i : i + 1]
+
+
+def test_packed_context_equals_each_image_alone(model, masks, patches):
+    packed = pack(masks)
+    together = model.encoder.context(patches, packed).split(packed.context_cu_seqlens.diff().tolist())
+    for i in range(IMAGES):
+        contexts, targets = one_image(masks, i)
+        for c, kept in enumerate(contexts):
+            alone = from_masks(kept[None, None], targets, 64)
+            out = model.encoder.context(patches[i * 64 : (i + 1) * 64], alone)
+            torch.testing.assert_close(together[c * IMAGES + i], out, rtol=0, atol=1e-12)
+
+
+def test_packed_predictions_equal_each_image_alone(model, masks, patches):
+    packed = pack(masks)
+    together = model.predictor(model.encoder.context(patches, packed), packed)
+    together = together.view(packed.targets, packed.contexts, IMAGES, packed.target_size, -1)
+    for i in range(IMAGES):
+        contexts, targets = one_image(masks, i)
+        for c, kept in enumerate(contexts):
+            alone = from_masks(kept[None, None], targets, 64)
+            out = model.predictor(model.encoder.context(patches[i * 64 : (i + 1) * 64], alone), alone)
+            torch.testing.assert_close(together[:, c, i].flatten(0, 1), out, rtol=0, atol=1e-12)
+
+
+def test_target_rows_equal_the_dense_encoding(model, masks, patches):
+    packed = pack(masks)
+    dense = model.target_encoder(patches, IMAGES)
+    torch.testing.assert_close(
+        model.target_encoder.targets(patches, packed), dense[packed.union_index], rtol=0, atol=1e-12
+    )
+    rows = model.target_encoder.targets(patches, packed)[target_rows(packed)]
+    wanted = dense[packed.target_index.long()][:, None].expand(-1, 2, -1, -1, -1).reshape(-1, 32)
+    torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-12)
+
+
+def test_recomputing_changes_no_gradient(model, masks, patches):
+    packed = pack(masks)
+    gradients = []
+    for recompute in (False, True):
+        model.zero_grad()
+        model.encoder.recompute = model.predictor.recompute = recompute
+        model.loss_of_patches(patches, packed).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_nothing_of_the_target_encoder_is_trained(model, masks, patches):
+    assert not any("target" in name for name, _ in model.named_parameters())
+    model.loss_of_patches(patches, pack(masks)).backward()
+    assert all(p.grad is None for p in model.target_encoder.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_pixel_targets(masks):
+    encoder = Encoder(64, PATCH, 32, 2, 2)
+    predictor = Predictor(encoder.grid, 32, 16, 1, 2, out_dim=3 * PATCH**2)
+    model = IJEPA(encoder, predictor, target="pixels", mean=(0.5,) * 3, std=(0.25,) * 3)
+    images = torch.randint(0, 256, (IMAGES, 64, 64, 3), dtype=torch.uint8)
+    loss = model(images, pack(masks))
+    loss.backward()
+    assert loss.isfinite()
+    # The targets are the patches' own values, normalised patch by patch.
+    targets = model.targets(model.patchify(images), pack(masks))
+    first = images[0, :8, :8].permute(2, 0, 1).reshape(-1).float() / 255
+    row = (pack(masks).union_index == 0).nonzero()
+    if row.numel():
+        torch.testing.assert_close(targets[row[0, 0]], (first - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+
+
+def test_initialisation_is_the_published_one():
+    encoder = Encoder(64, PATCH, 192, 2, 3)
+    encoder.apply(init_weights)
+    weight = encoder.blocks[1].mlp.fc2.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert encoder.blocks[0].attn.qkv.bias.abs().max() == 0
+    assert torch.equal(encoder.norm.weight, torch.ones(192))
+
+
+def test_positions():
+    table = sincos_2d(16, (2, 3))
+    # The first half encodes the column, the second the row, each as sines then cosines.
+    assert torch.equal(table[0], torch.tensor([0.0] * 4 + [1.0] * 4).repeat(2))
+    assert torch.equal(table[1, 8:], table[0, 8:])
+    assert torch.equal(table[3, :8], table[0, :8])
+    with pytest.raises(ValueError, match="divisible by 4"):
+        sincos_2d(18, (2, 2))
+
+
+def test_sizes_of_the_published_architectures():
+    """Millions of parameters: 85.6 base, 303 large, 630 huge, 1011 giant."""
+    for name, patch, millions in (("vit_base", 16, 85.6), ("vit_large", 16, 303), ("vit_huge", 14, 630)):
+        with torch.device("meta"):
+            encoder = Encoder(224, patch, *ARCHITECTURES[name])
+        count = sum(p.numel() for p in encoder.parameters()) / 1e6
+        assert count == pytest.approx(millions, rel=0.005)
+    with torch.device("meta"):
+        giant = Encoder(224, 16, *ARCHITECTURES["vit_giant"])
+    assert sum(p.numel() for p in giant.parameters()) / 1e6 == pytest.approx(1011, rel=0.005)

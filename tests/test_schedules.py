@@ -1,0 +1,38 @@
+"""Schedules: end points and shapes; their values over a whole run are compared in tests/parity.py."""
+
+import pytest
+
+from ijepa_fast.schedules import Schedule
+
+
+@pytest.fixture
+def schedule():
+    return Schedule(steps_per_epoch=10, epochs=20, warmup_epochs=4)
+
+
+def test_learning_rate_rises_to_its_peak_and_falls(schedule):
+    rates = [schedule.learning_rate(i) for i in range(200)]
+    assert rates[39] == pytest.approx(1e-3)
+    assert rates[:40] == sorted(rates[:40])
+    assert rates[39:] == sorted(rates[39:], reverse=True)
+    assert rates[-1] == pytest.approx(1e-6)
+
+
+def test_weight_decay_shapes():
+    cosine = Schedule(10, 20, 4)
+    linear = Schedule(10, 20, 4, weight_decay_shape="linear")
+    assert cosine.decay(199) == pytest.approx(0.4)
+    assert linear.decay(199) == pytest.approx(0.4)
+    assert linear.decay(99) == pytest.approx(0.22)
+    assert cosine.decay(49) < linear.decay(49)
+
+
+def test_momentum_is_linear_and_not_advanced(schedule):
+    assert schedule.ema_momentum(0) == 0.996
+    assert schedule.ema_momentum(100) == pytest.approx(0.998)
+
+
+def test_a_longer_horizon_stops_short_of_the_end():
+    stretched = Schedule(10, 20, 4, horizon=1.25)
+    assert stretched.learning_rate(199) > 1e-5
+    assert stretched.ema_momentum(199) < 0.9995
