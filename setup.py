@@ -1,10 +1,70 @@
-"""Packages of ijepa_fast: the op folders under kernels/ are installed as ijepa_fast.kernels.<op>."""
+"""Packages of ijepa_fast: the op folders under kernels/ are installed as ijepa_fast.kernels.<op>.
 
-from setuptools import find_packages, setup
+The extension ijepa_fast._C (csrc/) is optional. It is built when torch can be imported, so with
+`pip install --no-build-isolation`, and a compiler is there; IJEPA_FAST_NO_EXT=1 leaves it out. Its CUDA part needs a
+CUDA build of torch and nvcc.
+"""
+
+import os
+import shutil
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 OPS = find_packages("kernels")
+CUDA_TARGETS = ("80", "90a", "100")
+
+
+def extensions():
+    """The extension, or nothing where it cannot be built."""
+    if os.environ.get("IJEPA_FAST_NO_EXT") == "1":
+        return []
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        print(
+            "ijepa_fast: torch cannot be imported here (build isolation?), so the extension ijepa_fast._C is not built"
+        )
+        return []
+    return [
+        Extension(
+            "ijepa_fast._C",
+            sources=["csrc/module.cpp", "csrc/adamw_ema.cpp", "csrc/adamw_ema_cpu.cpp", "csrc/mask_sampler.cpp"],
+            depends=["csrc/adamw_ema.h", "csrc/adamw_ema_cuda.cu"],
+            include_dirs=cpp_extension.include_paths(),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["c10", "torch_cpu", "torch"],
+            language="c++",
+            # -fopenmp is not given to the linker: the symbols then come from the OpenMP library torch has loaded, so
+            # there is one pool of threads, not two.
+            extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-g0"],
+            optional=True,
+        )
+    ]
+
+
+class BuildExtension(build_ext):
+    """Compiles the CUDA file too, where there is something to compile it with and for."""
+
+    def build_extension(self, ext):
+        import torch
+
+        if torch.version.cuda and (nvcc := shutil.which("nvcc")):
+            os.makedirs(self.build_temp, exist_ok=True)
+            object_file = os.path.join(self.build_temp, "adamw_ema_cuda.o")
+            targets = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in CUDA_TARGETS]
+            options = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", *targets]
+            self.spawn([nvcc, *options, "-c", "csrc/adamw_ema_cuda.cu", "-o", object_file])
+            ext.extra_objects.append(object_file)
+            ext.define_macros.append(("IJEPA_FAST_CUDA", None))
+            ext.library_dirs.append(os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "lib64"))
+            ext.libraries.extend(["cudart_static", "rt", "dl", "pthread"])
+        super().build_extension(ext)
+
 
 setup(
     packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), *(f"ijepa_fast.kernels.{op}" for op in OPS)],
     package_dir={f"ijepa_fast.kernels.{op}": "kernels/" + op.replace(".", "/") for op in OPS},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
 )

@@ -15,6 +15,7 @@ for data, with a consumer that is busy as long as the fastest thinkable step (79
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -60,11 +61,17 @@ def loader(source: Source, args, device: str, share: float = 0.65) -> Iterator[i
         batches.close()
 
 
+@functools.cache
+def in_memory(source: Source) -> tuple[list[np.ndarray], np.ndarray]:
+    """The first samples' bytes, and their heights and widths (n, 2)."""
+    data = [source.read(i) for i in range(min(len(source), IN_MEMORY))]
+    return [np.frombuffer(one, np.uint8) for one in data], np.array([screen(one) for one in data])
+
+
 def decode(source: Source, args, device: str, crop: bool) -> Iterator[int]:
     """DALI's decoder alone, on bytes in memory, of whole images or of windows."""
-    count = min(len(source), IN_MEMORY)
-    encoded = [np.frombuffer(source.read(i), np.uint8) for i in range(count)]
-    sizes = np.array([screen(data.tobytes()) for data in encoded])
+    encoded, sizes = in_memory(source)
+    count = len(encoded)
     if crop:
         windows = random_resized_crop(sizes, counter_uniform(0, np.arange(count), 2 * TRIES + 2), SCALE, RATIO)
     else:
@@ -142,20 +149,24 @@ def pillow(source: Source, args, device: str) -> Iterator[int]:
         yield len(batch.to(device))
 
 
-def measure(contenders: dict[str, Callable[[], Iterator[int]]], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Images/s of every contender in each round. One runs at a time, and is closed before the next begins."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+def measure(contenders: dict[str, Callable[[], Iterator[int]]], seconds: float, rounds: int) -> dict[str, list[tuple]]:
+    """Of every contender in each round: images/s, and CPU milliseconds an image of all its threads and processes.
+
+    One runs at a time, and is closed before the next begins. The CPU time tells more where other programs are running.
+    """
+    results: dict[str, list[tuple]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, make in contenders.items():
+            cpu_begin = sum(os.times()[:4])
             batches = make()
-            for _ in range(5):  # what was prefetched, and the threads' start
-                next(batches)
+            before = sum(next(batches) for _ in range(5))  # what was prefetched, and the threads' start
             images, begin = 0, time.perf_counter()
             while time.perf_counter() - begin < seconds:
                 images += next(batches)
-            rates[name].append(images / (time.perf_counter() - begin))
+            rate = images / (time.perf_counter() - begin)
             batches.close()
-    return rates
+            results[name].append((rate, 1e3 * (sum(os.times()[:4]) - cpu_begin) / (before + images)))
+    return results
 
 
 def occupy(seconds: float, device: str) -> None:
@@ -209,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if device != "cpu":
         contenders |= {f"loader, hw {s:g}": lambda s=s: loader(source, args, device, s) for s in HARDWARE_SHARES}
-    rates = measure(contenders, args.seconds, args.rounds)
+    in_memory(source)
+    measured = measure(contenders, args.seconds, args.rounds)
 
     result = {
         "source": f"{len(source)} images",
@@ -218,16 +230,23 @@ def main(argv: list[str] | None = None) -> None:
         "batch_size": args.batch_size,
         "crop": args.crop,
         "versions": {"torch": torch.__version__, "dali": import_dali().__version__},
-        "images_per_second": {},
+        "contenders": {},
         "wait_share": {},
     }
-    print(f"{'':14} images/s   per core   loader / this (median of rounds)")
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        ratio = statistics.median(a / b for a, b in zip(rates["loader"], values))
-        entry = {"median": rate, "rounds": values, "per_core": rate / args.threads, "loader_over_this": ratio}
-        result["images_per_second"][name] = entry
-        print(f"{name:14} {rate:8.0f}   {rate / args.threads:8.0f}   {ratio:.2f}")
+    print(f"{'':14} images/s   per core   CPU ms an image   loader / this: images/s, images per CPU second")
+    for name, rounds in measured.items():
+        pairs = list(zip(measured["loader"], rounds))
+        rate, cpu = (statistics.median(column) for column in zip(*rounds))
+        by_time = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
+        by_cpu_time = statistics.median(theirs[1] / ours[1] for ours, theirs in pairs)
+        print(f"{name:14} {rate:8.0f}   {rate / args.threads:8.0f}   {cpu:15.2f}   {by_time:23.2f}, {by_cpu_time:.2f}")
+        result["contenders"][name] = {
+            "images_per_second": rate,
+            "per_core": rate / args.threads,
+            "cpu_ms_per_image": cpu,
+            "loader_over_this": by_time,
+            "loader_over_this_by_cpu_time": by_cpu_time,
+        }
     for model, (rate, batch) in STEPS.items():
         share = wait_share(source, args, device, rate, batch)
         result["wait_share"][model] = {"step_images_per_second": rate, "batch": batch, "share": share}

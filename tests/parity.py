@@ -23,7 +23,7 @@ from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.objective import IJEPA, target_rows
-from ijepa_fast.optim import AdamWEMA, tie_encoders, parameter_groups
+from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
 from ijepa_fast.packing import from_masks
 from ijepa_fast.schedules import Schedule
 

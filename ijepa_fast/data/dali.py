@@ -130,7 +130,7 @@ class TrainLoader:
         self._stream = SampleStream(len(source), seed, source.groups)
         self._read = _Reader(source, max_pixels, cache_bytes)
         self._extra, self._prefetch = extra, prefetch
-        self._decoder = Decoder(
+        self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
             flip=flip,
@@ -167,6 +167,9 @@ class TrainLoader:
         self._thread.join(_PATIENCE)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
+
+    def _make_decoder(self, **options) -> Decoder:
+        return Decoder(**options)
 
     def _work(self) -> None:
         extras: deque[Future | None] = deque()

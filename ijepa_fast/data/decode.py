@@ -163,18 +163,18 @@ class Decoder:
         return out
 
     def _resize(self, images) -> torch.Tensor:
-        out = torch.empty(len(images), self.crop, self.crop, 3, dtype=torch.uint8)
+        out = np.empty((len(images), self.crop, self.crop, 3), np.uint8)
 
         def part(rows: range) -> None:
             for row in rows:
                 # Laid out as channels-last in PyTorch's eyes, so that the result is, and is copied as it lies.
                 image = torch.from_numpy(np.asarray(images[row])).unsqueeze(0).permute(0, 3, 1, 2)
                 image = F.interpolate(image, (self.crop, self.crop), mode=self.interpolation, antialias=True)
-                out[row] = image[0].permute(1, 2, 0)
+                out[row] = image[0].permute(1, 2, 0).numpy()  # PyTorch's copy would start a thread pool in each thread
 
         bounds = np.linspace(0, len(images), self.threads + 1).astype(int).tolist()
         list(self._resizers.map(part, itertools.starmap(range, itertools.pairwise(bounds))))
-        return out
+        return torch.from_numpy(out)
 
 
 def decode_all(

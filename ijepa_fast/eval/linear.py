@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ijepa_fast.eval.features import Standardiser
 
 # Penalty decay/2 * |W|^2 beside the mean loss; scikit-learn's C is 1 / (decay * n).
-DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HEADS = ("linear", "bn_linear")
 
 
@@ -26,6 +26,7 @@ class LinearHead:
     bias: torch.Tensor  # (C,)
     head: str
     decay: float
+    rate: float | None = None
 
     def __call__(self, features):
         """features (n, D) -> scores (n, C)."""
@@ -80,7 +81,7 @@ def _path(x, targets, task, classes, decays):
     """(decay, (weight, bias)) along the path of decays, largest first."""
     decays = sorted(decays, reverse=True)
     if task == "regression":
-        yield from zip(decays, fit_ridge(x, targets, decays))
+        yield from zip(decays, fit_ridge(x, targets[:, None], decays))
         return
     fit = None
     for decay in decays:
@@ -90,15 +91,24 @@ def _path(x, targets, task, classes, decays):
 
 def _refit(x, targets, task, classes, decay, start):
     if task == "regression":
-        return fit_ridge(x, targets, [decay])[0]
+        return fit_ridge(x, targets[:, None], [decay])[0]
     return fit_logistic(x, targets, classes, decay, start)
 
 
-def _score(scores, targets, task):
-    """What the sweep is chosen by: accuracy, or minus the squared error."""
+def score_heads(scores, targets, task):
+    """What a sweep is chosen by: accuracy, or minus the squared error. scores (n, C), targets (n,)."""
     if task == "regression":
-        return -float(F.mse_loss(scores, targets))
+        return -float(F.mse_loss(scores[:, 0], targets))
     return float((scores.argmax(1) == targets).float().mean())
+
+
+def split(n, holdout, seed, device="cpu"):
+    """Indices of the images that fit and of those, a share `holdout`, that choose; drawn by `seed`."""
+    if n < 2:
+        raise ValueError(f"features: expected at least two images to fit a head, got {n}")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    held = max(1, int(n * holdout))
+    return order[held:], order[:held]
 
 
 def fit_linear(features, targets, task="classification", heads=("bn_linear",), decays=DECAYS, holdout=0.1, seed=0):
@@ -113,19 +123,14 @@ def fit_linear(features, targets, task="classification", heads=("bn_linear",), d
         raise ValueError(f"heads: expected of {HEADS}, got {sorted(unknown)}")
     if len(features) != len(targets):
         raise ValueError(f"targets: expected one for each of {len(features)} images, got {len(targets)}")
-    n = len(features)
-    if n < 2:
-        raise ValueError(f"features: expected at least two images to fit a head, got {n}")
-    targets = targets.float()[:, None] if task == "regression" else targets.long()
+    targets = targets.float() if task == "regression" else targets.long()
     classes = None if task == "regression" else int(targets.max()) + 1
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(features.device)
-    held = order[: max(1, int(n * holdout))]
-    kept = order[len(held) :]
+    kept, held = split(len(features), holdout, seed, features.device)
     best = None
     for head in heads:
         x = Standardiser(features[kept], per_feature=head == "bn_linear")(features)
         for decay, (weight, bias) in _path(x[kept], targets[kept], task, classes, decays):
-            score = _score(x[held] @ weight + bias, targets[held], task)
+            score = score_heads(x[held] @ weight + bias, targets[held], task)
             if best is None or score > best[0]:
                 best = (score, head, decay, (weight, bias))
     _, head, decay, start = best

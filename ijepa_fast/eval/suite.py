@@ -2,9 +2,12 @@
 
 import torch
 
+from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.knn import KS, knn_scores
-from ijepa_fast.eval.linear import DECAYS, fit_linear
+from ijepa_fast.eval.linear import fit_linear
+from ijepa_fast.eval.sweep import FAST, PAPER, fit_sweep
 
+PROTOCOLS = ("fast", "exact", "paper")
 TASKS = ("classification", "counting", "regression")
 
 
@@ -50,6 +53,15 @@ def check_labels(name, task, train_features, train_labels, test_features, test_l
         raise ValueError(f"test_labels[{name!r}]: expected labels of the training set, got also {strange[:5]}")
 
 
+def fit_head(features, targets, task="classification", protocol="fast", heads=("bn_linear",), seed=0):
+    """The best linear head by a protocol of probe_suite: features (n, D), targets (n,) -> linear.LinearHead."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol: expected one of {PROTOCOLS}, got {protocol!r}")
+    if protocol == "exact" or (protocol == "fast" and task == "regression"):
+        return fit_linear(features, targets, task, heads, seed=seed)
+    return fit_sweep(features, targets, task, heads, PAPER if protocol == "paper" else FAST, seed=seed)
+
+
 def probe_suite(
     train_features,
     train_labels,
@@ -58,20 +70,21 @@ def probe_suite(
     tasks,
     *,
     ks=KS,
+    protocol="fast",
     heads=("bn_linear",),
-    decays=DECAYS,
     seed=0,
 ):
     """Linear and k-NN probes of frozen features, each feature standardised by the training set for k-NN.
 
     train_features (n, D), test_features (m, D) fp32. train_labels, test_labels: {name: (n,) or (m,)}.
-    tasks: {name: "classification" | "counting" | "regression"}; counting is a classification whose classes are numbers.
-    ks: neighbours of k-NN; those above n are left out. heads, decays, seed: see fit_linear.
+    tasks: {name: "classification" | "counting" | "regression"}; counting classifies, and its classes are numbers.
+    protocol: how linear heads are fitted: "fast" (sweep.FAST; regressions in closed form), "exact" (linear.fit_linear:
+        to convergence, several times slower, and kinder to features of low rank) or "paper" (sweep.PAPER).
+    ks: neighbours of k-NN; those above n are left out. heads: see fit_linear.
+    seed: of the held-out split and the heads.
     Returns, ready for JSON, {name: {"task", "chance": figures of always predicting the commonest class (the mean),
-    "linear": figures with "head" and "decay", "knn": {"<k>": figures}}}; for the figures see measure.
+    "linear": figures with the "head", "decay" and "rate" chosen, "knn": {"<k>": figures}}}; figures: see measure.
     """
-    from ijepa_fast.eval.features import Standardiser
-
     for name, task in tasks.items():
         for split, labels in (("train", train_labels), ("test", test_labels)):
             if name not in labels:
@@ -90,7 +103,7 @@ def probe_suite(
             votes = torch.nn.functional.one_hot(y, len(classes)).float()
             decode = lambda s, classes=classes: classes[s.argmax(1)]  # noqa: E731
             chance = classes[y.bincount().argmax()]
-        head = fit_linear(train_features, y, task, heads, decays, seed=seed)
+        head = fit_head(train_features, y, task, protocol, heads, seed)
         scores = knn_scores(train, votes, test, ks) if ks else {}
         results[name] = {
             "task": task,
@@ -99,6 +112,7 @@ def probe_suite(
                 **measure(decode(head(test_features)), y_test, task),
                 "head": head.head,
                 "decay": head.decay,
+                "rate": head.rate,
             },
             "knn": {str(k): measure(decode(s), y_test, task) for k, s in scores.items()},
         }

@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """Only the kept `patches` (B*N, W) are embedded. -> context tokens (T, D) in packed order, final norm applied."""
+        """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied."""
         x = self.patch_embed(masked_gather(patches, packed.context_index))
         positions = masked_gather(self.positions.to(x.dtype), packed.context_index % self.patches)
         sequences = Sequences(packed.context_cu_seqlens, packed.context_max_seqlen)

@@ -43,13 +43,15 @@ def check_tensor(
         )
 
 
-def check_index(op: str, name: str, index: torch.Tensor, size: int) -> None:
-    """In debug mode, raise ValueError unless every value of `index` is in [0, size)."""
+def check_index(op: str, name: str, index: torch.Tensor, size: int, unique: bool = False) -> None:
+    """In debug mode, ValueError unless every value of `index` is in [0, size), and none comes twice if `unique`."""
     if not debug or index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= size:
         raise ValueError(f"{op}: {name}: expected values in [0, {size}), got values from {low} to {high}")
+    if unique and (distinct := index.unique().numel()) < index.numel():
+        raise ValueError(f"{op}: {name}: expected no value twice, got {distinct} distinct of {index.numel()}")
 
 
 def check_sequences(op: str, name: str, cu_seqlens: torch.Tensor, rows: int, max_name: str, max_seqlen: int) -> None:

@@ -1,4 +1,4 @@
-"""The optional extension ijepa_fast._C (csrc/): C++ and CUDA implementations of ops whose schemas the op folders define."""
+"""The optional extension ijepa_fast._C (csrc/): C++ and CUDA for ops whose schemas the op folders define."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 @functools.cache
 def available() -> bool:
-    """Whether the extension is there; the first call loads it. One that is there and does not load is warned of, once."""
+    """Whether the extension is there; the first call loads it. One that does not load is warned of, once."""
     if importlib.util.find_spec("ijepa_fast._C") is None:
         return False
     try:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Size = tuple[int, int]
+
 # What a draw is for: the top byte of the counter's first word. The rest of that word is the index of the draw.
 TARGET, CONTEXT, SUBSET, BATCH = (purpose << 24 for purpose in range(4))
 # A context block that keeps too little is drawn again; after this many failures one target fewer is cut out of it.
@@ -23,7 +25,7 @@ _32 = np.uint64(32)
 
 @dataclass(frozen=True)
 class Key:
-    """What a batch's masks are a function of: the run's seed (64 bits), the step and the rank (32 bits each)."""
+    """What a batch's masks are a function of: the run's seed (63 bits), the step and the rank (32 bits each)."""
 
     seed: int
     step: int
@@ -53,7 +55,7 @@ def below(words: np.ndarray, n: int) -> np.ndarray:
     return (words * np.uint64(n) >> _32).astype(np.int64)
 
 
-def _rectangles(top: np.ndarray, left: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+def _rectangles(top: np.ndarray, left: np.ndarray, size: Size, grid: Size) -> np.ndarray:
     """Corners (...) -> which patches of the grid the block covers (..., H, W) bool."""
     row = np.arange(grid[0]) - top[..., None]
     column = np.arange(grid[1]) - left[..., None]
@@ -63,11 +65,11 @@ def _rectangles(top: np.ndarray, left: np.ndarray, size: tuple[int, int], grid: 
 def sample_blocks(
     key: Key,
     batch: int,
-    grid: tuple[int, int],
+    grid: Size,
     targets: int,
-    target_size: tuple[int, int],
+    target_size: Size,
     contexts: int,
-    context_size: tuple[int, int],
+    context_size: Size,
     min_keep: int,
     skip_last: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +77,8 @@ def sample_blocks(
 
     All blocks of a kind have one size (height, width). A context keeps more than `min_keep` patches: until it does, its
     block is drawn again, and after every 20 failures one target fewer, from the last, is cut out of it. The block
-    itself must hold more than `min_keep`. `skip_last` leaves out the last possible row and column of corners, as the published
-    sampler does.
+    itself must hold more than `min_keep`. `skip_last` leaves out the last possible row and column of corners, as the
+    published sampler does.
 
     -> context (C, B, N) bool: the patches kept; target (M, B, K) int32: patch numbers, row-major.
     """

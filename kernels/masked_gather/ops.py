@@ -1,10 +1,12 @@
-"""masked_gather: checks, dispatch and registration."""
+"""masked_gather: checks, dispatch, autograd and registration."""
 
 from __future__ import annotations
 
 import torch
 
 from ijepa_fast.kernels.common.checks import check_index, check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
 from ijepa_fast.kernels.masked_gather import reference
 
 
@@ -29,7 +31,8 @@ def masked_gather(
         (T, D) in x's dtype. The backward is deterministic either way.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device or layout; in debug mode, for an index outside `x`.
+        ValueError: for a wrong dtype, shape, device or layout; in debug mode, for an index outside `x`, or a repeated
+            one that was said to be unique.
     """
     check_tensor("masked_gather", "x", x, (None, None))
     check_tensor("masked_gather", "index", index, (None,), torch.int32, x.device)
@@ -40,5 +43,48 @@ def masked_gather(
             raise ValueError(
                 f"masked_gather: period: expected 1 to {positions.shape[0]}, the rows of positions, got {period}"
             )
-    check_index("masked_gather", "index", index, x.shape[0])
-    return reference.masked_gather(x, index, positions, period)
+    check_index("masked_gather", "index", index, x.shape[0], unique=unique)
+    if not runs_triton("masked_gather", x):
+        return reference.masked_gather(x, index, positions, period)
+    # The sizes are arguments because torch.compile cannot carry those read in forward over to backward.
+    sizes = x.shape[0], 0 if positions is None else positions.shape[0]
+    return _MaskedGather.apply(x, index, positions, period or 1, unique, *sizes)
+
+
+class _MaskedGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, positions, period, unique, x_rows, position_rows):
+        ctx.save_for_backward(index)
+        ctx.period, ctx.unique, ctx.x_rows, ctx.position_rows = period, unique, x_rows, position_rows
+        ctx.x_dtype, ctx.positions_dtype = x.dtype, None if positions is None else positions.dtype
+        return _fwd(x, index, positions, period)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (index,) = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = dpositions = None
+        if ctx.needs_input_grad[0]:
+            dx = _bwd(dy, index, ctx.x_rows, ctx.unique, ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            dpositions = _bwd(dy, index % ctx.period, ctx.position_rows, False, ctx.positions_dtype)
+        return dx, None, dpositions, None, None, None, None
+
+
+def _bwd_cpu(dy, index, rows, unique, dtype):
+    total = dy.new_zeros(rows, dy.shape[1], dtype=torch.float32)
+    return total.index_add_(0, index, dy.float()).to(dtype)
+
+
+_fwd = register(
+    "masked_gather_fwd(Tensor x, Tensor index, Tensor? positions, SymInt period) -> Tensor",
+    folder="masked_gather",
+    cpu=reference.masked_gather,
+    fake=lambda x, index, positions, period: x.new_empty(index.shape[0], x.shape[1]),
+)
+_bwd = register(
+    "masked_gather_bwd(Tensor dy, Tensor index, SymInt rows, bool unique, ScalarType dtype) -> Tensor",
+    folder="masked_gather",
+    cpu=_bwd_cpu,
+    fake=lambda dy, index, rows, unique, dtype: dy.new_empty(rows, dy.shape[1], dtype=dtype),
+)

@@ -1,4 +1,4 @@
-"""patchify: checks, dispatch and registration."""
+"""patchify: checks, dispatch and registration. Pixels have no gradient, so there is no backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ijepa_fast.kernels.common.checks import FLOATS, check_tensor
+from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.library import register
 from ijepa_fast.kernels.patchify import reference
 
 
@@ -50,4 +52,23 @@ def patchify(
         width = (values + 7) // 8 * 8
     elif width < values:
         raise ValueError(f"patchify: width: expected at least 3*{patch}*{patch} = {values}, got {width}")
-    return reference.patchify(images, patch, mean, std, dtype, width)
+    if not runs_triton("patchify", images):
+        return reference.patchify(images, patch, mean, std, dtype, width)
+    if dtype == torch.float64:
+        raise ValueError(
+            "patchify: dtype: the Triton kernel computes in fp32, got float64; set kernels.patchify=reference"
+        )
+    return _patchify(images, patch, list(mean), list(std), dtype, width)
+
+
+def _patchify_fake(images, patch, mean, std, dtype, width):
+    batch, height, length, _ = images.shape
+    return images.new_empty(batch * (height // patch) * (length // patch), width, dtype=dtype)
+
+
+_patchify = register(
+    "patchify(Tensor images, SymInt patch, float[] mean, float[] std, ScalarType dtype, SymInt width) -> Tensor",
+    folder="patchify",
+    cpu=reference.patchify,
+    fake=_patchify_fake,
+)

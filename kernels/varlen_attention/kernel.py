@@ -11,8 +11,9 @@ lengths but their maximum is needed on the host. Head dims are split as 80 = 64 
 up to a power of two only, so that a head dim of 80 costs neither the traffic nor the multiplications of 128.
 
 Where one tile holds all keys of a sequence (tiles.WHOLE), a single program per sequence and head makes dq, dk and dv in
-one pass over q, k, v, out and dout. Longer sequences of the same batch take two kernels: a program a query tile (delta,
-dq), then a program a key tile (dk, dv). Each kernel leaves the sequences of the other kind alone.
+one pass over q, k, v and dout, with delta = rowsum(p * dout v^T). Longer sequences of the same batch take two kernels:
+a program a query tile (delta, dq), then a program a key tile (dk, dv). Each kernel leaves the sequences of the other
+kind alone.
 
 Shapes: Tq, Tk packed rows; H heads; HD head dim.
 """
@@ -223,7 +224,6 @@ def _varlen_attention_bwd_keys_kernel(
     q_ptr,  # (Tq, H, HD), rows Q_STRIDE apart
     k_ptr,  # (Tk, H, HD), rows K_STRIDE apart
     v_ptr,  # (Tk, H, HD), rows V_STRIDE apart
-    out_ptr,  # (Tq, H, HD); read only where one tile holds all keys
     lse_ptr,  # (H, Tq) fp32, base 2
     delta_ptr,  # (H, Tq) fp32; None where one tile holds all keys
     dq_ptr,  # (Tq, H, HD), rows DQ_STRIDE apart; written only where one tile holds all keys
@@ -263,7 +263,6 @@ def _varlen_attention_bwd_keys_kernel(
     q_ptr += q_start * Q_STRIDE + head * HD
     dq_ptr += q_start * DQ_STRIDE + head * HD
     dout_ptr += (q_start * H + head) * HD
-    out_ptr += (q_start * H + head) * HD
     statistics = head.to(tl.int64) * Tq + q_start
 
     keys = first + tl.arange(0, BLOCK_K)
@@ -281,21 +280,18 @@ def _varlen_attention_bwd_keys_kernel(
         q0, q1 = _load(q_ptr, rows, in_q, Q_STRIDE, HD, HEAD, TAIL)
         g0, g1 = _load(dout_ptr, rows, in_q, H * HD, HD, HEAD, TAIL)
         lse = tl.load(lse_ptr + statistics + rows, mask=in_q, other=0.0)
-        if whole:
-            o0, o1 = _load(out_ptr, rows, in_q, H * HD, HD, HEAD, TAIL)
-            delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
-            if TAIL > 0:
-                delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + statistics + rows, mask=in_q, other=0.0)
-
         # Transposed, (keys, queries): p and ds are then left operands as they are. Absent queries have zero q and dout.
         p = tl.exp2(_dot_transposed(k0, k1, q0, q1, TAIL) * scale_2 + (absent - lse[None, :]))
         p_low = p.to(g0.dtype)
         dv0 = tl.dot(p_low, g0, dv0, input_precision="ieee")
         if TAIL > 0:
             dv1 = tl.dot(p_low, g1, dv1, input_precision="ieee")
-        ds = (p_low.to(tl.float32) * (_dot_transposed(v0, v1, g0, g1, TAIL) - delta[None, :])).to(q0.dtype)
+        dp = _dot_transposed(v0, v1, g0, g1, TAIL)
+        if whole:
+            delta = tl.sum(p * dp, 0)
+        else:
+            delta = tl.load(delta_ptr + statistics + rows, mask=in_q, other=0.0)
+        ds = (p * (dp - delta[None, :])).to(q0.dtype)
         dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
         if TAIL > 0:
             dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
@@ -361,7 +357,7 @@ def varlen_attention_bwd(
     skip = whole.keys if whole else -1
     uniform = k.shape[0] == sequences * max_seqlen_k
     if whole and (max_seqlen_k <= skip or not uniform):
-        args = (dout, q, k, v, out, lse, None, dq, dk, dv, *sides)
+        args = (dout, q, k, v, lse, None, dq, dk, dv, *sides)
         key_constants = {**constants, "DKV_STRIDE": dk.stride(0), "SKIP": -1}
         _launch(_varlen_attention_bwd_keys_kernel, sequences, 1, whole, key_constants, *args)
     if max_seqlen_k > skip:
@@ -372,7 +368,7 @@ def varlen_attention_bwd(
         query_constants = {**constants, "SKIP": skip}
         _launch(_varlen_attention_bwd_queries_kernel, sequences, tiles, query_tile, query_constants, *args)
         tiles = triton.cdiv(max_seqlen_k, key_tile.keys)
-        args = (dout, q, k, v, out, lse, delta, dq, dk, dv, *sides)
+        args = (dout, q, k, v, lse, delta, dq, dk, dv, *sides)
         key_constants = {**constants, "DKV_STRIDE": dk.stride(0), "SKIP": skip}
         _launch(_varlen_attention_bwd_keys_kernel, sequences, tiles, key_tile, key_constants, *args)
     return dq, dk, dv

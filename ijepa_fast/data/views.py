@@ -1,0 +1,144 @@
+"""Several augmented views of each image, as the baselines need them: DINO's and iBOT's large and small crops.
+
+MAE's one view is the plain loader's: TrainLoader(..., **MAE_VIEW).
+
+Shapes: B images, V views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop
+from ijepa_fast.data.dali import TrainLoader
+from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
+from ijepa_fast.data.sources import Source
+
+MAE_VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}
+
+
+@dataclass(frozen=True)
+class View:
+    """One view: its side in pixels, share of the image's area, and the chances of blur and of solarisation."""
+
+    crop: int
+    scale: tuple[float, float]
+    blur: float
+    solarise: float = 0.0
+
+
+IBOT_VIEWS = (
+    View(224, (0.25, 1.0), blur=1.0),
+    View(224, (0.25, 1.0), blur=0.1, solarise=0.2),
+    *[View(96, (0.05, 0.25), blur=0.5)] * 10,
+)
+
+# Of every view: chance of colour jitter and its strengths, chance of grey, blur's standard deviation in pixels.
+_JITTER, _GREY = 0.8, 0.2
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 36.0  # hue in degrees
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
+_SIGMA = (0.1, 2.0)
+_NO_BLUR = 0.05  # a standard deviation in pixels that changes nothing; DALI's filter needs one above 0
+
+_STREAM = 1 << 32  # the views' counter streams; the loader's own are the first few
+
+
+@dataclass
+class ViewWork(Work):
+    """parameters: for each view (B, 11) float32: the window's top, left, bottom and right, mirroring, brightness,
+    contrast, saturation, hue, standard deviation of the blur, solarisation. Windows are relative to `windows`, the
+    smallest that holds those of all views.
+    """
+
+    parameters: tuple[np.ndarray, ...] = ()
+
+    def inputs(self, first: int = 0, last: int | None = None) -> tuple:
+        """What the graph is fed, of all rows or of those from `first` to `last`."""
+        return (*super().inputs(first, last), *(values[first:last] for values in self.parameters))
+
+
+class ViewDecoder(Decoder):
+    """Decodes each image once and makes all its views in the graph, on the CPU or a GPU."""
+
+    def __init__(self, views: Sequence[View], **options):
+        super().__init__(**options)
+        self.views = views
+
+    def _graph(self, works: Iterable[tuple]) -> tuple:
+        fn = self.dali.fn
+        encoded, start, shape, *parameters = fn.external_source(works, num_outputs=3 + len(self.views))
+        options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if self.on_gpu else {}
+        images = fn.decoders.image_slice(encoded, start, shape, **options)
+        return tuple(self._view(images, view, values) for view, values in zip(self.views, parameters))
+
+    def _view(self, images, view: View, values):
+        fn, types = self.dali.fn, self.dali.types
+        filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
+        window = {"roi_start": values[0:2], "roi_end": values[2:4]}
+        out = fn.resize(images, size=[view.crop] * 2, interp_type=filter_type, antialias=True, **window)
+        out = fn.flip(out, horizontal=fn.cast(values[4], dtype=types.INT32))
+        colours = {name: values[5 + place] for place, name in enumerate(_COLOURS)}
+        out = fn.gaussian_blur(fn.color_twist(out, **colours), sigma=values[9])
+        if view.solarise == 0:
+            return out
+        solarise = fn.cast(values[10], dtype=types.INT16)
+        wide = fn.cast(out, dtype=types.INT16)
+        inverted = (255 - 2 * wide) * (wide >= 128) * (solarise.gpu() if self.on_gpu else solarise)
+        return fn.cast(wide + inverted, dtype=types.UINT8)
+
+    def _collect(self, outputs: tuple) -> list[torch.Tensor]:
+        return [self._copy(images) for images in outputs]
+
+
+class ViewLoader(TrainLoader):
+    """A TrainLoader whose Batch.images is a list: uint8 (B, crop, crop, 3) for each view. Other arguments are its."""
+
+    def __init__(
+        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options
+    ):
+        self.views = tuple(views)
+        super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
+
+    def _make_decoder(self, **options) -> Decoder:
+        return ViewDecoder(self.views, **options)
+
+    def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
+        sizes = np.array([row[2:] for row in rows])
+        draws = [
+            _draw(view, sizes, counter_uniform(self._seed, positions, 2 * TRIES + 12, _STREAM + number), self._ratio)
+            for number, view in enumerate(self.views)
+        ]
+        parameters = np.stack(draws)  # (V, B, 11)
+        low, high = parameters[:, :, 0:2].min(0), parameters[:, :, 2:4].max(0)
+        parameters[:, :, 0:2] -= low
+        parameters[:, :, 2:4] -= low
+        return ViewWork(
+            ids=np.array([row[0] for row in rows]),
+            positions=positions,
+            encoded=[row[1] for row in rows],
+            windows=np.concatenate([low[:, ::-1], (high - low)[:, ::-1]], axis=1).astype(np.int32),
+            parameters=tuple(parameters),
+        )
+
+
+def _draw(view: View, sizes: np.ndarray, uniform: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """The parameters (B, 11) of a view of images of `sizes` (B, 2), from `uniform` (B, 2 * TRIES + 12)."""
+    windows = random_resized_crop(sizes, uniform[:, : 2 * TRIES + 2], view.scale, ratio)
+    x, y, w, h = windows.T
+    mirror, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarise = uniform[:, 2 * TRIES + 2 :].T
+    strength = (jitter < _JITTER).astype(float)
+    columns = [
+        *(y, x, y + h, x + w),
+        mirror < 0.5,
+        1 + strength * _BRIGHTNESS * (2 * brightness - 1),
+        1 + strength * _CONTRAST * (2 * contrast - 1),
+        np.where(grey < _GREY, 0, 1 + strength * _SATURATION * (2 * saturation - 1)),
+        strength * _HUE * (2 * hue - 1),
+        np.where(blur < view.blur, _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * sigma, _NO_BLUR),
+        solarise < view.solarise,
+    ]
+    return np.stack(columns, axis=1).astype(np.float32)

@@ -1,0 +1,190 @@
+"""Hugging Face `IJepaModel` folders, in and out: config.json, model.safetensors, preprocessor_config.json.
+
+Written with the names of the checkpoints on the Hub (`encoder.layer.0.attention.attention.query...`), which
+transformers 4 and 5 both read; read with these or the names of transformers 5's modules.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Arch, Weights, load_tensors
+
+# published name -> Hugging Face's, inside a block; qkv is cut into three.
+_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_QKV = ("query", "key", "value")
+_OUTSIDE = {
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+_V5 = {  # transformers 5's module names -> the Hub's
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def to_hf(state, arch):
+    """Published encoder state dict -> (config.json's content, state dict of IJepaModel)."""
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": arch.dim,
+        "num_hidden_layers": arch.depth,
+        "num_attention_heads": arch.heads,
+        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-6,
+        "image_size": arch.image_size,
+        "patch_size": arch.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "dtype": "float32",
+    }
+    out = {"embeddings.position_embeddings": state["pos_embed"]}
+    for key, value in state.items():
+        if key == "pos_embed":
+            continue
+        module, _, leaf = key.rpartition(".")
+        if not module.startswith("blocks."):
+            out[f"{_OUTSIDE[module]}.{leaf}"] = value
+            continue
+        _, number, inner = module.split(".", 2)
+        if inner == "attn.qkv":
+            for name, part in zip(_QKV, value.chunk(3)):
+                out[f"encoder.layer.{number}.attention.attention.{name}.{leaf}"] = part.contiguous()
+        else:
+            out[f"encoder.layer.{number}.{_BLOCK[inner]}.{leaf}"] = value
+    return config, out
+
+
+def image_processor(arch):
+    """preprocessor_config.json's content: resize to the training's crop, its mean and std."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": arch.image_size, "width": arch.image_size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(arch.mean),
+        "image_std": list(arch.std),
+    }
+
+
+def save_hf(folder, state, arch):
+    """Write a folder that IJepaModel.from_pretrained and AutoImageProcessor.from_pretrained read."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, tensors = to_hf(state, arch)
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(image_processor(arch), indent=2) + "\n")
+
+
+def from_hf(folder, mean=None, std=None):
+    """Weights of an IJepaModel (or IJepaForImageClassification) folder, as its target encoder and its encoder.
+
+    mean, std: of the training; by default what the folder's image processor says. Folders converted from the published
+    checkpoints say .5, with which nobody trained: for these ImageNet's are taken, with a warning.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != "ijepa":
+        raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', got {config.get('model_type')!r}")
+    state = _published(_hf_tensors(folder), folder)
+    if mean is None or std is None:
+        mean, std = _mean_std(folder)
+    hidden, dim = config["intermediate_size"], config["hidden_size"]
+    arch = Arch(
+        image_size=config["image_size"],
+        patch=config["patch_size"],
+        dim=dim,
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_ratio=hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+    return Weights(arch, encoder=state, predictor={}, target_encoder=state)
+
+
+def _hf_tensors(folder):
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return {key: value for part in parts for key, value in load_file(folder / part).items()}
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    if (folder / "pytorch_model.bin").exists():
+        return load_tensors(folder / "pytorch_model.bin")
+    raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
+
+
+def _mean_std(folder):
+    path = folder / "preprocessor_config.json"
+    values = json.loads(path.read_text()) if path.exists() else {}
+    mean, std = tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
+    if mean == std == (0.5, 0.5, 0.5):
+        warnings.warn(
+            f"{path} says mean and std .5, which the published training did not use; taking ImageNet's "
+            "(give mean= and std= to decide yourself)",
+            stacklevel=3,
+        )
+        return IMAGENET_MEAN, IMAGENET_STD
+    return mean, std
+
+
+def _published(tensors, folder):
+    """Hugging Face's names -> published ones; ValueError for a key that has no place."""
+    inside = {hf: name for name, hf in _BLOCK.items()}
+    outside = {hf: name for name, hf in _OUTSIDE.items()}
+    out, qkv = {}, {}
+    for key, value in tensors.items():
+        name = key.removeprefix("ijepa.")
+        if name.startswith(("classifier.", "pooler.")) or name == "embeddings.mask_token":
+            continue
+        if name == "embeddings.position_embeddings":
+            out["pos_embed"] = value.float()
+            continue
+        module, _, leaf = name.rpartition(".")
+        if module in outside:
+            out[f"{outside[module]}.{leaf}"] = value.float()
+            continue
+        number, inner = _split_layer(module)
+        last = inner.rpartition(".")[2]
+        if inner.startswith("attention.attention.") and last in _QKV:
+            qkv.setdefault((number, leaf), {})[last] = value.float()
+        elif inner in inside:
+            out[f"blocks.{number}.{inside[inner]}.{leaf}"] = value.float()
+        else:
+            raise ValueError(f"{folder}: {key}: not a weight of IJepaModel")
+    for (number, leaf), parts in qkv.items():
+        if missing := set(_QKV) - set(parts):
+            raise ValueError(f"{folder}: encoder.layer.{number}.attention.attention: {sorted(missing)} missing")
+        out[f"blocks.{number}.attn.qkv.{leaf}"] = torch.cat([parts[name] for name in _QKV])
+    return out
+
+
+def _split_layer(module):
+    """`encoder.layer.3.x.y` or `layers.3.x.y` -> (3, x.y in the Hub's names)."""
+    number, _, inner = module.removeprefix("encoder.layer.").removeprefix("layers.").partition(".")
+    return number, _V5.get(inner, inner)

@@ -1,0 +1,167 @@
+"""adamw_ema: checks, dispatch and registration. csrc implements both schemas for the CPU, the second one for CUDA."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+
+from ijepa_fast.kernels.adamw_ema import reference
+from ijepa_fast.kernels.adamw_ema.reference import step_scalars
+from ijepa_fast.kernels.common import native
+from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.dispatch import choice, runs_triton
+
+_STATE = torch.float32
+_ANY = (torch.float32, torch.bfloat16)
+_TENSORS = "Tensor(a!){0} param{1}, Tensor{0} grad{1}, Tensor(b!){0} exp_avg{1}, Tensor(c!){0} exp_avg_sq{1}, "
+
+
+def _triton_flat(*args) -> None:
+    importlib.import_module("ijepa_fast.kernels.adamw_ema.kernel").adamw_ema_(*args)
+
+
+def _triton_multi(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, param_outs, ema_outs) -> None:
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        ema, param_out, ema_out = (rest[i] if len(rest) else None for rest in (emas, param_outs, ema_outs))
+        _triton_flat(*tensors, ema, scalars, param_out, ema_out)
+
+
+_flat = native.register(
+    f"adamw_ema_({_TENSORS.format('', '')}"
+    "Tensor(d!)? ema, Tensor scalars, Tensor(e!)? param_out, Tensor(f!)? ema_out) -> ()",
+    cpu=reference.adamw_ema_,
+    cuda=_triton_flat,
+)
+_multi = native.register(
+    f"adamw_ema_multi_({_TENSORS.format('[]', 's')}"
+    "Tensor(d!)[] emas, Tensor scalars, Tensor(e!)[] param_outs, Tensor(f!)[] ema_outs) -> ()",
+    cpu=reference.adamw_ema_multi_,
+    cuda=_triton_multi,
+)
+
+
+def adamw_ema_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    ema: torch.Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    momentum: float,
+    param_out: torch.Tensor | None = None,
+    ema_out: torch.Tensor | None = None,
+) -> None:
+    """torch.optim.AdamW's update, then ema = momentum ema + (1 - momentum) param, in place, in one pass.
+
+    Args:
+        param: fp32, any shape, contiguous; so are exp_avg, exp_avg_sq and ema.
+        grad: fp32 or bf16, of param's shape.
+        exp_avg: first moment.
+        exp_avg_sq: second moment.
+        ema: the exponential moving average, or None for plain AdamW.
+        lr: learning rate of this step.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        step: the number of this step, from 1.
+        momentum: of the EMA, at this step.
+        param_out: fp32 or bf16, of param's shape: receives the new parameter.
+        ema_out: fp32 or bf16, of param's shape: receives the new EMA.
+
+    A CUDA graph replays with other hyperparameters if it captured `torch.ops.ijepa_fast.adamw_ema_`, whose `scalars`
+    may lie on the device: copy `step_scalars(...)` into them before each replay.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or layout, and a step below 1.
+    """
+    tensors = [param, grad, exp_avg, exp_avg_sq, ema, param_out, ema_out]
+    _check("", *tensors)
+    scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
+    _choose(param, _flat, _triton_flat, reference.adamw_ema_)(*tensors[:5], scalars, *tensors[5:])
+
+
+def adamw_ema_multi_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    emas: Sequence[torch.Tensor] | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    momentum: float,
+    param_out: Sequence[torch.Tensor | None] | None = None,
+    ema_out: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """`adamw_ema_` for each tensor of a list, all on one device, with the same hyperparameters.
+
+    `param_out` and `ema_out` may be None for some of the parameters. Raises ValueError as adamw_ema_ does.
+    """
+    given = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    given |= {"emas": emas, "param_out": param_out, "ema_out": ema_out}
+    columns = [params]
+    for name, tensors in given.items():
+        if tensors is None and name in ("emas", "param_out", "ema_out"):
+            tensors = [None] * len(params)
+        if tensors is None or len(tensors) != len(params):
+            raise ValueError(
+                f"adamw_ema_multi_: {name}: expected {len(params)} tensors, got {tensors and len(tensors)}"
+            )
+        columns.append(tensors)
+    scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
+
+    # One call of the op for all tensors that have the same optional ones, in the same dtypes: as a rule there is one.
+    calls: dict[tuple, list] = {}
+    for i, row in enumerate(zip(*columns)):
+        _check(f"s[{i}]", *row)
+        if row[0].device != params[0].device:
+            raise ValueError(f"adamw_ema_multi_: params[{i}]: expected device {params[0].device}, got {row[0].device}")
+        calls.setdefault(tuple(tensor is not None and tensor.dtype for tensor in row), []).append(row)
+    for kind, rows in calls.items():
+        lists = [list(column) if dtype else [] for dtype, column in zip(kind, zip(*rows))]
+        run = _choose(params[0], _multi, _triton_multi, reference.adamw_ema_multi_)
+        run(*lists[:5], scalars, *lists[5:])
+
+
+def _choose(tensor, registered, triton, plain):
+    """The registered op serves CUDA and csrc; Triton's interpreter is called directly, as csrc may be the CPU's."""
+    if runs_triton("adamw_ema", tensor):
+        return registered if tensor.is_cuda else triton
+    return registered if choice("adamw_ema") == "auto" and native.available() else plain
+
+
+def _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum) -> torch.Tensor:
+    if step < 1:
+        raise ValueError(f"adamw_ema: step: expected steps counted from 1, got {step}")
+    return step_scalars(
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step, momentum=momentum
+    )
+
+
+_NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "param_out", "ema_out")
+_DTYPES = (_STATE, _ANY, _STATE, _STATE, _STATE, _ANY, _ANY)
+
+
+def _check(suffix: str, *tensors: torch.Tensor | None) -> None:
+    shape, device = tensors[0].shape, tensors[0].device
+    for i, tensor in enumerate(tensors):
+        if tensor is None and i > 3:
+            continue
+        # A list has hundreds of tensors, so what is right is passed quickly and check_tensor only words the error.
+        dtypes = _DTYPES[i] if isinstance(_DTYPES[i], tuple) else (_DTYPES[i],)
+        right = isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and tensor.shape == shape
+        if not right or tensor.device != device or not tensor.is_contiguous():
+            check_tensor("adamw_ema", _NAMES[i] + suffix, tensor, tuple(shape), dtypes, device)

@@ -1,0 +1,137 @@
+"""mask_sampler: checks, dispatch and registration. csrc implements both schemas for the CPU, Triton for CUDA."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from ijepa_fast.kernels.common import native
+from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.dispatch import choice, interpreted
+from ijepa_fast.kernels.mask_sampler import reference
+from ijepa_fast.kernels.mask_sampler.reference import Key, Size
+
+
+def _blocks_cpu(context, target, seed, step, rank, grid, target_size, context_size, min_keep, skip_last) -> None:
+    drawn = reference.sample_blocks(
+        Key(seed, step, rank),
+        context.shape[1],
+        tuple(grid),
+        target.shape[0],
+        tuple(target_size),
+        context.shape[0],
+        tuple(context_size),
+        min_keep,
+        skip_last,
+    )
+    for out, values in zip((context, target), drawn):
+        out.copy_(torch.from_numpy(values))
+
+
+def _subset_cpu(subset, kept, count, seed, step, rank, draw) -> None:
+    subset.copy_(torch.from_numpy(reference.random_subset(Key(seed, step, rank), kept.numpy(), count.numpy(), draw)))
+
+
+def _blocks_triton(*args) -> None:
+    importlib.import_module("ijepa_fast.kernels.mask_sampler.kernel").sample_blocks_(*args)
+
+
+def _subset_triton(*args) -> None:
+    importlib.import_module("ijepa_fast.kernels.mask_sampler.kernel").random_subset_(*args)
+
+
+_KEY = "int seed, int step, int rank"
+_blocks = native.register(
+    f"sample_blocks_(Tensor(a!) context, Tensor(b!) target, {_KEY}, int[] grid, int[] target_size, int[] context_size, "
+    "int min_keep, bool skip_last) -> ()",
+    cpu=_blocks_cpu,
+    cuda=_blocks_triton,
+)
+_subset = native.register(
+    f"random_subset_(Tensor(a!) subset, Tensor kept, Tensor count, {_KEY}, int draw) -> ()",
+    cpu=_subset_cpu,
+    cuda=_subset_triton,
+)
+
+
+def sample_blocks(
+    key: Key,
+    batch: int,
+    grid: Size,
+    targets: int,
+    target_size: Size,
+    contexts: int,
+    context_size: Size,
+    min_keep: int,
+    skip_last: bool,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Target blocks, and context blocks minus the union of the targets, for a batch of images (I-JEPA, section 3).
+
+    Args:
+        key: seed, step and rank, of which the masks are a function: the same on every device, bit for bit.
+        batch: images, B.
+        grid: patches of an image, (rows, columns).
+        targets: target blocks an image, M.
+        target_size: (height, width) of every target block, K patches.
+        contexts: contexts an image, C.
+        context_size: (height, width) of every context block.
+        min_keep: a context keeps more patches than this: until it does, its block is drawn again, and after every 20
+            failures one target fewer, from the last, is cut out of it.
+        skip_last: leave out the last possible row and column of corners, as the published sampler does.
+        device: where the masks are made.
+
+    Returns:
+        context (C, B, N) bool, the patches kept; target (M, B, K) int32, patch numbers in row-major order.
+
+    Raises:
+        ValueError: for a block that does not fit the grid, and a context block without more than min_keep patches.
+    """
+    for name, (h, w) in (("target_size", target_size), ("context_size", context_size)):
+        if not (0 < h <= grid[0] - skip_last and 0 < w <= grid[1] - skip_last):
+            limit = f"{grid[0] - skip_last}x{grid[1] - skip_last}"
+            raise ValueError(f"sample_blocks: {name}: expected between 1x1 and {limit}, got {h}x{w}")
+    if context_size[0] * context_size[1] <= min_keep:
+        raise ValueError(
+            f"sample_blocks: min_keep: expected less than the {context_size[0] * context_size[1]} patches of a context "
+            f"block, got {min_keep}"
+        )
+    context = torch.empty(contexts, batch, grid[0] * grid[1], dtype=torch.bool, device=device)
+    target = torch.empty(targets, batch, target_size[0] * target_size[1], dtype=torch.int32, device=device)
+    _choose(context, _blocks, _blocks_triton, _blocks_cpu)(
+        context, target, key.seed, key.step, key.rank, grid, target_size, context_size, min_keep, skip_last
+    )
+    return context, target
+
+
+def random_subset(key: Key, kept: torch.Tensor, count: torch.Tensor, draw: int = 0) -> torch.Tensor:
+    """A random choice of each image's patches, all choices equally likely.
+
+    Args:
+        key: seed, step and rank, as for sample_blocks.
+        kept: (B, N) bool, the patches to choose from.
+        count: (B,) int32, how many of them, at most as many as there are.
+        draw: numbers the independent choices of one batch.
+
+    Returns:
+        (B, N) bool.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or layout.
+    """
+    check_tensor("random_subset", "kept", kept, (None, None), torch.bool)
+    check_tensor("random_subset", "count", count, (kept.shape[0],), torch.int32, kept.device)
+    subset = torch.empty_like(kept)
+    _choose(kept, _subset, _subset_triton, _subset_cpu)(subset, kept, count, key.seed, key.step, key.rank, draw)
+    return subset
+
+
+def _choose(tensor, registered, triton, plain):
+    """CUDA tensors are Triton's; so are the CPU's where 'triton' was asked for and its interpreter is on.
+
+    Masks of a GPU run are made on the CPU as well, so 'triton' is no error there: csrc or NumPy serves them.
+    """
+    if not tensor.is_cuda and choice("mask_sampler") == "triton" and interpreted():
+        return triton
+    return plain if choice("mask_sampler") == "reference" and not tensor.is_cuda else registered

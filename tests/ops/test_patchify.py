@@ -1,0 +1,95 @@
+"""patchify: kernel against reference and against the convolution it feeds, registration, compilation, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ijepa_fast.kernels.patchify import patchify, reference
+from tests import oracle
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(batch, rows, columns, patch, device="cpu"):
+    return torch.randint(0, 256, (batch, rows * patch, columns * patch, 3), dtype=torch.uint8).to(device)
+
+
+def check(images, patch, width, dtype):
+    arguments = images, patch, MEAN, STD
+    width = width or (3 * patch * patch + 7) // 8 * 8
+    actual = patchify(*arguments, dtype=dtype, width=width)
+    oracle.assert_within_budget(
+        actual, reference.patchify(*arguments, dtype, width), reference.patchify(*arguments, torch.float64, width)
+    )
+    assert not actual[:, 3 * patch * patch :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch", [14, 16])
+def test_large_on_gpu(triton_everywhere, patch):
+    check(make(128, 224 // patch, 224 // patch, patch, triton_everywhere), patch, None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "patch", "width"),
+    [
+        (1, 1, 1, 14, None),
+        (2, 3, 2, 16, None),
+        (3, 2, 5, 14, 608),
+        (2, 3, 3, 5, 75),
+        (5, 4, 4, 4, None),
+        (0, 2, 2, 4, 48),
+    ],
+)
+def test_matches_reference(triton_everywhere, poisoned, batch, rows, columns, patch, width, dtype):
+    check(make(batch, rows, columns, patch, triton_everywhere), patch, width, dtype)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_is_the_input_of_the_convolution(triton_everywhere, patch):
+    images = make(2, 2, 3, patch, triton_everywhere)
+    weight = torch.randn(8, 3, patch, patch, device=images.device)
+    mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    pixels = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    expected = F.conv2d(pixels, weight.double(), stride=patch).flatten(2).mT.flatten(0, 1)
+    patches = patchify(images, patch, MEAN, STD)
+    assert patches.shape[1] == {14: 592, 16: 768}[patch]
+    actual = patches[:, : 3 * patch * patch].double() @ weight.double().flatten(1).mT
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_every_byte_is_exact(triton_everywhere):
+    """All 256 values in fp32, against exact arithmetic."""
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    check(images.to(triton_everywhere), 4, None, torch.float32)
+
+
+def test_opcheck(triton_everywhere):
+    images = make(2, 2, 3, 4, triton_everywhere)
+    oracle.opcheck(torch.ops.ijepa_fast.patchify, images, 4, list(MEAN), list(STD), torch.float32, 56)
+
+
+def test_compiles_once(triton_everywhere):
+    calls = [(make(batch, 2, 3, 4, triton_everywhere),) for batch in (2, 3, 5)]
+    assert oracle.count_compiles(lambda images: patchify(images, 4, MEAN, STD), calls) == 1
+
+
+def test_bad_input(triton_everywhere):
+    images = make(1, 2, 2, 14)
+    cases = {
+        "images: expected dtype torch.uint8": (images.float(), 14, MEAN, STD),
+        "images: expected shape": (images[0], 14, MEAN, STD),
+        r"images: expected shape \(any, any, any, 3\)": (images.permute(0, 3, 1, 2), 14, MEAN, STD),
+        "images: expected a contiguous": (images.mT.contiguous().mT, 14, MEAN, STD),
+        "multiples of patch=16, got 28 x 28": (images, 16, MEAN, STD),
+        "multiples of patch=0": (images, 0, MEAN, STD),
+        "mean, std: expected three values each, got 1 and 3": (images, 14, (0.5,), STD),
+        "dtype: expected a floating-point dtype": (images, 14, MEAN, STD, torch.int8),
+        "dtype: the Triton kernel computes in fp32": (images, 14, MEAN, STD, torch.float64),
+        "width: expected at least": (images, 14, MEAN, STD, torch.float32, 587),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=message):
+            patchify(*arguments)

@@ -1,0 +1,104 @@
+"""The several views of an image for the baselines."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_fast.data.dali import TrainLoader
+from ijepa_fast.data.sources import open_source
+from ijepa_fast.data.views import IBOT_VIEWS, MAE_VIEW, View, ViewLoader
+from tests.data_images import bad_kinds, write_photos
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, 24, size=120)
+    return open_source(folder)
+
+
+def take(source, steps, **options):
+    loader = ViewLoader(source, **({"batch_size": 8} | options))
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+def test_ibot_gets_two_large_and_ten_small_views_and_resumes_exactly(photos):
+    batches = take(photos, 3)
+    sides = [224, 224] + [96] * 10
+    assert [tuple(view.shape) for view in batches[0].images] == [(8, side, side, 3) for side in sides]
+    assert all(view.dtype == torch.uint8 for view in batches[0].images)
+    (resumed,) = take(photos, 1, start_step=2)
+    assert torch.equal(resumed.indices, batches[2].indices)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.images, batches[2].images))
+
+
+def plain(monkeypatch, **chances):
+    """No jitter and no grey, and the given chances."""
+    for name, value in ({"_JITTER": 0.0, "_GREY": 0.0} | chances).items():
+        monkeypatch.setattr(f"ijepa_fast.data.views.{name}", value)
+
+
+def test_a_view_without_augmentation_is_its_window_or_the_mirror_of_it(photos, monkeypatch):
+    plain(monkeypatch)
+    (batch,) = take(photos, 1, views=[View(64, (1.0, 1.0), blur=0.0)], ratio=(1.0, 1.0), interpolation="bilinear")
+    mirrored = 0
+    for index, image in zip(batch.indices.tolist(), batch.images[0].numpy().astype(int)):
+        with Image.open(photos.name(index)) as whole:
+            side = min(whole.size)
+            x, y = (whole.width - side) // 2, (whole.height - side) // 2
+            expected = np.asarray(whole.crop((x, y, x + side, y + side)).resize((64, 64), Image.BILINEAR)).astype(int)
+        errors = [np.abs(image - expected).mean(), np.abs(image - expected[:, ::-1]).mean()]
+        assert min(errors) < 2
+        mirrored += errors[1] < errors[0]
+    assert 0 < mirrored < 8
+
+
+def test_grey_solarisation_and_blur_do_what_they_say(photos, monkeypatch):
+    plain(monkeypatch)
+    view = View(64, (0.5, 1.0), blur=0.0)
+    base = take(photos, 1, views=[view])[0].images[0].int()
+
+    solarised = take(photos, 1, views=[View(64, (0.5, 1.0), blur=0.0, solarise=1.0)])[0].images[0].int()
+    assert torch.equal(solarised, torch.where(base >= 128, 255 - base, base))
+
+    blurred = take(photos, 1, views=[View(64, (0.5, 1.0), blur=1.0)])[0].images[0].int()
+    steps = [(images[:, 1:] - images[:, :-1]).abs().float().mean() for images in (base, blurred)]
+    assert steps[1] < 0.8 * steps[0]
+
+    plain(monkeypatch, _GREY=1.0)
+    grey = take(photos, 1, views=[view])[0].images[0].int()
+    assert (grey.amax(-1) - grey.amin(-1)).max() <= 2
+    luma = (base.float() @ torch.tensor([0.299, 0.587, 0.114]) - grey[..., 0]).abs()
+    assert luma.mean() < 2
+
+    plain(monkeypatch, _JITTER=1.0)
+    assert (take(photos, 1, views=[view])[0].images[0].int() - base).abs().float().mean() > 3
+
+
+def test_views_of_one_image_differ(photos):
+    (batch,) = take(photos, 1)
+    large, small = batch.images[:2], batch.images[2:]
+    assert not torch.equal(*large)
+    assert len({view.numpy().tobytes() for view in small}) == 10
+
+
+def test_broken_files_are_replaced_here_too(tmp_path):
+    write_photos(tmp_path, 40, size=40)
+    for name in ("empty.jpg", "broken_inside.png"):
+        (tmp_path / "class0" / name).write_bytes(bad_kinds()[name])
+    source = open_source(tmp_path)
+    batches = take(source, 6, views=[View(32, (0.5, 1.0), blur=0.0)] * 2, max_bad_share=0.1)
+    bad = {i for i in range(len(source)) if source.name(i).rsplit("/", 1)[1] in bad_kinds()}
+    assert len(bad) == 2
+    assert not bad & set(torch.cat([b.indices for b in batches]).tolist())
+
+
+def test_mae_gets_bicubic_crops_and_flips(photos):
+    loader = TrainLoader(photos, batch_size=8, crop=32, **MAE_VIEW)
+    assert next(loader).images.shape == (8, 32, 32, 3)
+    loader.close()
+    assert len(IBOT_VIEWS) == 12
