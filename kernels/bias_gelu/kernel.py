@@ -111,7 +111,7 @@ def bias_gelu_bwd(dy, x, bias):
     return dx, column_sum(partial, bias.dtype)
 
 
-def aot_cases():
+def aot_cases(capability: int = 9):
     """Cases of bench/aot.py: the MLPs of the predictor, S/16, H/14 and g/16."""
     cases = []
     for width in (1536, 5120, 6144):

@@ -153,7 +153,7 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd):
     return dx, column_sum(partial, weight.dtype)
 
 
-def aot_cases():
+def aot_cases(capability: int = 9):
     """Cases of bench/aot.py: the encoders' and the predictor's widths, with and without the residual."""
     cases = []
     for width in (384, 768, 1024, 1280, 1408):

@@ -110,7 +110,7 @@ def masked_gather_bwd(dy, index, rows, unique, dtype):
     return dx
 
 
-def aot_cases():
+def aot_cases(capability: int = 9):
     """Cases of bench/aot.py: tokens of the encoders, patches of /14, the predictor's width with positions."""
     cases = []
     for width, positions in ((592, False), (384, True), (1280, False), (1408, True)):

@@ -67,7 +67,7 @@ def patchify(images, patch, mean, std, dtype, width):
     return out
 
 
-def aot_cases():
+def aot_cases(capability: int = 9):
     """Cases of bench/aot.py: /16 at 224 and 448, /14 padded to 592."""
     signature = {
         "images_ptr": "*u8",
