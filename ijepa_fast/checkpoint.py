@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from ijepa_fast.config import Config, flatten
 from ijepa_fast.engine import Engine
+from ijepa_fast.interop.weights import Arch, header
 from ijepa_fast.optim import STATES
 
 FORMAT = 1
@@ -53,7 +54,9 @@ def save(folder: Path, engine: Engine, config: Config, step: int) -> Path:
         _write(draft / f"rank-{rank:05d}.safetensors", _fragments(engine))
     torch.distributed.barrier()
     if rank == 0:
-        _write(draft / "weights.safetensors", _whole_weights(draft, engine), metadata=architecture(config, step))
+        _write(
+            draft / "weights.safetensors", _whole_weights(draft, engine), metadata=header(architecture(config, step))
+        )
         state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": flatten(config)}
         (draft / "state.json").write_text(json.dumps(state, indent=1))
         for path in (draft / "state.json", draft, final.parent):
@@ -108,25 +111,23 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def architecture(config: Config, step: int) -> dict[str, str]:
-    """What is needed to rebuild the model from weights.safetensors, as its header's metadata."""
+def architecture(config: Config, step: int) -> Arch:
+    """What is needed to rebuild the encoders of a run from weights.safetensors."""
     model, data = config.model, config.data
-    arch = {
-        "image_size": data.crop,
-        "patch": model.patch,
-        "dim": model.dim,
-        "depth": model.depth,
-        "heads": model.heads,
-        "mlp_ratio": model.mlp_ratio,
-        "predictor_dim": model.predictor_dim,
-        "predictor_depth": model.predictor_depth,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "interpolation": data.interpolation,
-        "step": step,
-        "name": config.name,
-    }
-    return {"ijepa_fast": json.dumps(arch)}
+    return Arch(
+        image_size=data.crop,
+        patch=model.patch,
+        dim=model.dim,
+        depth=model.depth,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        predictor_dim=model.predictor_dim,
+        predictor_depth=model.predictor_depth,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        interpolation=data.interpolation,
+        step=step,
+    )
 
 
 def _keys(partition) -> list[str]:

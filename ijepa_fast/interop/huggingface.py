@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Arch, Weights, load_tensors
+from ijepa_fast.interop.reference import load_tensors
+from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Weights, infer_arch
 
 # published name -> Hugging Face's, inside a block; qkv is cut into three.
 _BLOCK = {
@@ -111,17 +112,7 @@ def from_hf(folder, mean=None, std=None):
     state = _published(_hf_tensors(folder), folder)
     if mean is None or std is None:
         mean, std = _mean_std(folder)
-    hidden, dim = config["intermediate_size"], config["hidden_size"]
-    arch = Arch(
-        image_size=config["image_size"],
-        patch=config["patch_size"],
-        dim=dim,
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        mlp_ratio=hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
+    arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, mean=tuple(mean), std=tuple(std))
     return Weights(arch, encoder=state, predictor={}, target_encoder=state)
 
 

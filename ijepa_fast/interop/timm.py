@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ijepa_fast.interop.weights import Weights, infer_arch
+
 # The one registered architecture that is overridden in every size; timm needs a name that it knows.
 _ARCHITECTURE = "vit_base_patch16_gap_224"
 
@@ -49,3 +51,24 @@ def save_timm(folder, state, arch):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(timm_config(arch), indent=2) + "\n")
+
+
+def from_timm(folder):
+    """Weights of a folder written by save_timm, as its target encoder and its encoder."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_args", {}).get("class_token", True):
+        raise ValueError(f"{folder}/config.json: expected model_args with class_token false, as I-JEPA's, got another")
+    cfg = config["pretrained_cfg"]
+    state = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    arch = infer_arch(
+        state,
+        heads=config["model_args"]["num_heads"],
+        source=folder,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation=cfg["interpolation"],
+    )
+    return Weights(arch, encoder=state, predictor={}, target_encoder=state)

@@ -1,0 +1,70 @@
+"""Checkpoints in the published code's layout (.pth.tar), in and out."""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from ijepa_fast.interop.weights import NETWORKS, Weights, infer_arch
+
+# What a published checkpoint holds beside the networks.
+KEYS = (*NETWORKS, "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
+
+
+def load_tensors(path):
+    """torch.load of a file that holds nothing but tensors, numbers, strings and containers of them; else ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        found = str(error).partition("Unsupported global: GLOBAL ")[2].split()
+        reason = f"something other than tensors and numbers ({found[0].rstrip('.,')})" if found else "no tensors"
+        raise ValueError(
+            f"checkpoint {path}: holds {reason}, which is not loaded because unpickling it could run code; save its "
+            "state dicts alone"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path}: expected a file written by torch.save, got: {reason}") from None
+
+
+def _is_zip(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def load_reference(path, heads=None):
+    """Weights of a checkpoint in the published layout: encoder, predictor, target_encoder, opt, ...
+
+    heads: of the encoder, where its width is none of the published ones. The optimiser's state is not read. mean and
+    std are ImageNet's, which the published training used. ValueError for a file with anything else in it.
+    """
+    content = load_tensors(path)
+    if not isinstance(content, dict) or "encoder" not in content:
+        held = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"checkpoint {path}: expected a dict with key 'encoder', got {held}")
+    if strange := sorted(set(map(str, content)) - set(KEYS)):
+        raise ValueError(f"checkpoint {path}: expected only keys of {KEYS}, got also {strange}")
+    states = {name: _plain(content.get(name) or {}, name, path) for name in NETWORKS}
+    arch = infer_arch(states["encoder"], states["predictor"], heads=heads, source=f"checkpoint {path}")
+    return Weights(arch, **states)
+
+
+def _plain(state, name, path):
+    """fp32 tensors under names without the `module.` that DistributedDataParallel puts before each."""
+    plain = {}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"checkpoint {path}: {name}[{key!r}]: expected a tensor, got {type(value).__name__}")
+        plain[key.removeprefix("module.")] = value.float()
+    return plain
+
+
+def save_reference(path, weights):
+    """Write the networks that `weights` has under the published keys; there is no optimiser's state to go with them."""
+    content = {
+        name: {f"module.{key}": value.clone() for key, value in getattr(weights, name).items()}
+        for name in NETWORKS
+        if getattr(weights, name)
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content | {"opt": None, "scaler": None, "epoch": 0}, path)
