@@ -14,8 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 
 
 class ConfigError(ValueError):

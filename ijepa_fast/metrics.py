@@ -43,7 +43,7 @@ class Meter:
         self._loss += loss
         self._losses += 1
         self._images += packed.images
-        self._tokens += tokens(packed)
+        self._tokens += packed.tokens
         self._wait += wait
 
     def read(self, steps: tuple[int, int]) -> dict[str, float]:
@@ -72,13 +72,6 @@ class Meter:
         }
         self._reset()
         return window
-
-
-def tokens(packed) -> int:
-    """Tokens of a PackedBatch that pass through a network: target encoder, context encoder, predictor."""
-    context = packed.context_index.numel()
-    masked = packed.target_index.numel() * packed.contexts
-    return packed.images * packed.patches + context + packed.targets * context + masked
 
 
 def check_loggers(config: Config) -> None:

@@ -38,6 +38,13 @@ class PackedBatch:
     predictor_cu_seqlens: torch.Tensor  # (M*C*B + 1,)
     predictor_max_seqlen: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through a network: target encoder, context encoder, predictor."""
+        context = self.context_index.numel()
+        masked = self.target_index.numel() * self.contexts
+        return self.images * self.patches + context + self.targets * context + masked
+
     def _map(self, change) -> PackedBatch:
         tensors = {
             f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)

@@ -3,6 +3,10 @@
 import io
 
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("PIL")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps

@@ -8,6 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("nvidia.dali")
+
 from PIL import Image, ImageOps
 
 from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop

@@ -6,6 +6,9 @@ import tarfile
 import numpy as np
 import pytest
 
+pytest.importorskip("tqdm")
+pytest.importorskip("PIL")
+
 from ijepa_fast.data import scan
 from ijepa_fast.data.sources import TarSource, open_source
 from tests.data_images import bad_kinds, encode, photographs, write_photos, write_tar

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("nvidia.dali")
+
 from PIL import Image
 
 from ijepa_fast.data.dali import TrainLoader

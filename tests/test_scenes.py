@@ -5,6 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL")
+
 from PIL import Image
 
 from ijepa_fast.data.scenes import (

@@ -8,13 +8,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
 from tests.launch import ROOT, command, finish, losses, rank_files, run, start
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
+
+from PIL import Image
+from safetensors.torch import load_file
 
 from ijepa_fast import kernels
 from ijepa_fast.train import main

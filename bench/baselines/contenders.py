@@ -25,12 +25,10 @@ from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.plain_vit import normalise
 from bench.baselines.strong import StrongStep
 from ijepa_fast import flops
-from ijepa_fast.config import IMAGENET_MEAN, IMAGENET_STD, Config, Data, Model, check
-from ijepa_fast.config import Engine as EngineConfig
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.flops import Head, Transformer
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.masks import Masks, make_sampler
-from ijepa_fast.metrics import tokens
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import ARCHITECTURES, Encoder
 from ijepa_fast.objective import IJEPA
@@ -206,6 +204,9 @@ class EngineStep:
     """This project's step through DeepSpeed, as train.py runs it."""
 
     def __init__(self, objective, case: Case, zero: int):
+        # These need OmegaConf and DeepSpeed; the other steps do not.
+        from ijepa_fast.config import Config, Data, Model, check
+        from ijepa_fast.config import Engine as EngineConfig
         from ijepa_fast.engine import Engine, start
 
         sizes, predictor = case.sizes, case.predictor_sizes
@@ -382,7 +383,7 @@ def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
         }
         published = flops.ijepa(encoder, predictor, **sizes, embed_all=True).total
         executed = flops.ijepa(encoder, predictor, **sizes, unions=packed.union_cu_seqlens.diff().tolist()).total
-        sums = [a + b for a, b in zip(sums, (tokens(packed), published, executed))]
+        sums = [a + b for a, b in zip(sums, (packed.tokens, published, executed))]
     images = case.batch * len(batches)
     return sums[0] / images, sums[1] / images / 1e9, sums[2] / images / 1e9
 

@@ -5,8 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ijepa_fast.kernels.common import checks
 from ijepa_fast.kernels.predictor_tokens import ops, predictor_readout, predictor_tokens, reference
@@ -150,29 +148,35 @@ def test_reference_is_row_by_row(layout):
     assert tokens.shape[0] == packed.predictor_cu_seqlens[-1]
 
 
-@settings(max_examples=10, deadline=None)
-@given(data=st.data())
-def test_any_layout(data):
-    images, contexts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
-    patches = data.draw(st.integers(1, 30))
-    length = st.lists(st.integers(0, patches), min_size=images, max_size=images)
-    lengths = data.draw(st.lists(length, min_size=contexts, max_size=contexts))
-    size, targets = data.draw(st.integers(1, patches)), data.draw(st.integers(1, 3))
-    packed = pack(lengths, targets, size, patches, data.draw(st.integers(0, 99)))
-    context, mask_token, positions = make(packed, 12, torch.float32, "cpu")
-    tokens, masks = row_by_row(context, mask_token, positions, packed)
-    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
-    maximum = packed.context_max_seqlen
-    assert torch.equal(ops._fwd(context, mask_token, positions, *layout, maximum, patches), tokens)
-    assert torch.equal(ops._readout_fwd(tokens, packed.context_cu_seqlens, targets, size), masks)
+def test_any_layout():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
 
-    dtokens = torch.randn_like(tokens)
-    sizes = (packed.context_index.shape[0], targets, size, maximum)
-    arguments = (dtokens, mask_token, packed.context_cu_seqlens, *sizes)
-    for actual, expected in zip(ops._bwd(*arguments), ops._bwd_cpu(*arguments)):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], targets, size, maximum)
-    assert torch.equal(ops._readout_bwd(*arguments), ops._readout_bwd_cpu(*arguments))
+    @hypothesis.settings(max_examples=10, deadline=None)
+    @hypothesis.given(data=st.data())
+    def check_one(data):
+        images, contexts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+        patches = data.draw(st.integers(1, 30))
+        length = st.lists(st.integers(0, patches), min_size=images, max_size=images)
+        lengths = data.draw(st.lists(length, min_size=contexts, max_size=contexts))
+        size, targets = data.draw(st.integers(1, patches)), data.draw(st.integers(1, 3))
+        packed = pack(lengths, targets, size, patches, data.draw(st.integers(0, 99)))
+        context, mask_token, positions = make(packed, 12, torch.float32, "cpu")
+        tokens, masks = row_by_row(context, mask_token, positions, packed)
+        layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+        maximum = packed.context_max_seqlen
+        assert torch.equal(ops._fwd(context, mask_token, positions, *layout, maximum, patches), tokens)
+        assert torch.equal(ops._readout_fwd(tokens, packed.context_cu_seqlens, targets, size), masks)
+
+        dtokens = torch.randn_like(tokens)
+        sizes = (packed.context_index.shape[0], targets, size, maximum)
+        arguments = (dtokens, mask_token, packed.context_cu_seqlens, *sizes)
+        for actual, expected in zip(ops._bwd(*arguments), ops._bwd_cpu(*arguments)):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], targets, size, maximum)
+        assert torch.equal(ops._readout_bwd(*arguments), ops._readout_bwd_cpu(*arguments))
+
+    check_one()
 
 
 def test_plain_implementation_of_the_ops():
