@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import sys
 import time
 from dataclasses import asdict
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from bench.baselines.contenders import DTYPES, LR, Case, Contender, make_contenders
+from bench.timing import device_name, synchronise
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")
@@ -36,12 +36,6 @@ CONTEXTS = ("truncate", "full", "budget")
 PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
 # Relative differences of loss and gradient norm by rounding: fp32, and low precision whose casts differ.
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1)}
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def check_agreement(contenders: list[Contender], precision: str) -> None:
@@ -147,19 +141,6 @@ def rows_of(contenders, case: Case, measured: dict, data: bool) -> list[dict]:
             }
         )
     return rows
-
-
-def device_name(device: str) -> str:
-    """The name of the GPU, or of the CPU and its cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def table(rows: list[dict]) -> str:
