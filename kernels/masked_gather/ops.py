@@ -38,37 +38,40 @@ def masked_gather(
     check_tensor("masked_gather", "index", index, (None,), torch.int32, x.device)
     if positions is not None:
         check_tensor("masked_gather", "positions", positions, (None, x.shape[1]), device=x.device)
-        period = positions.shape[0] if period is None else period
-        if not 1 <= period <= positions.shape[0]:
+        if period is not None and not 1 <= period <= positions.shape[0]:
             raise ValueError(
                 f"masked_gather: period: expected 1 to {positions.shape[0]}, the rows of positions, got {period}"
             )
     check_index("masked_gather", "index", index, x.shape[0], unique=unique)
     if not runs_triton("masked_gather", x):
-        return reference.masked_gather(x, index, positions, period)
-    # The sizes are arguments because torch.compile cannot carry those read in forward over to backward.
-    sizes = x.shape[0], 0 if positions is None else positions.shape[0]
-    return _MaskedGather.apply(x, index, positions, period or 1, unique, *sizes)
+        return reference.masked_gather(x, index, positions, _period(positions, period))
+    return _MaskedGather.apply(x, index, positions, period, unique)
+
+
+def _period(positions, period):
+    return 1 if positions is None else positions.shape[0] if period is None else period
 
 
 class _MaskedGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, positions, period, unique, x_rows, position_rows):
-        ctx.save_for_backward(index)
-        ctx.period, ctx.unique, ctx.x_rows, ctx.position_rows = period, unique, x_rows, position_rows
-        ctx.x_dtype, ctx.positions_dtype = x.dtype, None if positions is None else positions.dtype
-        return _fwd(x, index, positions, period)
+    def forward(ctx, x, index, positions, period, unique):
+        # Tensors without columns carry dtype and row count: torch.compile does not carry over symbolic sizes alone.
+        sizes = (None if tensor is None else tensor.new_empty(tensor.shape[0], 0) for tensor in (x, positions))
+        ctx.save_for_backward(index, *sizes)
+        ctx.period, ctx.unique = period, unique
+        return _fwd(x, index, positions, _period(positions, period))
 
     @staticmethod
     def backward(ctx, dy):
-        (index,) = ctx.saved_tensors
+        index, x, positions = ctx.saved_tensors
         dy = dy.contiguous()
         dx = dpositions = None
         if ctx.needs_input_grad[0]:
-            dx = _bwd(dy, index, ctx.x_rows, ctx.unique, ctx.x_dtype)
+            dx = _bwd(dy, index, x.shape[0], ctx.unique, x.dtype)
         if ctx.needs_input_grad[2]:
-            dpositions = _bwd(dy, index % ctx.period, ctx.position_rows, False, ctx.positions_dtype)
-        return dx, None, dpositions, None, None, None, None
+            within = index % _period(positions, ctx.period)
+            dpositions = _bwd(dy, within, positions.shape[0], False, positions.dtype)
+        return dx, None, dpositions, None, None
 
 
 def _bwd_cpu(dy, index, rows, unique, dtype):
