@@ -98,7 +98,7 @@ class PretrainedEncoder(nn.Module):
         return [output.view(len(images), self.patches, self.dim) for output in outputs]
 
     def read(self, paths):
-        """Image files -> uint8 (B, crop, crop, 3) on the module's device: the shorter side resized, the middle cut out."""
+        """Image files -> uint8 (B, crop, crop, 3) on the module's device: the central square, resized."""
         from PIL import Image, ImageOps
 
         resample = getattr(Image.Resampling, self.arch.interpolation.upper())
