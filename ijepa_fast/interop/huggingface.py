@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ijepa_fast.interop.reference import load_tensors
-from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Weights, infer_arch
+from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Weights, infer_arch, read_json, read_safetensors
 
 # published name -> Hugging Face's, inside a block; qkv is cut into three.
 _BLOCK = {
@@ -78,7 +78,7 @@ def image_processor(arch):
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": arch.image_size, "width": arch.image_size},
-        "resample": 2,
+        "resample": {"bilinear": 2, "bicubic": 3}[arch.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -106,25 +106,34 @@ def from_hf(folder, mean=None, std=None):
     checkpoints say .5, with which nobody trained: for these ImageNet's are taken, with a warning.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "ijepa":
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', got {config.get('model_type')!r}")
     state = _published(_hf_tensors(folder), folder)
     if mean is None or std is None:
         mean, std = _mean_std(folder)
     arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, mean=tuple(mean), std=tuple(std))
+    _check_config(config, arch, state, folder)
     return Weights(arch, encoder=state, predictor={}, target_encoder=state)
 
 
-def _hf_tensors(folder):
-    from safetensors.torch import load_file
+def _check_config(config, arch, state, folder):
+    """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    held = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
+    held |= {"patch_size": arch.patch, "image_size": arch.image_size, "hidden_act": "gelu"}
+    for key, value in held.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}, the model of the weights has {value!r}")
 
+
+def _hf_tensors(folder):
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {key: value for part in parts for key, value in load_file(folder / part).items()}
+        parts = sorted(set(read_json(index)["weight_map"].values()))
+        return {key: value for part in parts for key, value in read_safetensors(folder / part)[0].items()}
     if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
+        return read_safetensors(folder / "model.safetensors")[0]
     if (folder / "pytorch_model.bin").exists():
         return load_tensors(folder / "pytorch_model.bin")
     raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
@@ -132,7 +141,7 @@ def _hf_tensors(folder):
 
 def _mean_std(folder):
     path = folder / "preprocessor_config.json"
-    values = json.loads(path.read_text()) if path.exists() else {}
+    values = read_json(path) if path.exists() else {}
     mean, std = tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
     if mean == std == (0.5, 0.5, 0.5):
         warnings.warn(

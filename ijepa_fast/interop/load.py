@@ -1,6 +1,5 @@
 """From any path that holds weights to a module that maps images to features."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import nn
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
-from ijepa_fast.interop.weights import load_state, load_weights, with_image_size
+from ijepa_fast.interop.weights import load_state, load_weights, read_json, with_image_size
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.models.vit import Encoder
 
@@ -57,8 +56,7 @@ def read(path, heads=None):
     if path.is_file():
         return load_weights(path) if path.suffix == ".safetensors" else load_reference(path, heads)
     if (path / "config.json").exists():
-        config = json.loads((path / "config.json").read_text())
-        return from_timm(path) if "architecture" in config else from_hf(path)
+        return from_timm(path) if "architecture" in read_json(path / "config.json") else from_hf(path)
     if (path / "checkpoints").is_dir():
         from ijepa_fast.checkpoint import latest
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ijepa_fast.interop.weights import Weights, infer_arch
+from ijepa_fast.interop.weights import Weights, infer_arch, read_json, read_safetensors
 
 # The one registered architecture that is overridden in every size; timm needs a name that it knows.
 _ARCHITECTURE = "vit_base_patch16_gap_224"
@@ -30,7 +30,7 @@ def timm_config(arch):
         "pretrained_cfg": {
             "input_size": [3, arch.image_size, arch.image_size],
             "fixed_input_size": True,
-            "interpolation": "bilinear",
+            "interpolation": arch.interpolation,
             "crop_pct": 0.875,
             "crop_mode": "center",
             "mean": list(arch.mean),
@@ -55,14 +55,13 @@ def save_timm(folder, state, arch):
 
 def from_timm(folder):
     """Weights of a folder written by save_timm, as its target encoder and its encoder."""
-    from safetensors.torch import load_file
-
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if config.get("model_args", {}).get("class_token", True):
         raise ValueError(f"{folder}/config.json: expected model_args with class_token false, as I-JEPA's, got another")
     cfg = config["pretrained_cfg"]
-    state = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    tensors, _ = read_safetensors(folder / "model.safetensors")
+    state = {key: value.float() for key, value in tensors.items()}
     arch = infer_arch(
         state,
         heads=config["model_args"]["num_heads"],

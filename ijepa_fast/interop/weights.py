@@ -113,6 +113,25 @@ def _side(positions, name):
     return side
 
 
+def read_json(path):
+    """The content of a JSON file; ValueError that names it where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a readable JSON file, got: {error}") from None
+
+
+def read_safetensors(path):
+    """(tensors by key, metadata of the header) of a safetensors file, on the CPU; ValueError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got: {error}") from None
+
+
 def header(arch):
     """The metadata of a weights file's header."""
     return {"format": "pt", HEADER: json.dumps(asdict(arch))}
@@ -132,21 +151,13 @@ def save_weights(path, weights):
 
 def load_weights(path):
     """Weights of a checkpoint's weights.safetensors, or of a file written by save_weights."""
-    from safetensors import SafetensorError, safe_open
-
+    tensors, metadata = read_safetensors(path)
     states = {name: {} for name in NETWORKS}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                network, _, name = key.partition(".")
-                if network not in states:
-                    raise ValueError(
-                        f"weights {path}: expected keys that begin with one of {', '.join(NETWORKS)}, got {key!r}"
-                    )
-                states[network][name] = file.get_tensor(key).float()
-    except SafetensorError as error:
-        raise ValueError(f"weights {path}: expected a safetensors file, got: {error}") from None
+    for key, tensor in tensors.items():
+        network, _, name = key.partition(".")
+        if network not in states:
+            raise ValueError(f"weights {path}: expected keys that begin with one of {', '.join(NETWORKS)}, got {key!r}")
+        states[network][name] = tensor.float()
     if HEADER not in metadata:
         raise ValueError(
             f"weights {path}: expected the architecture under {HEADER!r} in the header, got {sorted(metadata)}"

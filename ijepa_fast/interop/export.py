@@ -1,0 +1,79 @@
+"""Write the weights of a run for other tools.
+
+    python -m ijepa_fast export --checkpoint RUN_OR_FILE --format hf|timm|reference|safetensors --out PATH
+
+hf           a folder for transformers' AutoModel and AutoImageProcessor, with the mean and std of the training
+timm         a folder for timm.create_model("local-dir:PATH", pretrained=True)
+reference    a .pth.tar with the published code's keys
+safetensors  one file for ijepa_fast.load and for the configuration's `init`
+
+The first two hold one encoder, the target encoder unless --network says otherwise; the others all networks.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ijepa_fast.interop.huggingface import save_hf
+from ijepa_fast.interop.load import read
+from ijepa_fast.interop.reference import save_reference
+from ijepa_fast.interop.timm import save_timm
+from ijepa_fast.interop.weights import NETWORKS, save_weights, with_image_size
+
+ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
+ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
+
+
+def export(weights, form, out, network=None):
+    """Write `weights` (interop.weights.Weights) to `out` in the format `form`: complete, or not at all.
+
+    network: of the formats with one encoder, "target_encoder" (default) or "encoder". ValueError where `out` exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
+    if network and form not in ONE_ENCODER:
+        raise ValueError(
+            f"--network: the format {form} holds all networks; leave it out, or use {', '.join(ONE_ENCODER)}"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if form in ONE_ENCODER:
+            ONE_ENCODER[form](draft, weights.network(network or "target_encoder"), weights.arch)
+        else:
+            ALL_NETWORKS[form](draft, weights)
+        draft.rename(out)
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        draft.unlink(missing_ok=True)
+
+
+def main(argv):
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_fast export", description="Write the weights for other tools."
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
+    parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="a folder (hf, timm) or file that does not exist yet"
+    )
+    parser.add_argument("--network", choices=[n for n in NETWORKS if n != "predictor"], help="default: target_encoder")
+    parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's crop)")
+    parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
+    args = parser.parse_args(argv)
+    try:
+        weights = read(args.checkpoint, args.heads)
+        if args.image_size is not None:
+            weights = with_image_size(weights, args.image_size)
+        export(weights, args.format, args.out, args.network)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    held = [name for name in NETWORKS if getattr(weights, name)]
+    print(f"{args.out}: {args.network or 'target_encoder' if args.format in ONE_ENCODER else ', '.join(held)}")
+    return 0
