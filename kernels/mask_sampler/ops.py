@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-from ijepa_fast.kernels.common import native
+from ijepa_fast.kernels.common import checks, native
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import choice, interpreted
 from ijepa_fast.kernels.mask_sampler import reference
@@ -118,13 +118,28 @@ def random_subset(key: Key, kept: torch.Tensor, count: torch.Tensor, draw: int =
         (B, N) bool.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device or layout.
+        ValueError: for a wrong dtype, shape, device or layout; on the CPU and in debug mode for a count of more patches
+            than there are.
     """
     check_tensor("random_subset", "kept", kept, (None, None), torch.bool)
     check_tensor("random_subset", "count", count, (kept.shape[0],), torch.int32, kept.device)
+    _check_count(kept, count)
     subset = torch.empty_like(kept)
     _choose(kept, _subset, _subset_triton, _subset_cpu)(subset, kept, count, key.seed, key.step, key.rank, draw)
     return subset
+
+
+def _check_count(kept: torch.Tensor, count: torch.Tensor) -> None:
+    if not checks.debug and kept.device.type != "cpu":
+        return
+    available = kept.sum(1)
+    wrong = ((count < 0) | (count > available)).nonzero()
+    if len(wrong):
+        image = int(wrong[0])
+        raise ValueError(
+            f"random_subset: count[{image}]: expected between 0 and the {int(available[image])} patches kept, "
+            f"got {int(count[image])}"
+        )
 
 
 def _choose(tensor, registered, triton, plain):
