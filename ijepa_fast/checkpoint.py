@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 
 from ijepa_fast.config import Config, flatten
 from ijepa_fast.engine import Engine
-from ijepa_fast.interop.weights import Arch, header
+from ijepa_fast.interop.weights import POSITIONS, Arch, Weights, check_state, header, with_image_size
 from ijepa_fast.optim import STATES
 
 FORMAT = 1
 # A run resumed with another value of one of these would not be the run that was begun.
-FIXED = ("seed", "batch_size", "data.", "mask.", "model.", "objective.")
+FIXED = ("seed", "init", "batch_size", "data.", "mask.", "model.", "objective.")
 FREE = ("data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load", "data.max_bad_share", "model.recompute")
 
 
@@ -91,6 +91,7 @@ def load(path: Path, engine: Engine, config: Config) -> int:
     reader = _Reader(path)
     for partition in engine.layout.partitions:
         reader.check(partition)
+    engine.place(_positions(path))
     for partition in engine.layout.partitions:
         optimizer_state = engine.optimizer.init_state(partition.master, partition.ema)
         optimizer_state["step"] = state["step"]
@@ -98,6 +99,36 @@ def load(path: Path, engine: Engine, config: Config) -> int:
             reader.fill(partition, key, _tensor(engine, partition, key))
     engine.restored()
     return state["step"]
+
+
+def begin(weights: Weights, engine: Engine, config: Config) -> None:
+    """Bring `engine` to the networks of `weights`, the average to its target encoder; moments and step stay at zero.
+
+    Positions are resampled where the crop is another. A predictor that `weights` lacks stays as it is initialised.
+    Raises ValueError, naming the key and both shapes, before anything is changed.
+    """
+    if weights.arch.heads != config.model.heads:
+        raise CheckpointError(f"init: the weights have {weights.arch.heads} heads, the model {config.model.heads}")
+    states = {name: weights.network(name) for name in ("encoder", "target_encoder")}
+    if weights.predictor:
+        states["predictor"] = weights.predictor
+    for name, state in states.items():
+        module = name.removeprefix("target_") + "."
+        shapes = {key.removeprefix(module): s for key, s in engine.shapes.items() if key.startswith(module)}
+        check_state(name, shapes, state)
+    whole = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+    for partition in engine.layout.partitions:
+        engine.optimizer.init_state(partition.master, partition.ema)
+        for key in ("weight", "ema") if partition.ema else ("weight",):
+            flat = _tensor(engine, partition, key).view(-1)
+            for f in partition.fragments:
+                name = "target_" + f.name if key == "ema" else f.name
+                if name in whole:
+                    values = whole[name].reshape(-1)[f.start : f.stop]
+                    flat[f.offset : f.offset + f.stop - f.start] = values.to(flat.device)
+    resampled = with_image_size(weights, config.data.crop)
+    engine.place({name: getattr(resampled, name)[POSITIONS[name]][0] for name in states})
+    engine.restored()
 
 
 def read_state(path: Path) -> dict:
@@ -155,7 +186,17 @@ def _whole_weights(folder: Path, engine: Engine) -> dict[str, torch.Tensor]:
         out[name] = reader.read(name, "weight", shape)
         if name.startswith("encoder."):
             out["target_" + name] = reader.read(name, "ema", shape)
-    return out
+    return out | {f"{name}.{POSITIONS[name]}": table.cpu()[None] for name, table in engine.positions.items()}
+
+
+def _positions(path: Path) -> dict[str, torch.Tensor]:
+    """The position tables (N, width) of a checkpoint, by network; none in one that has the fixed tables."""
+    if not (path / "weights.safetensors").is_file():
+        raise CheckpointError(f"{path}: weights.safetensors is missing; go back to another checkpoint")
+    with safe_open(path / "weights.safetensors", "pt") as file:
+        held = set(file.keys())
+        keys = {name: f"{name}.{key}" for name, key in POSITIONS.items()}
+        return {name: file.get_tensor(key)[0] for name, key in keys.items() if key in held}
 
 
 class _Reader:

@@ -39,6 +39,7 @@ class Data:
     scenes_size: int = 64  # their side, pixels
     hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decode engine
     max_bad_share: float = 0.01  # unreadable files beyond this share end the run
+    max_pixels: int = 178_956_970  # a file that declares more counts as unreadable (decompression bombs)
 
 
 @dataclass
@@ -129,6 +130,8 @@ class Config:
     seed: int = 0
     batch_size: int = 2048  # images a step, over all ranks
     resume: bool = True  # continue the run in runs/<name> where there is one
+    # Weights a new run starts from, with a fresh optimiser: a run, a published .pth.tar, a Hugging Face folder.
+    init: str | None = None
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
     model: Model = field(default_factory=Model)

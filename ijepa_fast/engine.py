@@ -14,6 +14,7 @@ from ijepa_fast.objective import IJEPA
 from ijepa_fast.optim import AdamWEMA, parameter_groups
 from ijepa_fast.partitions import LAYOUTS
 
+NETWORKS = ("encoder", "predictor", "target_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -77,6 +78,8 @@ class Engine:
         self.objective, self.device = objective, device
         self.accumulation = config.engine.accumulation
         dtype = DTYPES[config.engine.precision]
+        # Kept in fp32: DeepSpeed casts the modules' own tables.
+        self.positions = {name: getattr(objective, name).positions.clone() for name in NETWORKS}
         objective.target_encoder.to(device, dtype)
         groups = parameter_groups(objective.encoder, [objective.predictor])
         self.optimizer = AdamWEMA(
@@ -113,6 +116,12 @@ class Engine:
         self._engine.step()
         if update:
             self.layout.gather()
+
+    def place(self, positions: dict[str, torch.Tensor]) -> None:
+        """Use other position tables than the fixed ones: {network: (N, width)}."""
+        for name, table in positions.items():
+            self.positions[name].copy_(table)
+            getattr(self.objective, name).positions.copy_(table)
 
     def restored(self) -> None:
         """Called when masters and optimiser state were overwritten: bring them into both encoders and the predictor."""

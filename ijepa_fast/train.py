@@ -26,6 +26,7 @@ from ijepa_fast import checkpoint, kernels
 from ijepa_fast.build import build_loader, build_objective, plan
 from ijepa_fast.config import Config, load_config, save_config
 from ijepa_fast.engine import Engine, choose_device, start
+from ijepa_fast.interop.load import read
 from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog, check_loggers
 from ijepa_fast.probing import probe_folders, training_source
 from ijepa_fast.summary import finish
@@ -78,7 +79,11 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
     last = checkpoint.latest(config.folder)
     if last is not None and not config.resume:
         raise checkpoint.CheckpointError(f"{config.folder} holds a run (resume=false): set another name, or remove it")
-    step = checkpoint.load(last, engine, config) if last is not None else 0
+    step = 0
+    if last is not None:
+        step = checkpoint.load(last, engine, config)
+    elif config.init is not None:
+        checkpoint.begin(read(config.init, config.model.heads), engine, config)
     if rank == 0:
         if step:
             print(f"continuing {config.folder} from step {step}", file=sys.stderr)

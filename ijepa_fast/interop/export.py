@@ -35,9 +35,10 @@ def export(weights, form, out, network=None):
     if out.exists():
         raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
     if network and form not in ONE_ENCODER:
-        raise ValueError(
-            f"--network: the format {form} holds all networks; leave it out, or use {', '.join(ONE_ENCODER)}"
-        )
+        one = " or ".join(ONE_ENCODER)
+        raise ValueError(f"--network: {form} holds all networks; leave it out, or take --format {one}")
+    if form == "safetensors" and out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a name that ends in .safetensors, by which it is known, got {out.name!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -54,16 +55,12 @@ def export(weights, form, out, network=None):
 
 def main(argv):
     """The command line; its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast export", description="Write the weights for other tools."
-    )
+    parser = argparse.ArgumentParser(prog="python -m ijepa_fast export", description="Write weights for other tools.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
     parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
-    parser.add_argument(
-        "--out", required=True, metavar="PATH", help="a folder (hf, timm) or file that does not exist yet"
-    )
-    parser.add_argument("--network", choices=[n for n in NETWORKS if n != "predictor"], help="default: target_encoder")
-    parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's crop)")
+    parser.add_argument("--out", required=True, metavar="PATH", help="folder (hf, timm) or file, not there yet")
+    parser.add_argument("--network", choices=["encoder", "target_encoder"], help="default: target_encoder")
+    parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
     parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
     try:

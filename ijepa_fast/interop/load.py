@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ijepa_fast.checkpoint import latest
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
@@ -58,8 +59,6 @@ def read(path, heads=None):
     if (path / "config.json").exists():
         return from_timm(path) if "architecture" in read_json(path / "config.json") else from_hf(path)
     if (path / "checkpoints").is_dir():
-        from ijepa_fast.checkpoint import latest
-
         newest = latest(path)
         if newest is None:
             raise ValueError(f"{path}: the run has no complete checkpoint yet; wait for its first")
