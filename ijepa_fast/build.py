@@ -123,6 +123,7 @@ def build_loader(config: Config, source: Source | None, device: torch.device, ra
         hw_decoder_load=data.hw_decoder_load,
         bad_files=config.folder / "bad_files.txt",
         max_bad_share=data.max_bad_share,
+        max_pixels=data.max_pixels,
         **common,
     )
 

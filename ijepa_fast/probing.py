@@ -26,7 +26,7 @@ def training_source(config: Config) -> Source | None:
     try:
         if config.data.source == "scenes":
             return open_source(_scenes(config, "train"))
-        return open_source(config.data.source, cache=Path(config.data.cache).expanduser())
+        return open_source(config.data.source, cache=_index_cache(config))
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.source: {error}") from None
 
@@ -57,7 +57,7 @@ def probe(config: Config, objective: IJEPA, folders: tuple[str, str], device: to
     """Linear and k-NN probes of every task the labels allow; see eval.suite.probe_suite for what is returned."""
     features, labels = [], []
     for folder in folders:
-        source = open_source(folder)
+        source = open_source(folder, cache=_index_cache(config))
         found, tasks = read_labels(source)
         batches = eval_batches(
             source,
@@ -82,6 +82,11 @@ def read_labels(source: Source) -> tuple[dict[str, torch.Tensor], dict[str, str]
     labels = {name: torch.from_numpy(np.array(values)) for name, values in source.columns.items()}
     tasks = {name: "regression" if values.is_floating_point() else "classification" for name, values in labels.items()}
     return labels, tasks | {name: "counting" for name in tasks if name == "count"}
+
+
+def _index_cache(config: Config) -> Path:
+    """Where indices of images are kept: beside the runs, for all of them."""
+    return Path(config.runs) / "index"
 
 
 def _scenes(config: Config, split: str) -> Path:

@@ -18,6 +18,7 @@ from ijepa_fast.probing import probe
 def finish(config: Config, objective: IJEPA, source, folders: tuple[str, str] | None, device: torch.device) -> dict:
     """Write the run's results and print them. Called by rank 0. Returns what summary.json holds."""
     folder = config.folder
+    bad = folder / "bad_files.txt"
     records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
     summary = {
         "steps": records[-1]["step"],
@@ -27,6 +28,7 @@ def finish(config: Config, objective: IJEPA, source, folders: tuple[str, str] | 
         "tokens_per_image": statistics.fmean(r["tokens_per_image"] for r in records),
         "data_wait": statistics.fmean(r["data_wait"] for r in records),
         "context_policy": config.mask.policy,
+        "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,
         "probe": None,
     }
     plot_loss(records, folder / "loss.png")
@@ -52,6 +54,8 @@ def describe(summary: dict) -> str:
         f"{summary['steps']} steps, loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, "
         f"{summary['images_per_second']:.0f} images/s at {summary['tokens_per_image']:.0f} tokens an image"
     ]
+    if summary["bad_files"]:
+        lines.append(f"{summary['bad_files']} files could not be decoded: bad_files.txt names them, with reasons")
     if summary["probe"]:
         before, after = summary["probe"]["before"], summary["probe"]["after"]
         lines.append(f"{'probe':<32}{'untrained':>10}{'trained':>10}")

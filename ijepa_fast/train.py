@@ -25,6 +25,7 @@ import torch
 from ijepa_fast import checkpoint, kernels
 from ijepa_fast.build import build_loader, build_objective, plan
 from ijepa_fast.config import Config, load_config, save_config
+from ijepa_fast.data.recover import TooManyBadFiles
 from ijepa_fast.engine import Engine, choose_device, start
 from ijepa_fast.interop.load import read
 from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog, check_loggers
@@ -60,7 +61,8 @@ def train(config: Config) -> None:
             log.advance()
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
-                record = {"epoch": batch.epoch, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+                record = {"epoch": batch.epoch, "replaced": loader.replaced}
+                record |= {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
                 log.write(step, meter.read((logged + 1, step)) | record)
                 logged = step
             if saving:
@@ -106,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, NonFiniteLoss) as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, TooManyBadFiles):  # which one rank alone may meet
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

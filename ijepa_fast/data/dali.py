@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
-from ijepa_fast.data.decode import Decoder, Work, decode_all
+from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.order import SampleStream
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
@@ -158,6 +158,7 @@ class TrainLoader:
             self._error = item
             self.close()
             raise item
+        hand_over(item.images)
         return item
 
     def close(self) -> None:
@@ -304,7 +305,7 @@ def eval_batches(
     with ThreadPoolExecutor(_READERS) as readers:
         try:
             for work, images in decode_all(decoder, works(), repair, batch_size):
-                yield images, torch.from_numpy(labels[work.ids])
+                yield hand_over(images), torch.from_numpy(labels[work.ids])
         finally:
             decoder.close()
 

@@ -25,6 +25,10 @@ from ijepa_fast.data.headers import pillow_complaint
 # Output width up to which DALI resizes on the CPU as well: a call from Python an image costs more than it saves.
 _SMALL = 64
 
+# On a GPU: chroma upsampled as on the CPU, so that the pixels are the same; and threads not pinned to cores, which
+# those of other ranks would be pinned to as well.
+_MIXED = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
+
 # DALI's and PyTorch's names of the filters.
 INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
 
@@ -89,9 +93,9 @@ class Decoder:
             raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
         self.dali = import_dali()
         self.crop, self.interpolation, self.flip, self.threads = crop, interpolation, flip, threads
-        self.hw_decoder_load = hw_decoder_load
         self.device = torch.device(device)
         self.on_gpu = self.device.type == "cuda"
+        self.decode_options = _MIXED | {"hw_decoder_load": hw_decoder_load} if self.on_gpu else {}
         self.resize_in_graph = self.on_gpu or crop <= _SMALL
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self._resizers = None if self.resize_in_graph else ThreadPoolExecutor(threads, thread_name_prefix="resize")
@@ -121,7 +125,7 @@ class Decoder:
         pipe = self._pipeline(1, 1)
         with pipe:
             encoded = fn.external_source(lambda: [np.frombuffer(file.getvalue(), np.uint8)])
-            pipe.set_outputs(fn.decoders.image(encoded, device="mixed" if self.on_gpu else "cpu"))
+            pipe.set_outputs(fn.decoders.image(encoded, **self.decode_options))
         try:
             pipe.run()
         except RuntimeError:
@@ -140,8 +144,7 @@ class Decoder:
     def _graph(self, works: Iterable[tuple]) -> tuple:
         fn, types = self.dali.fn, self.dali.types
         encoded, start, shape, *flip = fn.external_source(works, num_outputs=4 if self.flip else 3)
-        options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if self.on_gpu else {}
-        images = fn.decoders.image_slice(encoded, start, shape, **options)
+        images = fn.decoders.image_slice(encoded, start, shape, **self.decode_options)
         if self.resize_in_graph:
             filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
             images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
@@ -175,6 +178,18 @@ class Decoder:
         bounds = np.linspace(0, len(images), self.threads + 1).astype(int).tolist()
         list(self._resizers.map(part, itertools.starmap(range, itertools.pairwise(bounds))))
         return torch.from_numpy(out)
+
+
+def hand_over(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    """`images` for use on the caller's CUDA stream. Called in the thread that uses them.
+
+    They were allocated on the decoder's stream. Without this their memory would be given to a later batch as soon as
+    the caller drops them, though its kernels may not have run yet.
+    """
+    for tensor in images if isinstance(images, list) else [images]:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return images
 
 
 def decode_all(

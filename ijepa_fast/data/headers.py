@@ -18,6 +18,8 @@ MAX_PIXELS = 178_956_970  # Pillow's bound for decompression bombs: 512 MiB of R
 # Start-of-frame markers; C4, C8 and CC in their range are tables and extensions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
+_JPEG_END = b"\xff\xd9"
+_MARGIN = 64  # bytes that may follow the end marker of a whole file
 
 
 class BadImage(ValueError):
@@ -54,8 +56,13 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 def screen(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width of an encoded image. Raises BadImage with the reason where the file cannot be used."""
     header = read_header(data, max_pixels)
-    if header.cut_short and (complaint := pillow_complaint(data)):
-        raise BadImage(f"cut short: {complaint}")
+    if header.cut_short:
+        if complaint := pillow_complaint(data):
+            raise BadImage(f"cut short: {complaint}")
+        # Zeros are valid image data to a JPEG decoder. Those after the end marker are only padding.
+        content = data.rstrip(b"\0")
+        if len(data) - len(content) > _MARGIN and not content.endswith(_JPEG_END):
+            raise BadImage(f"cut short: its last {len(data) - len(content)} bytes are zeros")
     return header.height, header.width
 
 
@@ -86,7 +93,7 @@ def _jpeg(data: bytes) -> tuple[int, int, int, bool]:
             if at + 9 > end:
                 break
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return height, width, orientation, data.rfind(b"\xff\xd9", max(0, end - 64)) < 0
+            return height, width, orientation, data.rfind(_JPEG_END, max(0, end - _MARGIN)) < 0
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         at += 2 + length
@@ -97,7 +104,7 @@ def _png(data: bytes) -> tuple[int, int, int, bool]:
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise BadImage("no image size in the header")
     width, height = struct.unpack_from(">II", data, 16)
-    return height, width, 1, data.rfind(b"IEND", max(0, len(data) - 64)) < 0
+    return height, width, 1, data.rfind(b"IEND", max(0, len(data) - _MARGIN)) < 0
 
 
 def _webp(data: bytes) -> tuple[int, int, int, bool]:

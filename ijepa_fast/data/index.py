@@ -2,7 +2,8 @@
 
 Building one walks the whole collection, so it is kept in a cache folder: one `.npy` file an array, memory-mapped by
 every rank of the machine. A kept index is used only while all that it was made from (folders, shards, lists) has the
-modification times and sizes of that moment; adding, removing or renaming a file changes its folder's.
+times and sizes of that moment: adding, removing or renaming a file changes its folder's, and no copy that keeps
+modification times escapes the time of change. What a loose file holds is not part of the index.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-_VERSION = 1  # of the layout on disk
+_VERSION = 2  # of the layout on disk
 
 
 class Names:
@@ -47,7 +48,7 @@ class Index:
     """labels: the label columns, (n,) each: int64 indices into `classes[column]`, or float64 values without classes.
 
     shards, shard, start, size: the tar files, and of each sample which, the first byte and how many; of loose files
-    none. watched: what the index was made from, with modification time (ns) and size.
+    none. watched: what the index was made from, with its state as `watch` gives it.
     """
 
     names: Names
@@ -64,12 +65,12 @@ class Index:
 
 
 def watch(path: str) -> list[int]:
-    """Modification time (ns) and size of a file or folder, or [] where there is none."""
+    """The times of modification and of change (ns) and the size of a file or folder, or [] where there is none."""
     try:
         status = os.stat(path)
     except OSError:
         return []
-    return [status.st_mtime_ns, status.st_size]
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
 
 def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> Index:

@@ -31,8 +31,10 @@ class SampleStream:
         rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
         if self.groups is None:
             return rng.permutation(self.count)
-        place = rng.permutation(int(self.groups.max()) + 1) // SHARDS_MIXED
-        return np.lexsort((rng.random(self.count, np.float32), place[self.groups]))
+        place = (rng.permutation(int(self.groups.max()) + 1) // SHARDS_MIXED).astype(np.uint64)
+        # One stable sort: how an unstable one breaks ties depends on the CPU, and ranks must agree.
+        key = place[self.groups] << np.uint64(44) | rng.integers(1 << 44, size=self.count, dtype=np.uint64)
+        return np.argsort(key, kind="stable")
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """(B,) int64 sample ids at stream `positions` (B,)."""

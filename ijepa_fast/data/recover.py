@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 
-class TooManyBadFiles(Exception):
+class TooManyBadFiles(ValueError):
     """More of a source than the allowed share cannot be decoded."""
 
 

@@ -115,8 +115,11 @@ def scan_list(path: str) -> Index:
     skipped.
     """
     names, labels = [], []
-    with open(path, errors="surrogateescape") as file:
-        for line in map(str.strip, file):
+    with (
+        open(path, errors="surrogateescape") as file,
+        tqdm(file, desc=f"indexing {path}", unit=" lines", mininterval=1, disable=None, delay=2) as bar,
+    ):
+        for line in map(str.strip, bar):
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)

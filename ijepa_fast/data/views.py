@@ -71,8 +71,7 @@ class ViewDecoder(Decoder):
     def _graph(self, works: Iterable[tuple]) -> tuple:
         fn = self.dali.fn
         encoded, start, shape, *parameters = fn.external_source(works, num_outputs=3 + len(self.views))
-        options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if self.on_gpu else {}
-        images = fn.decoders.image_slice(encoded, start, shape, **options)
+        images = fn.decoders.image_slice(encoded, start, shape, **self.decode_options)
         return tuple(self._view(images, view, values) for view, values in zip(self.views, parameters))
 
     def _view(self, images, view: View, values):
