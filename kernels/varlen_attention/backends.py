@@ -85,8 +85,6 @@ def require(name: str, q: torch.Tensor) -> None:
             reason = f"needs a CUDA device or, with TRITON_INTERPRET=1, Triton's interpreter; q is on {q.device}"
         elif q.dtype == torch.float64:
             reason = "computes in float32; q is float64"
-        elif q.dtype == torch.bfloat16 and not q.is_cuda:
-            reason = "is wrong in Triton's interpreter for bfloat16; use float16 or float32 there"
         elif q.shape[2] > MAX_HEAD_DIM:
             reason = f"takes head dims up to {MAX_HEAD_DIM}, got {q.shape[2]}"
     elif name in ("torch", "flash2", "flash4", "xformers"):

@@ -29,10 +29,10 @@ BWD_QUERIES = {
     "blackwell": dict.fromkeys(WIDTHS, Tile(64, 64, 4, 2)),
 }
 BWD_KEYS = {
-    "ampere": {32: Tile(64, 64, 4, 2), 64: Tile(32, 64, 4, 2), **dict.fromkeys((80, 96, 128), Tile(32, 64, 8, 2))},
+    "ampere": {**dict.fromkeys((32, 64), Tile(32, 64, 4, 2)), **dict.fromkeys((80, 96, 128), Tile(32, 64, 8, 2))},
     "hopper": {**dict.fromkeys((32, 64, 80), Tile(64, 64, 4, 2)), 96: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2)},
 }
-BWD_KEYS["blackwell"] = BWD_KEYS["hopper"]
+BWD_KEYS["blackwell"] = {**BWD_KEYS["hopper"], 80: Tile(64, 64, 8, 2)}
 # The one-pass backward, by the number of keys it holds; a width that is missing would spill.
 WHOLE = {
     "ampere": {
@@ -43,7 +43,7 @@ WHOLE = {
         32: (Tile(64, 64, 4, 1), Tile(64, 128, 8, 1), Tile(32, 256, 8, 1)),
         64: (Tile(64, 64, 4, 1), Tile(64, 128, 8, 1)),
         80: (Tile(64, 64, 8, 1), Tile(64, 128, 8, 1)),
-        96: (Tile(64, 64, 8, 1), Tile(64, 128, 8, 1)),
+        96: (Tile(64, 64, 8, 1), Tile(64, 128, 8, 2)),
     },
 }
 # 64 x 128 at width 96 asks for more tensor memory than a Blackwell multiprocessor has.
