@@ -120,16 +120,22 @@ def verdict(result: Compiled) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes a thread spills) of the one kernel in `cubin`, by the cuobjdump in Triton's wheel."""
-    from triton import knobs
-
+    """(registers a thread, bytes a thread spills) of the one kernel in `cubin`, by the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
+        registers, frame = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        # A frame need not be used. The kernels have no arrays of their own, so what is stored in it is a spill.
+        stores = re.findall(r"\bSTL(?:\.(\d+))?", _tool("nvdisasm", "-c", file.name)) if frame else []
+    return registers, sum(int(bits or 32) // 8 for bits in stores)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    from triton import knobs
+
+    command = [getattr(knobs.nvidia, name).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(argv: list[str] | None = None) -> int:

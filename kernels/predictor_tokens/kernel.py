@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ijepa_fast.kernels.common.column_sum import column_sum
 
-ROWS, BLOCK_D, WARPS = 16, 128, 4
+ROWS, BLOCK_D, WARPS = 16, 128, 8
 
 
 @triton.jit

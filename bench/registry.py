@@ -1,0 +1,395 @@
+"""What bench/run.py times: of every op its cases, what each must move and compute at least, and who else can do it.
+
+A case stands for one use of an op in one training step of a published model: the shapes come from masks drawn with the
+default sampler, every context token kept. Bytes count each input and each output of a pass once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.kernels import adamw_ema as adamw_op
+from ijepa_fast.kernels import mask_sampler as sampler_op
+from ijepa_fast.kernels.adamw_ema import reference as adamw_reference
+from ijepa_fast.kernels.bias_gelu import bias_gelu as bias_gelu_op
+from ijepa_fast.kernels.bias_gelu import reference as bias_gelu_reference
+from ijepa_fast.kernels.common import native
+from ijepa_fast.kernels.layer_norm import layer_norm as layer_norm_op
+from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
+from ijepa_fast.kernels.mask_sampler import reference as sampler_reference
+from ijepa_fast.kernels.masked_gather import masked_gather as masked_gather_op
+from ijepa_fast.kernels.masked_gather import reference as masked_gather_reference
+from ijepa_fast.kernels.patchify import patchify as patchify_op
+from ijepa_fast.kernels.patchify import reference as patchify_reference
+from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
+from ijepa_fast.kernels.predictor_tokens import reference as predictor_reference
+from ijepa_fast.kernels.target_loss import reference as target_loss_reference
+from ijepa_fast.kernels.target_loss import target_loss as target_loss_op
+from ijepa_fast.kernels.varlen_attention import reference as attention_reference
+from ijepa_fast.kernels.varlen_attention import varlen_attention_qkv
+from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.vit import ARCHITECTURES, Encoder
+from ijepa_fast.objective import target_rows
+from ijepa_fast.packing import pack
+
+# Names of this project's own implementations: on a GPU, in C++, in PyTorch on a CPU.
+OWN = ("triton", "csrc", "cpu")
+PREDICTOR_DIM = 384
+MOMENTUM, HYPERPARAMETERS = 0.996, dict(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.04, step=10)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and the images of a GPU's batch as published (B/16, L/16 and S/16 as H/14)."""
+
+    arch: str
+    patch: int
+    crop: int
+    batch: int
+
+
+MODELS = {
+    "S/16": Model("vit_small", 16, 224, 128),
+    "B/16": Model("vit_base", 16, 224, 128),
+    "L/16": Model("vit_large", 16, 224, 128),
+    "H/14": Model("vit_huge", 14, 224, 128),
+    "H/16-448": Model("vit_huge", 16, 448, 16),
+    "tiny": Model("vit_tiny", 16, 96, 2),  # for tests of the benchmark itself
+}
+
+
+class Batch:
+    """Sizes, masks and random tensors of one training batch of a model."""
+
+    def __init__(self, model: Model, images: int, device: torch.device, dtype: torch.dtype):
+        self.model, self.images, self.device, self.dtype = model, images, device, dtype
+        self.dim, self.depth, self.heads, self.ratio = ARCHITECTURES[model.arch]
+        self.grid = (model.crop // model.patch,) * 2
+        self.patches = self.grid[0] * self.grid[1]
+        sampler = make_sampler("multiblock", self.grid, min_keep=min(10, self.patches // 16))
+        self.packed = pack(sampler(images, 0, 0)).to(device)
+        self.tokens = self.packed.context_index.shape[0]
+        self.predictor_tokens = int(self.packed.predictor_cu_seqlens[-1])
+        self.item = dtype.itemsize
+
+    def random(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Normal numbers on the device, in the batch's dtype unless another is given."""
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype).requires_grad_(grad)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether Triton kernels can be timed."""
+        return self.device.type == "cuda"
+
+
+@dataclass
+class Case:
+    """One use of an op. Functions take `args` and return a tensor or several; gradients go to args that ask for one."""
+
+    part: str
+    shape: str
+    args: tuple
+    eager: Callable
+    own: dict[str, Callable] = field(default_factory=dict)
+    libraries: dict[str, Callable] = field(default_factory=dict)
+    compiled: Callable | None = None  # what torch.compile gets; None: eager
+    compiles: bool = True
+    comparable: bool = True  # False: works in place, so that outputs cannot be compared
+    bytes: tuple[int, int] = (0, 0)  # forward, backward
+    flops: tuple[int, int] = (0, 0)
+
+    @property
+    def providers(self) -> dict[str, Callable]:
+        """Everyone who can do it, by name."""
+        compiled = {}
+        if self.compiles:
+            compiled["compiled"] = torch.compile(self.compiled or self.eager, dynamic=False)
+        return {"eager": self.eager, **compiled, **self.libraries, **self.own}
+
+
+def patchify(b: Batch) -> list[Case]:
+    """Both encoders' patches."""
+    patch, crop, rows = b.model.patch, b.model.crop, b.images * b.patches
+    width = (3 * patch * patch + 7) // 8 * 8
+    images = torch.randint(256, (b.images, crop, crop, 3), dtype=torch.uint8, device=b.device)
+    arguments = patch, IMAGENET_MEAN, IMAGENET_STD, b.dtype, width
+    return [
+        Case(
+            "images",
+            f"{b.images} x {crop} x {crop} x 3 -> {rows} x {width}",
+            (images,),
+            eager=lambda images: patchify_reference.patchify(images, *arguments),
+            own=_triton(b, lambda images: patchify_op(images, *arguments)),
+            bytes=(images.numel() + rows * width * b.item, 0),
+        )
+    ]
+
+
+def masked_gather(b: Batch) -> list[Case]:
+    """Rows of the context, with positions."""
+    rows, period, index = b.images * b.patches, b.patches, b.packed.context_index
+    x, positions = b.random(rows, b.dim), b.random(period, b.dim, grad=False)
+    moved = b.tokens * b.dim * b.item
+    return [
+        Case(
+            "context",
+            f"{b.tokens} of {rows} x {b.dim}",
+            (x, index, positions),
+            eager=lambda x, index, positions: masked_gather_reference.masked_gather(x, index, positions, period),
+            own=_triton(b, lambda x, index, positions: masked_gather_op(x, index, positions, unique=True)),
+            libraries={"F.embedding": lambda x, i, positions: F.embedding(i, x) + F.embedding(i % period, positions)},
+            bytes=(2 * moved + period * b.dim * b.item + 4 * b.tokens, moved + rows * b.dim * b.item + 4 * b.tokens),
+        )
+    ]
+
+
+def varlen_attention(b: Batch) -> list[Case]:
+    """Self-attention in the context encoder and in the predictor."""
+    p, head, narrow = b.packed, b.dim // b.heads, PREDICTOR_DIM // b.heads
+    return [
+        _attention(b, "context", p.context_cu_seqlens, p.context_max_seqlen, head),
+        _attention(b, "predictor", p.predictor_cu_seqlens, p.predictor_max_seqlen, narrow),
+    ]
+
+
+def _attention(b: Batch, part: str, cu_seqlens: torch.Tensor, longest: int, head_dim: int) -> Case:
+    tokens, lengths = int(cu_seqlens[-1]), cu_seqlens.diff()
+    qkv = b.random(tokens, 3, b.heads, head_dim)
+    backends = {"torch varlen": "torch", "flash-attn 2": "flash2", "flash-attn 4": "flash4", "xformers": "xformers"}
+    size = tokens * b.heads * head_dim * b.item
+    work = 4 * int((lengths.long() ** 2).sum()) * b.heads * head_dim
+
+    def of(backend):
+        return lambda qkv: varlen_attention_qkv(qkv, cu_seqlens, longest, backend=backend)
+
+    padded = _padded(cu_seqlens, longest)
+    return Case(
+        part,
+        f"{lengths.numel()} x {int(lengths.min())}-{longest} tokens, {b.heads} heads of {head_dim}",
+        (qkv,),
+        eager=lambda qkv: attention_reference.varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens),
+        compiled=padded,
+        libraries={"SDPA, padded": padded} | {name: of(backend) for name, backend in backends.items() if b.on_gpu},
+        own=_triton(b, of("triton")) or {"cpu": of("sdpa")},
+        bytes=(4 * size, 8 * size),
+        flops=(work, work * 5 // 2),
+    )
+
+
+def _padded(cu_seqlens: torch.Tensor, longest: int) -> Callable:
+    """Attention as it is done without ragged kernels: sequences padded to the longest, keys masked."""
+    kept = torch.arange(longest, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
+    rows = kept.flatten().nonzero()[:, 0]
+    mask = kept[:, None, None]
+
+    def attention(qkv):
+        padded = qkv.new_zeros(kept.numel(), *qkv.shape[1:]).index_copy(0, rows, qkv)
+        q, k, v = padded.unflatten(0, kept.shape).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1).index_select(0, rows)
+
+    return attention
+
+
+def layer_norm(b: Batch) -> list[Case]:
+    """Residual addition and LayerNorm, in the context encoder and in the predictor."""
+    return [_layer_norm(b, *part) for part in (("context", b.tokens, b.dim), ("predictor", b.predictor_tokens, 384))]
+
+
+def _layer_norm(b: Batch, part: str, tokens: int, width: int) -> Case:
+    libraries = {}
+    if b.on_gpu and importlib.util.find_spec("flash_attn"):
+        libraries["flash-attn's"] = _flash_layer_norm
+    size = tokens * width * b.item
+    return Case(
+        part,
+        f"{tokens} x {width}",
+        (b.random(tokens, width), b.random(tokens, width), b.random(width), b.random(width)),
+        eager=lambda x, residual, weight, bias: layer_norm_reference.layer_norm(x, weight, bias, 1e-6, residual),
+        own=_triton(b, lambda x, residual, weight, bias: layer_norm_op(x, weight, bias, 1e-6, residual)),
+        libraries=libraries,
+        bytes=(4 * size, 4 * size),
+    )
+
+
+def _flash_layer_norm(x, residual, weight, bias):
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    return layer_norm_fn(x, weight, bias, residual=residual, eps=1e-6, prenorm=True)
+
+
+def bias_gelu(b: Batch) -> list[Case]:
+    """Between the two products of the context encoder's MLP."""
+    width = int(b.dim * b.ratio)
+    size = b.tokens * width * b.item
+    return [
+        Case(
+            "context",
+            f"{b.tokens} x {width}",
+            (b.random(b.tokens, width), b.random(width)),
+            eager=bias_gelu_reference.bias_gelu,
+            own=_triton(b, bias_gelu_op),
+            bytes=(2 * size, 3 * size),
+        )
+    ]
+
+
+def predictor_ops(b: Batch) -> list[Case]:
+    """The predictor's input, and the read-out of its mask tokens."""
+    p, width = b.packed, PREDICTOR_DIM
+    layout = p.context_index, p.context_cu_seqlens, p.target_index
+    readout = p.context_cu_seqlens, p.targets, p.target_size
+    positions = b.random(b.patches, width, grad=False)
+    masked = p.target_index.numel() * p.contexts
+    row = width * b.item
+    return [
+        Case(
+            "tokens",
+            f"{b.tokens} -> {b.predictor_tokens} x {width}",
+            (b.random(b.tokens, width), b.random(width)),
+            eager=lambda context, mask: predictor_reference.predictor_tokens(
+                context, mask, positions, *layout, p.patches
+            ),
+            own=_triton(b, lambda context, mask: predictor_tokens(context, mask, positions, p)),
+            bytes=((b.tokens + b.predictor_tokens + b.patches) * row, (b.tokens + b.predictor_tokens) * row),
+        ),
+        Case(
+            "read-out",
+            f"{b.predictor_tokens} -> {masked} x {width}",
+            (b.random(b.predictor_tokens, width),),
+            eager=lambda tokens: predictor_reference.predictor_readout(tokens, *readout),
+            own=_triton(b, lambda tokens: predictor_readout(tokens, p)),
+            bytes=(2 * masked * row, (masked + b.predictor_tokens) * row),
+        ),
+    ]
+
+
+def target_loss(b: Batch) -> list[Case]:
+    """The loss; its forward makes the gradient, so that only both passes together compare."""
+    index, rows = target_rows(b.packed), b.packed.union_index.shape[0]
+    features = b.random(rows, b.dim, grad=False)
+    count = index.shape[0]
+    return [
+        Case(
+            "smooth L1",
+            f"{count} of {rows} x {b.dim}",
+            (b.random(count, b.dim), features, index),
+            eager=lambda predictions, features, index: target_loss_reference.target_loss(
+                predictions, features, index, "smooth_l1"
+            ),
+            own=_triton(
+                b, lambda predictions, features, index: target_loss_op(predictions, features, index, "smooth_l1")
+            ),
+            bytes=((2 * count + rows) * b.dim * b.item, 0),
+        )
+    ]
+
+
+def adamw_ema(b: Batch) -> list[Case]:
+    """The encoder's parameters: flat, as ZeRO holds them, for Triton and the reference; a list for all others."""
+    with torch.device("meta"):
+        encoder = Encoder(b.model.crop, b.model.patch, b.dim, b.depth, b.heads, b.ratio)
+    shapes = [p.shape for p in encoder.parameters()]
+    count = sum(shape.numel() for shape in shapes)
+    low = b.dtype != torch.float32
+    flat = {name: b.random(count, grad=False, dtype=torch.float32) for name in ("param", "exp_avg", "ema")}
+    flat |= {"grad": b.random(count, grad=False), "exp_avg_sq": flat["param"].square()}
+    if low:
+        flat |= {name: torch.empty_like(flat["grad"]) for name in ("param_out", "ema_out")}
+    lists = _lists(shapes, b)
+    momentum = dict(momentum=MOMENTUM)
+    own = _triton(b, lambda: adamw_op.adamw_ema_(**flat, **HYPERPARAMETERS, **momentum))
+    if not b.on_gpu and native.available():
+        own = {"csrc": lambda: adamw_op.adamw_ema_multi_(**lists, **HYPERPARAMETERS, **momentum)}
+    scalars = adamw_op.step_scalars(**HYPERPARAMETERS, **momentum)
+    return [
+        Case(
+            "encoder",
+            f"{count:,} parameters in {len(shapes)} tensors",
+            (),
+            eager=partial(adamw_reference.adamw_ema_, **flat, scalars=scalars),
+            libraries=_optimisers(lists, low),
+            own=own,
+            comparable=False,
+            bytes=(count * (b.item + 32 + (2 * b.item if low else 0)), 0),
+        )
+    ]
+
+
+def _lists(shapes, b: Batch) -> dict[str, list[torch.Tensor]]:
+    """Arguments of adamw_ema_multi_: a tensor a parameter."""
+
+    def made(dtype=torch.float32):
+        return [b.random(*shape, grad=False, dtype=dtype) for shape in shapes]
+
+    lists = {"params": made(), "grads": made(b.dtype), "exp_avgs": made(), "emas": made()}
+    lists["exp_avg_sqs"] = [p.square() for p in lists["params"]]
+    if b.dtype != torch.float32:
+        lists |= {"param_out": made(b.dtype), "ema_out": made(b.dtype)}
+    return lists
+
+
+def _optimisers(lists: dict[str, list[torch.Tensor]], low: bool) -> dict[str, Callable]:
+    """The published loop, which makes no low-precision copies, and the fastest that PyTorch has."""
+    params, emas = lists["params"], lists["emas"]
+    for param, grad in zip(params, lists["grads"]):
+        param.grad = grad.float()
+    h = HYPERPARAMETERS
+    options = dict(lr=h["lr"], betas=(h["beta1"], h["beta2"]), eps=h["eps"], weight_decay=h["weight_decay"])
+    plain, fused = torch.optim.AdamW(params, **options), torch.optim.AdamW(params, **options, fused=True)
+
+    @torch.no_grad()
+    def published():
+        plain.step()
+        for ema, param in zip(emas, params):
+            ema.mul_(MOMENTUM).add_((1 - MOMENTUM) * param)
+
+    @torch.no_grad()
+    def library():
+        fused.step()
+        torch._foreach_lerp_(emas, params, 1 - MOMENTUM)
+        if low:
+            torch._foreach_copy_(lists["param_out"], params)
+            torch._foreach_copy_(lists["ema_out"], emas)
+
+    return {"published loop": published, "AdamW fused, foreach": library}
+
+
+def mask_sampler(b: Batch) -> list[Case]:
+    """Target and context blocks of the middle of the published scales. The reference is NumPy's."""
+    target = tuple(round(side * 0.175**0.5) for side in b.grid)
+    context = tuple(round(side * 0.925**0.5) for side in b.grid)
+    arguments = b.images, b.grid, 4, target, 1, context, min(10, b.patches // 16), False
+    key = sampler_op.Key(0, 0, 0)
+
+    def reference():
+        return tuple(torch.from_numpy(x) for x in sampler_reference.sample_blocks(key, *arguments))
+
+    own = {"csrc": partial(sampler_op.sample_blocks, key, *arguments)} if native.available() else {}
+    own |= _triton(b, partial(sampler_op.sample_blocks, key, *arguments, device=b.device))
+    shape = f"{b.images} images of {b.grid[0]} x {b.grid[1]}"
+    return [Case("blocks", shape, (), eager=reference, own=own, compiles=False)]
+
+
+def _triton(b: Batch, function: Callable) -> dict[str, Callable]:
+    return {"triton": function} if b.on_gpu else {}
+
+
+# In the order in which they matter to a step; the names are those of the folders in kernels/.
+OPS: dict[str, Callable[[Batch], list[Case]]] = {
+    "varlen_attention": varlen_attention,
+    "layer_norm": layer_norm,
+    "adamw_ema": adamw_ema,
+    "predictor_tokens": predictor_ops,
+    "target_loss": target_loss,
+    "bias_gelu": bias_gelu,
+    "masked_gather": masked_gather,
+    "patchify": patchify,
+    "mask_sampler": mask_sampler,
+}
