@@ -58,8 +58,10 @@ def bad_kinds() -> dict[str, bytes]:
     """One file of each kind that cannot be used."""
     photo = photographs()[0]
     jpeg, png, webp = encode(photo, quality=90), encode(photo, "PNG"), encode(photo, "WEBP")
-    bomb = bytearray(png)
+    bomb, jpeg_bomb = bytearray(png), bytearray(jpeg)
     bomb[16:24] = (60000).to_bytes(4, "big") * 2
+    size_at = jpeg.index(b"\xff\xc0") + 5
+    jpeg_bomb[size_at : size_at + 4] = (60000).to_bytes(2, "big") * 2
     broken_inside = bytearray(png)
     broken_inside[len(png) // 2 : len(png) // 2 + 4000] = bytes(4000)
     return {
@@ -68,9 +70,12 @@ def bad_kinds() -> dict[str, bytes]:
         "header_only.jpg": jpeg[:40],
         "no_data.jpg": b"\xff\xd8\xff" + b"x" * 1000,
         "half.jpg": jpeg[: len(jpeg) // 2],
+        "half_progressive.jpg": (progressive := encode(photo, progressive=True))[: len(progressive) // 2],
+        "half_zeros.jpg": jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2),
         "half.png": png[: len(png) // 2],
         "half.webp": webp[: len(webp) // 2],
         "bomb.png": bytes(bomb),
+        "bomb.jpg": bytes(jpeg_bomb),
         "broken_inside.png": bytes(broken_inside),
         "gif.jpg": encode(photo.convert("P"), "GIF"),
     }
