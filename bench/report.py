@@ -1,0 +1,207 @@
+"""Write the documents' tables from bench/results/, so that no figure is typed.
+
+    python bench/report.py [--check]
+
+A table stands between two comments of a Markdown file, the first of which says what it is made of:
+
+    <!-- table: kernels bench/results/kernels-amd-epyc-2-threads.csv -->
+    <!-- end of table -->
+
+Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
+an H200 beside what was measured on one), steps (bench/throughput.py's JSON). --check changes nothing and exits with 1 if
+a document is not what would be written. A file of results that is not there makes a table that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.registry import OWN
+from bench.throughput import table as steps_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/results.md", "kernels/README.md")
+MARKED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+# What the kernels should reach on an H200 at H/14: (op, part, pass, against whom, at least). "copy" is a share.
+AIMS = (
+    ("adamw_ema", "encoder", "forward", "copy", 0.9),
+    ("layer_norm", "context", "backward", "compiled", 1.8),
+    ("target_loss", "smooth L1", "both", "eager", 3.0),
+    ("predictor_tokens", "tokens", "both", "eager", 3.0),
+    ("varlen_attention", "context", "both", "torch varlen", 1.5),
+    ("varlen_attention", "predictor", "both", "torch varlen", 1.5),
+)
+NOT_MEASURED = "not measured"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none if it is not there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def latest(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """(op, model, part, pass) -> provider -> row, all of a case from the last run that measured it."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        case = cases.setdefault((row["op"], row["model"], row["part"], row["pass_"]), {})
+        if case and next(iter(case.values()))["date"] != row["date"]:
+            case.clear()
+        case[row["provider"]] = row
+    return cases
+
+
+def own(case: dict[str, dict]) -> str | None:
+    """The provider of a case that is this project's own."""
+    return next((name for name in OWN if name in case), None)
+
+
+def ratio(case: dict[str, dict], other: str) -> float | None:
+    """How many times as fast as another provider this project's is."""
+    name = own(case)
+    return float(case[other]["ms"]) / float(case[name]["ms"]) if name and other in case else None
+
+
+def kernels(path: Path) -> list[str]:
+    """Times and ratios of one device."""
+    cases = latest(read(path))
+    if not cases:
+        return [f"Not measured: there is no `{path.name}`."]
+    last = max((row for case in cases.values() for row in case.values()), key=lambda row: row["date"])
+    commits = sorted({row["commit"] for case in cases.values() for row in case.values()})
+    heads = ("op", "case", "pass", "eager, ms", "torch.compile", "best other", "this project", "quantiles")
+    heads += ("GB/s", "of copy", "TFLOP/s", "of GEMM", "x eager", "x compiled", "x best other")
+    lines = [f"{last['device']}; {last['versions']}; {last['dtype']}; commit {', '.join(commits)}.", "", *_head(heads)]
+    for (op, model, part, pass_), case in cases.items():
+        if pass_ == "both" and op != "target_loss":
+            continue
+        name = own(case)
+        row = case.get(name, {})
+        others = [p for p in case if p not in ("eager", "compiled", *OWN)]
+        best = min(others, key=lambda p: float(case[p]["ms"]), default=None)
+        cells = (
+            op,
+            f"{model} {part}: {next(iter(case.values()))['shape']}",
+            pass_,
+            _number(case.get("eager", {}).get("ms")),
+            _number(case.get("compiled", {}).get("ms")),
+            f"{_number(case[best]['ms'])} ({best})" if best else "-",
+            f"{_number(row.get('ms'))} ({name})" if name else "-",
+            f"{_number(row['ms_20'])}-{_number(row['ms_80'])}" if name else "-",
+            _number(row.get("gb_per_s")),
+            _percent(row.get("share_of_copy")),
+            _number(row.get("tflop_per_s")),
+            _percent(row.get("share_of_matmul")),
+            _number(ratio(case, "eager")),
+            _number(ratio(case, "compiled")),
+            _number(ratio(case, best)) if best else "-",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def aims(path: Path) -> list[str]:
+    """The aims, and what a file of results says to each."""
+    cases = latest(read(path))
+    lines = _head(("op", "H/14", "pass", "aim", "measured"))
+    for op, part, pass_, against, least in AIMS:
+        case = cases.get((op, "H/14", part, pass_), {})
+        if against == "copy":
+            aim, value = f">= {least:.0%} of the copy bandwidth", case.get(own(case) or "", {}).get("share_of_copy")
+            measured = _percent(value) if value else NOT_MEASURED
+        else:
+            aim, value = f">= {least:g} x {against}", ratio(case, against)
+            measured = f"{value:.2f} x" if value else NOT_MEASURED
+        lines.append(f"| {op} | {part} | {pass_} | {aim} | {measured} |")
+    return lines
+
+
+def aot(path: Path) -> list[str]:
+    """Per op and architecture: kernels, the most registers and shared memory, spills, matrix instructions."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in read(path):
+        groups.setdefault((row["op"], row["arch"]), []).append(row)
+    if not groups:
+        return [f"Not compiled: there is no `{path.name}`."]
+    heads = ("op", "sm", "kernels", "registers, most", "shared KiB, most", "spilled bytes", "matrix instructions")
+    lines = _head(heads)
+    for (op, arch), rows in sorted(groups.items(), key=lambda item: (item[0][0], int(item[0][1]))):
+        matrix = sorted({row["matrix"] for row in rows} - {""})
+        most = {name: max(int(row[name]) for row in rows) for name in ("registers", "shared_bytes")}
+        spilled = sum(int(row["spilled_bytes"]) for row in rows)
+        cells = (op, arch, len(rows), most["registers"], f"{most['shared_bytes'] / 1024:.1f}", spilled)
+        lines.append("| " + " | ".join(map(str, (*cells, ", ".join(matrix) or "-"))) + " |")
+    return lines
+
+
+def steps(path: Path) -> list[str]:
+    """The table that bench/throughput.py prints."""
+    if not path.is_file():
+        return [f"Not measured: there is no `{path.name}`."]
+    result = json.loads(path.read_text())
+    shown = ("arch", "patch", "crop", "batch", "precision")
+    case = ", ".join(f"{name} {result['case'][name]}" for name in shown)
+    return [f"{result['device']}; torch {result['torch']}; {case}.", "", *steps_table(result["rows"]).splitlines()]
+
+
+KINDS: dict[str, Callable[[Path], list[str]]] = {"kernels": kernels, "aims": aims, "aot": aot, "steps": steps}
+
+
+def render(text: str, root: Path = ROOT) -> str:
+    """A document with its tables made anew. Raises ValueError for a kind of table that does not exist."""
+
+    def table(match: re.Match) -> str:
+        start, kind, file, end = match.groups()
+        if kind not in KINDS:
+            raise ValueError(f"table: expected a kind of {', '.join(KINDS)}, got {kind!r}; change the comment")
+        return "\n".join([start.rstrip("\n"), "", *KINDS[kind](root / file), "", end])
+
+    return MARKED.sub(table, text)
+
+
+def _head(names) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def _number(value) -> str:
+    return f"{float(value):.3g}" if value not in (None, "") else "-"
+
+
+def _percent(value) -> str:
+    return f"{float(value):.0%}" if value not in (None, "") else "-"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the documents, or with --check say which differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(argv)
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        if not path.is_file():
+            continue
+        text = path.read_text()
+        if (new := render(text)) == text:
+            continue
+        stale.append(name)
+        if not args.check:
+            path.write_text(new)
+    verb = "would change" if args.check else "changed"
+    print("\n".join(f"{verb} {name}" for name in stale) or "all tables are up to date")
+    return bool(stale) and args.check
+
+
+if __name__ == "__main__":
+    sys.exit(main())
