@@ -26,6 +26,7 @@ _OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _V5 = {  # transformers 5's module names -> the Hub's
     "attention.q_proj": "attention.attention.query",
     "attention.k_proj": "attention.attention.key",
@@ -78,7 +79,7 @@ def image_processor(arch):
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": arch.image_size, "width": arch.image_size},
-        "resample": {"bilinear": 2, "bicubic": 3}[arch.interpolation],
+        "resample": _RESAMPLE[arch.interpolation],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -99,20 +100,18 @@ def save_hf(folder, state, arch):
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor(arch), indent=2) + "\n")
 
 
-def from_hf(folder, mean=None, std=None):
+def from_hf(folder):
     """Weights of an IJepaModel (or IJepaForImageClassification) folder, as its target encoder and its encoder.
 
-    mean, std: of the training; by default what the folder's image processor says. Folders converted from the published
-    checkpoints say .5, with which nobody trained: for these ImageNet's are taken, with a warning.
+    Mean and std are what the folder's image processor says. Folders converted from the published checkpoints say .5,
+    with which nobody trained: for these ImageNet's are taken, with a warning.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "ijepa":
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', got {config.get('model_type')!r}")
     state = _published(_hf_tensors(folder), folder)
-    if mean is None or std is None:
-        mean, std = _mean_std(folder)
-    arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, mean=tuple(mean), std=tuple(std))
+    arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, **_processor(folder))
     _check_config(config, arch, state, folder)
     return Weights(arch, encoder=state, predictor={}, target_encoder=state)
 
@@ -139,18 +138,20 @@ def _hf_tensors(folder):
     raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
 
 
-def _mean_std(folder):
+def _processor(folder):
+    """What the folder's image processor says of mean, std and interpolation, as fields of Arch."""
     path = folder / "preprocessor_config.json"
     values = read_json(path) if path.exists() else {}
     mean, std = tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
     if mean == std == (0.5, 0.5, 0.5):
         warnings.warn(
             f"{path} says mean and std .5, which the published training did not use; taking ImageNet's "
-            "(give mean= and std= to decide yourself)",
-            stacklevel=3,
+            "(write .50001 there to keep them)",
+            stacklevel=4,
         )
-        return IMAGENET_MEAN, IMAGENET_STD
-    return mean, std
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    interpolation = "bicubic" if values.get("resample") == _RESAMPLE["bicubic"] else "bilinear"
+    return {"mean": mean, "std": std, "interpolation": interpolation}
 
 
 def _published(tensors, folder):

@@ -22,8 +22,8 @@ def load_tensors(path):
             f"checkpoint {path}: holds {reason}, which is not loaded because unpickling it could run code; save its "
             "state dicts alone"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"checkpoint {path}: expected a file written by torch.save, got: {reason}") from None
 
 
