@@ -1,6 +1,7 @@
 """The training loader: order, resuming, ranks, pixels, and life with broken files."""
 
 import io
+import os
 import subprocess
 import sys
 import time
@@ -93,6 +94,17 @@ def test_extra_is_made_for_the_step_of_the_batch(photos):
     assert [b.extra for b in batches] == [70, 80, 90]
 
 
+def test_extras_of_later_steps_are_made_while_this_one_is_worked_on(photos):
+    made = []
+    loader = TrainLoader(photos, batch_size=8, crop=32, extra=made.append)
+    next(loader)
+    deadline = time.monotonic() + 30
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    loader.close()
+    assert sorted(made)[:4] == [0, 1, 2, 3]
+
+
 def test_an_error_in_extra_reaches_the_caller(photos):
     with pytest.raises(ZeroDivisionError):
         take(photos, 3, extra=lambda step: 1 // (step - 1))
@@ -114,9 +126,27 @@ def test_closing_ends_the_thread_and_next_says_so(photos):
     next(loader)
     loader.close()
     loader.close()
-    assert not loader._thread.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         next(loader)
+
+
+def native_threads() -> int:
+    """How many threads this process has, Python's and others."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_nothing_is_left_running(photos):
+    take(photos, 1, crop=80)  # what is started once and for all
+    before = native_threads()
+    for crop in (32, 80):
+        take(photos, 2, crop=crop)
+        batches = eval_batches(photos, batch_size=8, crop=crop, resize=crop)
+        next(batches)
+        batches.close()
+    deadline = time.monotonic() + 10
+    while native_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert native_threads() <= before
 
 
 @pytest.mark.multi_rank
@@ -140,29 +170,45 @@ def test_without_dali_the_error_names_the_package(photos, monkeypatch):
         TrainLoader(photos, batch_size=8, crop=32)
 
 
-def decode(files: list[bytes], windows: np.ndarray, crop: int, interpolation: str = "bilinear") -> np.ndarray:
-    decoder = Decoder(crop=crop, interpolation=interpolation, flip=False, device="cpu", threads=2)
+def decode(files: list[bytes], windows: np.ndarray, crop: int, interpolation: str, device: str) -> np.ndarray:
+    decoder = Decoder(crop=crop, interpolation=interpolation, flip=False, device=device, threads=2)
     encoded = [np.frombuffer(data, np.uint8) for data in files]
     work = Work(np.arange(len(files)), np.arange(len(files)), encoded, windows.astype(np.int32))
     ((_, images),) = decode_all(decoder, [work], lambda work, reasons: pytest.fail(f"bad: {reasons}"), len(files))
     decoder.close()
-    return images.numpy()
+    return images.cpu().numpy()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("crop", [48, 224])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_crops_agree_with_pillow_on_every_kind_of_file(crop, interpolation):
+def test_crops_agree_with_pillow_on_every_kind_of_file(crop, interpolation, device):
     kinds = good_kinds()
     sizes = np.array([screen(data) for data in kinds.values()])
     uniform = counter_uniform(5, np.arange(len(sizes)), 2 * TRIES + 2)
     windows = random_resized_crop(sizes, uniform, (0.3, 1.0), (3 / 4, 4 / 3))
-    images = decode(list(kinds.values()), windows, crop, interpolation)
+    images = decode(list(kinds.values()), windows, crop, interpolation, device)
     filter_type = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}[interpolation]
     for name, data, size, (x, y, w, h), image in zip(kinds, kinds.values(), sizes, windows, images):
         pillow = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         assert (pillow.height, pillow.width) == tuple(size), name
         expected = np.asarray(pillow.crop((x, y, x + w, y + h)).resize((crop, crop), filter_type)).astype(int)
         assert np.abs(image - expected).mean() < 1.0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 1.0])
+def test_batches_dropped_before_the_gpu_has_read_them_stay_whole(photos, hw_decoder_load):
+    options = {"batch_size": 8, "crop": 224, "seed": 3, "device": "cuda:0", "hw_decoder_load": hw_decoder_load}
+    expected = [batch.images.clone() for batch in take(photos, 12, **options)]
+    loader, found = TrainLoader(photos, **options), []
+    for _ in range(12):
+        batch = next(loader)
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second, in which later batches are decoded
+        found.append(batch.images.clone())
+        del batch
+    loader.close()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
 
 
 def test_evaluation_takes_the_central_square_of_every_sample_once_in_order(photos):
@@ -200,6 +246,20 @@ def test_broken_files_are_replaced_named_once_and_batches_stay_full(with_bad):
     lines = record.read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == sorted(source.name(i) for i in bad)
     assert all(len(line.split("\t")[1]) > 5 for line in lines)
+
+
+def test_files_that_cannot_be_read_are_replaced_too(tmp_path):
+    write_photos(tmp_path, 40, size=40)
+    (tmp_path / "class0" / "folder.jpg").mkdir()
+    (tmp_path / "class0" / "dangling.jpg").symlink_to(tmp_path / "nothing.jpg")
+    loader = TrainLoader(open_source(tmp_path), batch_size=21, crop=32, max_bad_share=0.1, bad_files=tmp_path / "bad")
+    assert [len(next(loader).images) for _ in range(2)] == [21, 21]
+    loader.close()
+    reasons = dict(line.split("\t") for line in (tmp_path / "bad").read_text().splitlines())
+    assert reasons == {
+        f"{tmp_path}/class0/folder.jpg": "cannot be read: Is a directory",
+        f"{tmp_path}/class0/dangling.jpg": "cannot be read: No such file or directory",
+    }
 
 
 def test_resuming_with_the_record_gives_the_same_sequence(with_bad):
