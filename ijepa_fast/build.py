@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
+from types import ModuleType
 
 import torch
+from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
-from ijepa_fast.masks import make_sampler
-from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import Encoder
-from ijepa_fast.objective import IJEPA
-from ijepa_fast.packing import PackedBatch, pack
+from ijepa_fast.data.views import ViewLoader
 from ijepa_fast.schedules import Schedule
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
@@ -46,48 +45,48 @@ def plan(config: Config, source: Source | None) -> tuple[Schedule, int]:
         optim.weight_decay_shape,
         optim.momentum,
         optim.final_momentum,
+        optim.momentum_shape,
     )
     total = optim.epochs * steps_per_epoch
     return schedule, total if optim.steps is None else min(total, optim.steps)
 
 
-def build_objective(config: Config) -> IJEPA:
-    """Encoder, predictor and target encoder in fp32 on the CPU, initialised from `seed`."""
+def method_of(config: Config) -> ModuleType:
+    """The module of `objective.method`: objective.py, or one named by its import path, found where the trainer runs.
+
+    It has build(config) -> nn.Module: `forward(images, batch)` is the loss, `encoder` and `predictor` are trained,
+    `target_encoder` (the encoder's average, kept by the engine) is probed with `patchify`, and tensors named in the
+    dict `carried`, where there is one, are checkpointed with the weights;
+    make_batches(config, steps_per_epoch) -> draw(images, seed, step, rank): what the loss needs beside the images, with
+    `images`, `tokens`, `to` and `pin_memory`; drawn by the arguments alone, so that a resumed run draws the same;
+    and where an image is seen several times, make_views(config) -> list of data.views.View.
+    """
+    method = config.objective.method
+    try:
+        return importlib.import_module("ijepa_fast.objective" if method == "ijepa" else method)
+    except ImportError as error:
+        raise ConfigError(
+            f"objective.method: expected ijepa or the import path of a module, got {method!r} ({error}); "
+            f"bench.baselines.* is found in a checkout"
+        ) from None
+
+
+def build_objective(config: Config) -> nn.Module:
+    """The objective with its networks in fp32 on the CPU, initialised from `seed`."""
     torch.manual_seed(config.seed)
-    model, data = config.model, config.data
-    encoder = Encoder(data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio, model.recompute)
-    predictor = Predictor(
-        encoder.grid,
-        model.dim,
-        model.predictor_dim,
-        model.predictor_depth,
-        model.heads,
-        out_dim=3 * model.patch**2 if config.objective.target == "pixels" else None,
-        recompute=model.recompute,
-    )
-    return IJEPA(
-        encoder,
-        predictor,
-        loss=config.objective.loss,
-        target=config.objective.target,
-        mean=data.mean,
-        std=data.std,
-    )
+    return method_of(config).build(config)
 
 
-def build_masks(config: Config, device: torch.device, rank: int, ranks: int) -> Callable[[int], PackedBatch]:
+def build_masks(config: Config, device: torch.device, rank: int, ranks: int, steps_per_epoch: int = 1) -> Callable:
     """The masks of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
 
-    They are packed on the CPU, in pinned memory where `device` is a GPU.
+    They are packed on the CPU, in pinned memory where `device` is a GPU. `steps_per_epoch` counts whole steps.
     """
-    options = asdict(config.mask)
-    strategy, policy, budget = (options.pop(key) for key in ("strategy", "policy", "budget"))
-    side = config.data.crop // config.model.patch
-    sampler = make_sampler(strategy, (side, side), **options)
+    draw = method_of(config).make_batches(config, steps_per_epoch * config.engine.accumulation)
     batch = _micro_batch(config, ranks)
 
-    def masks(step: int) -> PackedBatch:
-        packed = pack(sampler(batch, config.seed, step, rank), policy, budget)
+    def masks(step: int):
+        packed = draw(batch, config.seed, step, rank)
         return packed.pin_memory() if device.type == "cuda" else packed
 
     return masks
@@ -98,21 +97,24 @@ def build_loader(config: Config, source: Source | None, device: torch.device, ra
 
     Masks are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
-    data = config.data
+    data, method = config.data, method_of(config)
+    steps_per_epoch = (SYNTHETIC_IMAGES if source is None else len(source)) // config.batch_size
     common = {
         "batch_size": _micro_batch(config, ranks),
-        "crop": data.crop,
         "seed": config.seed,
         "rank": rank,
         "world_size": ranks,
         "device": device,
         "start_step": first,
-        "extra": build_masks(config, device, rank, ranks),
+        "extra": build_masks(config, device, rank, ranks, steps_per_epoch),
     }
+    views = method.make_views(config) if hasattr(method, "make_views") else None
     if source is None:
-        return SyntheticLoader(count=SYNTHETIC_IMAGES, **common)
+        sides = [view.crop for view in views] if views else data.crop
+        return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    return TrainLoader(
+    make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
+    return make(
         source,
         scale=tuple(data.scale),
         ratio=tuple(data.ratio),

@@ -1,7 +1,8 @@
 """Checkpoints: atomic, written in parallel by all ranks, readable under another ZeRO stage or number of ranks.
 
     checkpoints/step-00000500/
-        rank-00000.safetensors   this rank's fragments of weights, moments and EMA: "<parameter>|<key>|<first element>"
+        rank-00000.safetensors   this rank's fragments of weights, moments and EMA: "<parameter>|<key>|<first element>",
+                                 and in the first one, whole, what the objective carries: "<name>|carried|0"
         weights.safetensors      encoder, predictor and target encoder, whole, fp32, under the published names
         state.json               step, shapes, and the configuration the run had
 
@@ -51,7 +52,8 @@ def save(folder: Path, engine: Engine, config: Config, step: int) -> Path:
         draft.mkdir(parents=True)
     torch.distributed.barrier()
     if rank == 0 or not engine.layout.replicated:
-        _write(draft / f"rank-{rank:05d}.safetensors", _fragments(engine))
+        carried = {f"{name}|carried|0": tensor.cpu().clone() for name, tensor in engine.carried.items() if rank == 0}
+        _write(draft / f"rank-{rank:05d}.safetensors", _fragments(engine) | carried)
     torch.distributed.barrier()
     if rank == 0:
         _write(
@@ -91,12 +93,15 @@ def load(path: Path, engine: Engine, config: Config) -> int:
     reader = _Reader(path)
     for partition in engine.layout.partitions:
         reader.check(partition)
+    carried = {name: reader.read(name, "carried", tensor.shape) for name, tensor in engine.carried.items()}
     engine.place(_positions(path))
     for partition in engine.layout.partitions:
         optimizer_state = engine.optimizer.init_state(partition.master, partition.ema)
         optimizer_state["step"] = state["step"]
         for key in _keys(partition):
             reader.fill(partition, key, _tensor(engine, partition, key))
+    for name, tensor in carried.items():
+        engine.carried[name].copy_(tensor)
     engine.restored()
     return state["step"]
 

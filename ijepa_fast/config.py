@@ -71,6 +71,8 @@ class Model:
 
 @dataclass
 class Objective:
+    method: str = "ijepa"  # or the module of another, such as bench.baselines.mae; see build.method_of
+    options: dict[str, Any] = field(default_factory=dict)  # the other method's own settings; its module lists them
     loss: str = "l2"  # l2 (paper) | smooth_l1 (published code)
     target: str = "features"  # features | pixels
 
@@ -89,8 +91,9 @@ class Optim:
     weight_decay_shape: str = "cosine"  # cosine (published code) | linear (paper)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
-    momentum: float = 0.996  # of the EMA, rising linearly to final_momentum
+    momentum: float = 0.996  # of the EMA, rising to final_momentum
     final_momentum: float = 1.0
+    momentum_shape: str = "linear"  # linear | cosine (DINO, iBOT)
     clip: float = 0.0  # largest global gradient norm; 0: no clipping
 
 
@@ -154,6 +157,7 @@ CHOICES = {
     "objective.loss": ("l2", "smooth_l1"),
     "objective.target": ("features", "pixels"),
     "optim.weight_decay_shape": ("cosine", "linear"),
+    "optim.momentum_shape": ("linear", "cosine"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.precision": ("bf16", "fp32"),
     "engine.zero": (0, 1, 2, 3),
@@ -225,11 +229,25 @@ def check(config: Config) -> None:
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
         )
+    if config.objective.method == "ijepa" and config.objective.options:
+        raise ConfigError("objective.options: objective.method=ijepa has none; its settings are in mask and model")
+    if config.objective.method != "ijepa" and config.mask != Mask():
+        raise ConfigError(f"mask: objective.method={config.objective.method} draws its own masks; remove the section")
     if config.optim.warmup_epochs > config.optim.epochs * config.optim.horizon:
         raise ConfigError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than optim.epochs={config.optim.epochs}; "
             f"lower optim.warmup_epochs"
         )
+
+
+def options_of(config: Config, kind: type) -> Any:
+    """`objective.options` as the dataclass `kind`, which has a method's own settings. Raises ConfigError."""
+    given = config.objective.options
+    _check_keys(given, kind, "objective.options.")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"objective.options.{error.full_key}: {str(error).splitlines()[0]}") from None
 
 
 def _check_model(model: Model) -> None:

@@ -8,9 +8,9 @@ import os
 import socket
 
 import torch
+from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
-from ijepa_fast.objective import IJEPA
 from ijepa_fast.optim import AdamWEMA, parameter_groups
 from ijepa_fast.partitions import LAYOUTS
 
@@ -68,18 +68,19 @@ class Engine:
     """An objective on DeepSpeed.
 
     Args:
-        objective: encoder and predictor in fp32 on the CPU; moved and cast here, its target encoder with it.
+        objective: as build.method_of describes it, in fp32 on the CPU; moved and cast here, its target encoder with it.
         device: of this rank.
     """
 
-    def __init__(self, config: Config, objective: IJEPA, device: torch.device):
+    def __init__(self, config: Config, objective: nn.Module, device: torch.device):
         import deepspeed
 
         self.objective, self.device = objective, device
         self.accumulation = config.engine.accumulation
         dtype = DTYPES[config.engine.precision]
         # Kept in fp32: DeepSpeed casts the modules' own tables.
-        self.positions = {name: getattr(objective, name).positions.clone() for name in NETWORKS}
+        networks = {name: getattr(objective, name) for name in NETWORKS}
+        self.positions = {name: net.positions.clone() for name, net in networks.items() if hasattr(net, "positions")}
         objective.target_encoder.to(device, dtype)
         groups = parameter_groups(objective.encoder, [objective.predictor])
         self.optimizer = AdamWEMA(
@@ -99,6 +100,11 @@ class Engine:
         self.layout = LAYOUTS[config.engine.zero](self._engine, self.optimizer, groups)
         targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
         self.layout.tie(targets)
+
+    @property
+    def carried(self) -> dict[str, torch.Tensor]:
+        """What the objective moves beside its weights, by name, the same on all ranks (iBOT's centres)."""
+        return getattr(self.objective, "carried", {})
 
     def backward(self, *batch) -> torch.Tensor:
         """Loss of one micro-batch (scalar, on the device, detached); its gradient is accumulated."""

@@ -6,15 +6,18 @@ Paper: Assran et al. 2023, section 3. Shapes: B images, N patches, T context tok
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
+from ijepa_fast.masks import make_sampler
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder, init_weights
-from ijepa_fast.packing import PackedBatch
+from ijepa_fast.packing import PackedBatch, pack
 
 TARGETS = ("features", "pixels")
 LOSSES = ("l2", "smooth_l1")
@@ -72,3 +75,35 @@ def target_rows(packed: PackedBatch) -> torch.Tensor:
     """Row of the union that each prediction (m, c, b, k) is compared with: (M*C*B*K,) int32."""
     rows = packed.target_in_union
     return rows[:, None].expand(-1, packed.contexts, -1, -1).reshape(-1)
+
+
+def build(config) -> IJEPA:
+    """The objective of a run's configuration, initialised from torch's generator."""
+    model, data = config.model, config.data
+    encoder = Encoder(data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio, model.recompute)
+    predictor = Predictor(
+        encoder.grid,
+        model.dim,
+        model.predictor_dim,
+        model.predictor_depth,
+        model.heads,
+        out_dim=3 * model.patch**2 if config.objective.target == "pixels" else None,
+        recompute=model.recompute,
+    )
+    return IJEPA(
+        encoder,
+        predictor,
+        loss=config.objective.loss,
+        target=config.objective.target,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def make_batches(config, steps_per_epoch: int) -> Callable[..., PackedBatch]:
+    """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
+    options = asdict(config.mask)
+    strategy, policy, budget = (options.pop(key) for key in ("strategy", "policy", "budget"))
+    side = config.data.crop // config.model.patch
+    sampler = make_sampler(strategy, (side, side), **options)
+    return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget)

@@ -19,7 +19,7 @@ class Schedule:
         horizon: stretches the decay beyond the epochs trained ("ipe_scale" in the published code).
         start_lr, lr, final_lr: linear warm-up from the first to the second, cosine decay to the third.
         weight_decay, final_weight_decay: cosine (published code) or linear (paper) by `weight_decay_shape`.
-        momentum, final_momentum: of the EMA, linear.
+        momentum, final_momentum: of the EMA; linear (published code) or cosine (DINO, iBOT) by `momentum_shape`.
     """
 
     steps_per_epoch: int
@@ -34,6 +34,7 @@ class Schedule:
     weight_decay_shape: str = "cosine"
     momentum: float = 0.996
     final_momentum: float = 1.0
+    momentum_shape: str = "linear"
 
     @property
     def steps(self) -> int:
@@ -64,8 +65,10 @@ class Schedule:
 
     def ema_momentum(self, step: int) -> float:
         """Momentum of the EMA update that ends `step`."""
-        rise = self.final_momentum - self.momentum
-        return self.momentum + step * rise / (self.steps_per_epoch * self.epochs * self.horizon)
+        progress = step / (self.steps_per_epoch * self.epochs * self.horizon)
+        if self.momentum_shape == "cosine":
+            return _cosine(self.momentum, self.final_momentum, progress)
+        return self.momentum + progress * (self.final_momentum - self.momentum)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

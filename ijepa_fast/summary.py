@@ -7,15 +7,16 @@ import statistics
 import sys
 
 import torch
+from torch import nn
 
 from ijepa_fast.build import build_loader, build_objective
 from ijepa_fast.config import Config
-from ijepa_fast.objective import IJEPA
+from ijepa_fast.packing import PackedBatch
 from ijepa_fast.plots import plot_loss, plot_masks, read_log
 from ijepa_fast.probing import probe
 
 
-def finish(config: Config, objective: IJEPA, source, folders: tuple[str, str] | None, device: torch.device) -> dict:
+def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str] | None, device: torch.device) -> dict:
     """Write the run's results and print them. Called by rank 0. Returns what summary.json holds."""
     folder = config.folder
     bad = folder / "bad_files.txt"
@@ -44,7 +45,8 @@ def finish(config: Config, objective: IJEPA, source, folders: tuple[str, str] | 
         }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(describe(summary), file=sys.stderr)
-    print(f"results are in {folder}/ (summary.json, loss.png, masks.png, log.jsonl)", file=sys.stderr)
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    print(f"results are in {folder}/ ({files})", file=sys.stderr)
     return summary
 
 
@@ -78,6 +80,7 @@ def _plot_masks(config: Config, source) -> None:
     loader = build_loader(config, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
+        if isinstance(batch.extra, PackedBatch):  # iBOT's masks are of several views
+            plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()

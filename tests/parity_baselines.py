@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bench.baselines.ibot import IBOT, Backbone, Head, Network, lay_out, teacher_temperature
+from bench.baselines.crops import lay_out, teacher_temperature
+from bench.baselines.ibot import IBOT, Backbone, Head, Network, Options
 from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
 from ijepa_fast.packing import from_masks
 from tests.parity import patches_of, relative_error, weights
@@ -58,14 +59,15 @@ def parity_ibot(archive) -> dict[str, float]:
     model = IBOT(network, mean=(0, 0, 0), std=(1, 1, 1))
     load_network(model.encoder, archive, "student")
     load_network(model.target_encoder, archive, "teacher")
-    model.centre = torch.from_numpy(archive["center_before"])
-    model.patch_centre = torch.from_numpy(archive["center2_before"])[0]
+    model.carried["centre"] = torch.from_numpy(archive["center_before"])
+    model.carried["patch_centre"] = torch.from_numpy(archive["center2_before"])[0]
     locals_ = [torch.from_numpy(archive[f"local{i}"]) for i in range(sum(k.startswith("local") for k in archive.files))]
     large = torch.cat([torch.from_numpy(archive[f"global{i}"]) for i in range(2)])
     large, small = patches_of(large, patch), patches_of(torch.cat(locals_), patch)
     mask = np.stack([archive[f"mask{i}"].reshape(len(archive["mask0"]), -1) for i in range(2)])
     # Epoch 5 of 10 of the warm-up.
-    temperature = teacher_temperature(min(1.0, int(archive["epoch"]) / (10 - 1)))
+    temperatures = Options.first_temperature, Options.temperature
+    temperature = teacher_temperature(int(archive["epoch"]), 10 - 1, temperatures)
     batch = lay_out(mask, len(locals_), locals_[0].shape[-1] // patch, temperature)
 
     masked = torch.from_numpy(mask).flatten(0, 1)
@@ -86,8 +88,8 @@ def parity_ibot(archive) -> dict[str, float]:
         "loss": relative_error(class_loss + patch_loss, archive["loss"]),
         "loss_cls": relative_error(class_loss, archive["loss_cls"]),
         "loss_patch": relative_error(patch_loss, archive["loss_patch"]),
-        "center_after": relative_error(model.centre, archive["center_after"]),
-        "center2_after": relative_error(model.patch_centre[None], archive["center2_after"]),
+        "center_after": relative_error(model.carried["centre"], archive["center_after"]),
+        "center2_after": relative_error(model.carried["patch_centre"][None], archive["center2_after"]),
     }
     return errors | {
         key: relative_error(model.encoder.get_parameter(key.removeprefix("grad/")).grad, archive[key])

@@ -1,20 +1,20 @@
 """The opponents are the published methods: held to the golden archives, and to each other."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench.baselines.crops import draw_masks, draw_views, render
-from bench.baselines.ibot import IBOT, Backbone, CropSampler, Head, Network, StochasticBlock
+from bench.baselines.crops import CropSampler, draw_masks, lay_out
+from bench.baselines.ibot import IBOT, Backbone, Head, Network, StochasticBlock, StochasticSequences
 from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
 from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
 from ijepa_fast.masks import make_sampler
-from ijepa_fast.models.vit import Sequences
 from ijepa_fast.packing import pack
 from tests.parity import relative_error
 from tests.parity_baselines import parity_ibot, parity_mae
@@ -147,56 +147,81 @@ def test_mae_features_come_without_the_class_token():
     torch.testing.assert_close(features[16:32], alone)
 
 
-def small_ibot():
-    return IBOT(Network(Backbone(32, 8, 32, 2, 2), Head(32, 32, 16, 48)), mean=(0.5,) * 3, std=(0.25,) * 3)
+def small_ibot(drop=0.0):
+    return IBOT(Network(Backbone(32, 8, 32, 2, 2, drop=drop), Head(32, 32, 16, 48)), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
-def test_ibot_learns_from_uint8_images_and_crops_drawn_ahead():
-    sampler = CropSampler(32, 8, small=3)
-    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+def crop_sampler(small, **settings):
+    return CropSampler(side=4, small_side=2, small=small, depth=2, temperatures=(0.04, 0.07), **settings)
+
+
+def random_views(images, small):
+    shapes = [(images, side, side, 3) for side in [32] * 2 + [16] * small]
+    return [torch.randint(256, shape, dtype=torch.uint8) for shape in shapes]
+
+
+def test_ibot_learns_from_uint8_views_and_masks_drawn_ahead():
+    sampler = crop_sampler(3)
     batch, again = sampler(4, seed=1, step=2), sampler(4, seed=1, step=2)
-    assert torch.equal(batch.views.boxes, again.views.boxes)
+    assert torch.equal(batch.chance, again.chance)
     assert torch.equal(batch.mask, again.mask)
-    assert not torch.equal(batch.views.boxes, sampler(4, seed=1, step=3).views.boxes)
+    assert not torch.equal(batch.chance, sampler(4, seed=1, step=3).chance)
     model = small_ibot()
-    model(images, batch).backward()
+    model(random_views(4, 3), batch).backward()
     missing = [name for name, p in model.encoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert missing == []
 
 
+def test_ibot_freezes_its_prototypes_at_first_and_warms_the_teacher_up():
+    sampler = crop_sampler(1, warmup_steps=10, frozen_steps=2)
+    batches = [sampler(2, seed=0, step=step) for step in (0, 1, 2, 5, 10, 20)]
+    assert [batch.frozen for batch in batches] == [True, True, False, False, False, False]
+    assert [batch.temperature for batch in batches] == pytest.approx([0.04, 0.043, 0.046, 0.055, 0.07, 0.07])
+    views = random_views(2, 1)
+    for batch in batches[1:3]:
+        model = small_ibot()
+        model(views, batch).backward()
+        gradient = model.encoder.head.last_layer.weight_v.grad
+        assert gradient is not None
+        assert gradient.any() != batch.frozen
+
+
+def test_ibot_drops_what_its_batch_says():
+    """The loss is a function of the batch: not of a generator, which a resumed run would have in another state."""
+    model, views, batch = small_ibot(drop=0.5), random_views(3, 2), crop_sampler(2)(3, seed=0, step=0)
+    whole = replace(batch, chance=torch.ones_like(batch.chance))
+
+    def loss(batch):
+        for centre in model.carried.values():
+            centre.zero_()
+        return model(views, batch)
+
+    assert torch.equal(loss(batch), loss(batch))
+    assert loss(batch) != loss(whole)
+    model.eval()
+    assert loss(batch) != loss(replace(whole, mask=~whole.mask))
+
+
 def test_ibot_without_any_masked_patch_has_no_patch_loss():
-    sampler = CropSampler(32, 8, small=2)
-    batch = next(b for b in (sampler(1, seed=0, step=step) for step in range(100)) if not b.mask.any())
-    model, images = small_ibot(), torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
-    large = model.patchify(render(images, batch.views.of(slice(2)), 32))
-    small = model.patchify(render(images, batch.views.of(slice(2, None)), 8 * batch.small_side))
+    batch = lay_out(np.zeros((2, 1, 16), dtype=bool), small=2, small_side=2, temperature=0.07)
+    model, views = small_ibot(), random_views(1, 2)
+    large, small = (model.patchify(torch.cat(part)) for part in (views[:2], views[2:]))
     class_loss, patch_loss = model.losses(large, small, batch)
     assert patch_loss == 0
     assert class_loss > 0
 
 
 def test_stochastic_depth_drops_whole_branches():
-    block = StochasticBlock(16, 2, 4.0, drop=0.5).train()
-    x = torch.randn(64 * 3, 16)
+    block = StochasticBlock(16, 2, 4.0, drop=0.5, number=1).train()
+    x, chance = torch.randn(64 * 3, 16), torch.rand(2, 2, 64)
     cu_seqlens = torch.arange(0, 64 * 3 + 1, 3, dtype=torch.int32)
-    _, branch = block(x, None, Sequences(cu_seqlens, 3))
+    sequences = StochasticSequences(cu_seqlens, 3, chance=chance)
+    _, branch = block(x, None, sequences)
     dropped = (branch.view(64, 3, 16) == 0).flatten(1)
     assert torch.equal(dropped.all(1), dropped.any(1))
-    assert 10 < dropped.all(1).sum() < 54
-    _, whole = block.eval()(x, None, Sequences(cu_seqlens, 3))
+    assert torch.equal(dropped.all(1), chance[1, 1] < 0.5)
+    _, whole = block.eval()(x, None, sequences)
     assert (whole != 0).any(1).all()
-
-
-def test_a_view_of_the_whole_image_without_changes_is_the_image():
-    views = draw_views(np.random.default_rng(0), 2, 0)
-    views.boxes[:] = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    views.boxes[1] = torch.tensor([1.0, 0.0, -1.0, 1.0])
-    views.colours[:] = torch.eye(3, 4)
-    views.contrast[:], views.blur[:], views.solarise[:] = 1, 0, 0
-    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
-    same, mirrored = render(images, views, 16).chunk(2)
-    assert torch.equal(same, images)
-    assert torch.equal(mirrored, images.flip(2))
 
 
 def test_mask_shares():

@@ -32,6 +32,14 @@ def test_momentum_is_linear_and_not_advanced(schedule):
     assert schedule.ema_momentum(100) == pytest.approx(0.998)
 
 
+def test_momentum_may_rise_along_a_cosine():
+    cosine = Schedule(10, 20, 4, momentum_shape="cosine")
+    assert cosine.ema_momentum(0) == pytest.approx(0.996)
+    assert cosine.ema_momentum(50) < 0.997
+    assert cosine.ema_momentum(100) == pytest.approx(0.998)
+    assert cosine.ema_momentum(200) == pytest.approx(1.0)
+
+
 def test_a_longer_horizon_stops_short_of_the_end():
     stretched = Schedule(10, 20, 4, horizon=1.25)
     assert stretched.learning_rate(199) > 1e-5

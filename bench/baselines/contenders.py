@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bench.baselines import ibot, mae, plain
-from bench.baselines.crops import LARGE, render
+from bench.baselines.crops import LARGE, CropSampler
 from bench.baselines.plain import PlainStep, load_published, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
@@ -86,16 +86,26 @@ class Case:
         depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
         return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
 
-    def images(self, i: int) -> torch.Tensor:
-        """Random images of batch `i`, uint8 (B, H, W, 3)."""
+    def images(self, i: int) -> torch.Tensor | list[torch.Tensor]:
+        """Random images of batch `i`, uint8 (B, H, W, 3); for iBOT a list of them, one a view."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + i)
-        shape = (self.batch, self.crop, self.crop, 3)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+        def draw(side: int) -> torch.Tensor:
+            return torch.randint(256, (self.batch, side, side, 3), dtype=torch.uint8, generator=generator)
+
+        if self.method != "ibot":
+            return draw(self.crop)
+        small = ibot.small_crop_side(self.grid[0]) * self.patch
+        return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
 
     def masks(self, i: int):
         """The masks of batch `i`: Masks, for iBOT a CropBatch."""
         if self.method == "ibot":
-            return ibot.CropSampler(self.crop, self.patch)(self.batch, self.seed, i)
+            side, published = self.grid[0], ibot.Options
+            temperatures = published.first_temperature, published.temperature
+            sides = side, ibot.small_crop_side(side)
+            sampler = CropSampler(*sides, published.small_crops, self.sizes["depth"], temperatures)
+            return sampler(self.batch, self.seed, i)
         if self.method == "mae":
             return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
         smallest = min(10, self.patches // 16)  # as published, but on grids too small for that
@@ -197,7 +207,7 @@ class BareStep:
 
     def loss(self, batch) -> torch.Tensor:
         """The loss of `batch`."""
-        return self.objective(*(x.to(self.device, non_blocking=True) for x in batch))
+        return self.objective(*(_move(x, self.device) for x in batch))
 
 
 class EngineStep:
@@ -282,6 +292,13 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
     for contender in contenders:
         contender.batches = [_pin(contender.prepare(*pair), case.device) for pair in drawn]
     return contenders
+
+
+def _move(value, device: torch.device):
+    """`value`, or every tensor of a list of them, on `device`."""
+    if isinstance(value, list):
+        return [_move(x, device) for x in value]
+    return value.to(device, non_blocking=True)
 
 
 def _pin(value, device: str):
@@ -425,18 +442,11 @@ def _plain_mae_batch(images, masks):
     return normalise(images, IMAGENET_MEAN, IMAGENET_STD), order, visible.shape[1]
 
 
-class CropStep(BareStep):
-    """iBOT's step on crops that were cut ahead, as a data loader's workers cut them."""
-
-    def loss(self, batch) -> torch.Tensor:
-        """The loss of `batch` = (large crops, small crops uint8, CropBatch)."""
-        large, small, crops = (x.to(self.device, non_blocking=True) for x in batch)
-        return self.objective.loss_of_patches(self.objective.patchify(large), self.objective.patchify(small), crops)
-
-
 def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
     torch.manual_seed(case.seed)
-    network = ibot.Network(ibot.Backbone(**case.sizes, drop=ibot.DROP_PATH), ibot.Head(case.sizes["dim"], **case.head))
+    network = ibot.Network(
+        ibot.Backbone(**case.sizes, drop=ibot.Options.drop_path), ibot.Head(case.sizes["dim"], **case.head)
+    )
     objective = ibot.IBOT(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     weights = {k: v.clone() for k, v in network.state_dict().items()}
     drawn = [case.masks(i) for i in range(case.batches)]
@@ -449,29 +459,23 @@ def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
     count = drawn[0].tokens / case.batch
     contenders = []
     if "fast" in impls:
-        step = CropStep(objective, case, compile="fast" in case.compile)
-        prepare = partial(_crop_batch, patch=case.patch)
-        contenders.append(Contender("fast", "full", prepare, step, step.loss, objective, count, work, own))
+        step = BareStep(objective, case, compile="fast" in case.compile)
+        contenders.append(Contender("fast", "full", _crop_batch, step, step.loss, objective, count, work, own))
     if "plain" in impls:
         step = PlainIBOTStep(case.sizes, case.head, case.device, case.low_precision)
         for side in (step.student, step.teacher):
             side.load_state_dict(weights)
-        prepare = partial(_plain_crop_batch, patch=case.patch)
-        contenders.append(Contender("plain", "full", prepare, step, step.loss_of, step.student, count, work, work))
+        contenders.append(
+            Contender("plain", "full", _plain_crop_batch, step, step.loss_of, step.student, count, work, work)
+        )
     return contenders
 
 
-def _crop_batch(images, crops, patch):
-    """Large and small views of `images`, uint8, and their CropBatch."""
-    return (
-        render(images, crops.views.of(slice(LARGE)), crops.side * patch),
-        render(images, crops.views.of(slice(LARGE, None)), crops.small_side * patch),
-        crops,
-    )
+def _crop_batch(views, crops):
+    return views, crops
 
 
-def _plain_crop_batch(images, crops, patch):
-    large, small, _ = _crop_batch(images, crops, patch)
-    large, small = (normalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in (large, small))
+def _plain_crop_batch(views, crops):
+    views = [normalise(view, IMAGENET_MEAN, IMAGENET_STD) for view in views]
     masks = crops.mask.view(LARGE, crops.images, -1)
-    return list(large.chunk(LARGE)), list(small.chunk(crops.small)), list(masks), crops.temperature
+    return views[:LARGE], views[LARGE:], list(masks), crops.temperature

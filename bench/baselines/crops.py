@@ -1,119 +1,143 @@
-"""iBOT's crops and masks: drawn on the host as a function of (seed, step, rank), applied to images on their device.
+"""What a step of iBOT draws beside its views: masks and all that follows from them, as index tensors, on the host.
 
-Shapes: B images, V views an image (large crops first), N patches of a large crop, S side of a crop in pixels.
+Shapes: B images, L small crops an image, N and n patches of a large and a small crop, R masked patches.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 LARGE = 2  # large crops an image
-LARGE_SCALE, SMALL_SCALE = (0.25, 1.0), (0.05, 0.25)  # share of the image's area
-ASPECT = (3 / 4, 4 / 3)
-LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
-class Views:
-    """How to make the views of a batch; all tensors (V, B, ...) fp32."""
+class CropBatch:
+    """One batch's masks as index tensors (int32 where not said otherwise), and the settings of its step.
 
-    boxes: torch.Tensor  # (V, B, 4) left, top, width, height in 0..1; a negative width mirrors the view
-    colours: torch.Tensor  # (V, B, 3, 4) linear map of RGB in 0..1, and an offset
-    contrast: torch.Tensor  # (V, B) factor about the view's mean grey
-    blur: torch.Tensor  # (V, B) standard deviation in pixels, 0: none
-    solarise: torch.Tensor  # (V, B) 1 where values from 0.5 on are inverted
+    Tokens of the student are ordered (crop, image, token), large crops first, a class token before the patches.
+    """
 
-    def of(self, part: slice) -> Views:
-        """The views `part` alone."""
-        return Views(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+    images: int
+    small: int  # L
+    side: int  # patches along a large crop
+    small_side: int
+    temperature: float  # of the teacher
+    frozen: bool  # the prototypes do not learn yet
+    mask: torch.Tensor  # (2*B*N,) bool
+    cu_seqlens: torch.Tensor  # ((2 + L)*B + 1,)
+    max_seqlen: int
+    used: torch.Tensor  # (U,) rows whose output is wanted: class tokens and masked patches
+    used_cu_seqlens: torch.Tensor  # ((2 + L)*B + 1,)
+    used_max_seqlen: int
+    class_rows: torch.Tensor  # ((2 + L)*B,) of `used`
+    patch_rows: torch.Tensor  # (R,) of `used`
+    teacher_rows: torch.Tensor  # (R,) of the tokens of the large crops
+    patch_weight: torch.Tensor  # (R,) fp32, 1 / (masked patches of the crop * crops)
+    chance: torch.Tensor | None = None  # (depth, 2, (2 + L)*B) fp32 in 0..1: decides which branches are dropped
 
-    def map(self, change) -> Views:
-        """`change` applied to every tensor."""
-        return Views(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through a network: student and teacher."""
+        large = LARGE * self.images * (1 + self.side**2)
+        return 2 * large + self.small * self.images * (1 + self.small_side**2)
+
+    def _map(self, change) -> CropBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: change(value) for n, value in tensors.items() if isinstance(value, torch.Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
+        """The same batch with its tensors on `device`."""
+        return self._map(partial(torch.Tensor.to, device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CropBatch:
+        """The same batch with its tensors in pinned host memory."""
+        return self._map(torch.Tensor.pin_memory)
 
 
-def draw_views(rng: np.random.Generator, images: int, small: int) -> Views:
-    """Two large and `small` small views an image, with DINO's augmentations."""
-    views = LARGE + small
-    shape = (views, images)
-    scale = np.array([LARGE_SCALE] * LARGE + [SMALL_SCALE] * small)
-    area = rng.uniform(scale[:, :1], scale[:, 1:], shape)
-    aspect = np.exp(rng.uniform(*np.log(ASPECT), shape))
-    width, height = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
-    left, top = rng.uniform(size=shape) * (1 - width), rng.uniform(size=shape) * (1 - height)
-    mirrored = rng.random(shape) < 0.5
-    boxes = np.stack([np.where(mirrored, left + width, left), top, np.where(mirrored, -width, width), height], -1)
-
-    jitter = (rng.random(shape) < 0.8)[..., None] * rng.uniform(-1, 1, (*shape, 4))
-    brightness, contrast, saturation, hue = np.moveaxis(jitter * [0.4, 0.4, 0.2, 0.1], -1, 0)
-    saturation = np.where(rng.random(shape) < 0.2, 0.0, 1 + saturation)
-    matrix = (1 + brightness)[..., None, None] * (_saturate(saturation) @ _rotate_hue(hue))
-    # Of the first large view all, of the second a tenth, of the small ones half are blurred; the second is solarised.
-    blurred = np.array([1.0, 0.1] + [0.5] * small)[:, None]
-    solarised = np.array([0.0, 0.2] + [0.0] * small)[:, None]
-    sigma = np.where(rng.random(shape) < blurred, rng.uniform(0.1, 2.0, shape), 0.0)
-    arrays = (
-        boxes,
-        np.concatenate([matrix, np.zeros((*shape, 3, 1))], -1),
-        1 + contrast,
-        sigma,
-        rng.random(shape) < solarised,
+def lay_out(
+    mask: np.ndarray,
+    small: int,
+    small_side: int,
+    temperature: float,
+    frozen: bool = False,
+    chance: np.ndarray | None = None,
+) -> CropBatch:
+    """The batch whose large crops are masked by `mask` (2, B, N) bool; other arguments as in CropBatch."""
+    _, images, patches = mask.shape
+    crops = LARGE * images
+    lengths = np.repeat([1 + patches, 1 + small_side**2], [crops, small * images])
+    starts = np.cumsum(lengths) - lengths
+    counts = np.count_nonzero(mask.reshape(crops, patches), axis=1)
+    wanted = np.zeros(lengths.sum(), dtype=bool)
+    wanted[starts] = True
+    wanted[: crops * (1 + patches)].reshape(crops, 1 + patches)[:, 1:] = mask.reshape(crops, patches)
+    used = np.flatnonzero(wanted)
+    used_lengths = np.concatenate([1 + counts, np.ones(small * images, dtype=np.int64)])
+    patch_rows = np.flatnonzero(~np.isin(used, starts, assume_unique=True))
+    return CropBatch(
+        images=images,
+        small=small,
+        side=round(patches**0.5),
+        small_side=small_side,
+        temperature=temperature,
+        frozen=frozen,
+        mask=torch.from_numpy(mask.reshape(-1)),
+        cu_seqlens=_cu_seqlens(lengths),
+        max_seqlen=int(lengths.max()),
+        used=_int32(used),
+        used_cu_seqlens=_cu_seqlens(used_lengths),
+        used_max_seqlen=int(used_lengths.max()),
+        class_rows=_int32(np.cumsum(used_lengths) - used_lengths),
+        patch_rows=_int32(patch_rows),
+        teacher_rows=_int32(used[patch_rows]),
+        patch_weight=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * crops), counts).astype(np.float32)),
+        chance=None if chance is None else torch.from_numpy(chance),
     )
-    return Views(*(torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in arrays))
 
 
-def _saturate(factor: np.ndarray) -> np.ndarray:
-    """(...) -> (..., 3, 3): mix of each colour with its grey."""
-    return factor[..., None, None] * np.eye(3) + (1 - factor)[..., None, None] * LUMA
+def _int32(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32))
 
 
-def _rotate_hue(turns: np.ndarray) -> np.ndarray:
-    """(...) turns -> (..., 3, 3): rotation of the chroma plane of YIQ."""
-    to_yiq = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-    cos, sin = np.cos(2 * math.pi * turns), np.sin(2 * math.pi * turns)
-    zero, one = np.zeros_like(cos), np.ones_like(cos)
-    rotation = np.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], -1).reshape(*turns.shape, 3, 3)
-    return np.linalg.inv(to_yiq) @ rotation @ to_yiq
+def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
+    return _int32(np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def render(images: torch.Tensor, views: Views, size: int) -> torch.Tensor:
-    """`images` uint8 (B, H, W, 3), `views` (V, B) -> uint8 (V*B, size, size, 3), view-major."""
-    count, batch = views.boxes.shape[:2]
-    x = images.permute(0, 3, 1, 2).float() / 255
-    centre = (torch.arange(size, device=x.device) + 0.5) / size
-    left, top, width, height = views.boxes.unbind(-1)
-    columns = (left[..., None] + width[..., None] * centre) * 2 - 1  # (V, B, size)
-    rows = (top[..., None] + height[..., None] * centre) * 2 - 1
-    shape = (count, batch, size, size)
-    grid = torch.stack([columns[:, :, None].expand(shape), rows[..., None].expand(shape)], -1)
-    grid = grid.transpose(0, 1).flatten(1, 2)  # (B, V*size, size, 2)
-    x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
-    x = x.unflatten(2, (count, size)).permute(2, 0, 1, 3, 4).flatten(0, 1).clamp(0, 1)  # (V*B, 3, size, size)
-    x = torch.baddbmm(views.colours[..., 3:].flatten(0, 1), views.colours[..., :3].flatten(0, 1), x.flatten(2))
-    x = x.view(-1, 3, size, size)
-    luma = torch.tensor(LUMA, dtype=x.dtype, device=x.device)[:, None, None]
-    grey = (x * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    x = torch.lerp(grey, x, views.contrast.view(-1, 1, 1, 1)).clamp(0, 1)
-    x = _blur(x, views.blur.flatten())
-    x = torch.where((views.solarise.view(-1, 1, 1, 1) > 0) & (x >= 0.5), 1 - x, x)
-    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+@dataclass(frozen=True)
+class CropSampler:
+    """Draws a batch's masks and dropped branches, a function of (seed, step, rank), and the step's settings.
+
+    side, small_side: patches along a large and a small crop. small: small crops an image. depth: blocks.
+    warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
+    frozen_steps: in which the prototypes do not learn.
+    """
+
+    side: int
+    small_side: int
+    small: int
+    depth: int
+    temperatures: tuple[float, float]
+    warmup_steps: int = 0
+    frozen_steps: int = 0
+
+    def __call__(self, images: int, seed: int, step: int, rank: int = 0) -> CropBatch:
+        """The batch of `images` images."""
+        rng = np.random.default_rng([seed, step, rank])
+        mask = draw_masks(rng, LARGE * images, self.side).reshape(LARGE, images, -1)
+        chance = rng.random((self.depth, 2, (LARGE + self.small) * images), dtype=np.float32)
+        temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
+        return lay_out(mask, self.small, self.small_side, temperature, step < self.frozen_steps, chance)
 
 
-def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Separable Gaussian of `sigma` (n,) pixels on x (n, 3, S, S), cut off at a twentieth of the side."""
-    radius = max(1, x.shape[-1] // 20)
-    offset = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3n, 1, 2r + 1)
-    channels, shape = len(kernel), x.shape
-    x = F.pad(x, [radius] * 4, mode="replicate").reshape(1, channels, shape[2] + 2 * radius, -1)
-    x = F.conv2d(x, kernel[:, :, None], groups=channels)
-    return F.conv2d(x, kernel[..., None], groups=channels).view(shape)
+def teacher_temperature(step: int, warmup: int, temperatures: tuple[float, float]) -> float:
+    """The teacher's temperature in `step`: from the first to the second of `temperatures`, reached after `warmup`."""
+    progress = min(1.0, step / warmup) if warmup else 1.0
+    return temperatures[0] + progress * (temperatures[1] - temperatures[0])
 
 
 def draw_masks(rng: np.random.Generator, crops: int, side: int) -> np.ndarray:

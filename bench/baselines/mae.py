@@ -11,6 +11,7 @@ Shapes: B images, N patches, V visible and K masked patches of one, D and Dd wid
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -179,6 +180,14 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+@dataclass
+class Options:
+    """What a configuration may say under objective.options; the values here are the published ones."""
+
+    masked: float = MASKED_SHARE  # of the patches
+    normalise: bool = True  # compare with pixels normalised patch by patch
+
+
 def build(config) -> MAE:
     """The objective of a run's configuration; the decoder has predictor_dim and predictor_depth, and 32-wide heads."""
     model = config.model
@@ -193,12 +202,17 @@ def build(config) -> MAE:
         heads=max(1, model.predictor_dim // 32),
         recompute=model.recompute,
     )
-    return MAE(encoder, decoder, mean=config.data.mean, std=config.data.std)
+    return MAE(encoder, decoder, normalise=_options(config).normalise, mean=config.data.mean, std=config.data.std)
 
 
 def make_batches(config, steps_per_epoch: int):
-    """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch."""
-    del steps_per_epoch
+    """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
     side = config.data.crop // config.model.patch
-    sampler = make_sampler("random", (side, side), target_scale=MASKED_SHARE)
+    sampler = make_sampler("random", (side, side), target_scale=_options(config).masked)
     return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank))
+
+
+def _options(config) -> Options:
+    from ijepa_fast.config import options_of
+
+    return options_of(config, Options)

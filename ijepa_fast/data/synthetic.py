@@ -10,13 +10,16 @@ from ijepa_fast.data.dali import Batch
 
 
 class SyntheticLoader:
-    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting."""
+    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting.
+
+    crop: the images' side in pixels; or a list of sides, and Batch.images is a list of views as a ViewLoader's.
+    """
 
     def __init__(
         self,
         *,
         batch_size: int,
-        crop: int,
+        crop: int | list[int],
         count: int = 1_281_167,
         seed: int = 0,
         rank: int = 0,
@@ -26,8 +29,12 @@ class SyntheticLoader:
         extra: Callable[[int], object] | None = None,
     ):
         generator = torch.Generator().manual_seed(seed * world_size + rank)
-        shape = (batch_size, crop, crop, 3)
-        self._images = torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+        def images(side: int) -> torch.Tensor:
+            shape = (batch_size, side, side, 3)
+            return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+        self._images = images(crop) if isinstance(crop, int) else [images(side) for side in crop]
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._extra = start_step, extra
         self.steps_per_epoch = max(count // (batch_size * world_size), 1)
