@@ -1,0 +1,99 @@
+"""`init`: a new run that starts from other weights: exactly, in all three networks, at every ZeRO stage."""
+
+import pytest
+import torch
+
+from tests.interop_files import HEADS, published
+from tests.launch import ROOT, command, run
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+
+from ijepa_fast.interop.load import load, read
+from ijepa_fast.interop.weights import resample_positions, save_weights
+from ijepa_fast.train import main
+
+MODEL = ["data.crop=64", "model.patch=8", "model.dim=96", "model.depth=3", f"model.heads={HEADS}"]
+MODEL += ["model.predictor_dim=48", "model.predictor_depth=2"]
+# A step that leaves the trained weights as they are, and the average: what is saved is what was begun with.
+STILL = ["optim.steps=1", "optim.start_lr=0", "optim.lr=0", "optim.final_lr=0", "optim.momentum=1"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("published") / "published.pth.tar"
+    torch.save(published(), path)
+    return path
+
+
+def assert_same(found, weights, but=()):
+    for name in ("encoder", "predictor", "target_encoder"):
+        state, wanted = getattr(found, name), getattr(weights, name)
+        assert state.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            if key not in but:
+                assert torch.equal(state[key], tensor), (name, key)
+
+
+def test_a_run_begins_with_the_published_networks(checkpoint, tmp_path):
+    """To the bit, also where it computes in bf16."""
+    folder = run(tmp_path, *MODEL, *STILL, f"init={checkpoint}", "engine.zero=3", "engine.precision=bf16")
+    weights = read(checkpoint, HEADS)
+    assert not torch.equal(weights.encoder["norm.weight"], weights.target_encoder["norm.weight"])
+    assert_same(read(folder), weights)
+
+
+@pytest.mark.multi_rank
+def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
+    """Positions are resampled, kept in the checkpoint, and found again by a run that goes on without the file."""
+    options = [*MODEL, *STILL, "data.crop=80", f"init={checkpoint}"]
+    folder = run(tmp_path, *options, ranks=2)
+    weights, tables = read(checkpoint, HEADS), ("pos_embed", "predictor_pos_embed")
+    assert_same(read(folder), weights, but=tables)
+    wanted = resample_positions(weights.encoder["pos_embed"], (10, 10))
+    assert torch.equal(read(folder).encoder["pos_embed"], wanted)
+    moved = checkpoint.rename(checkpoint.with_suffix(".moved"))
+    try:
+        resumed = read(run(tmp_path, *options, "optim.steps=2", ranks=1))
+    finally:
+        moved.rename(checkpoint)
+    assert resumed.arch.step == 2
+    assert_same(resumed, weights, but=tables)
+    for name, table in zip(("target_encoder", "predictor"), tables):
+        assert torch.equal(getattr(resumed, name)[table], resample_positions(getattr(weights, name)[table], (10, 10)))
+
+
+def test_a_run_that_trains_on(checkpoint, tmp_path):
+    """With a learning rate all networks move a little from where they began."""
+    folder = run(tmp_path, *MODEL, f"init={checkpoint}", "optim.steps=2", "optim.start_lr=1e-4", "engine.zero=0")
+    weights, found = read(checkpoint, HEADS), read(folder)
+    for name in ("encoder", "predictor", "target_encoder"):
+        key = "predictor_norm.weight" if name == "predictor" else "norm.weight"
+        difference = (getattr(found, name)[key] - getattr(weights, name)[key]).abs().max()
+        assert 0 < difference < 1e-2, name
+    assert load(folder).crop == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.dim=64", ["encoder.patch_embed.proj.weight", "(64, 3, 8, 8)", "(96, 3, 8, 8)"]),
+        ("model.patch=16", ["encoder.patch_embed.proj.weight", "(96, 3, 16, 16)", "(96, 3, 8, 8)"]),
+        ("model.depth=2", ["encoder.blocks.2.", "the model does not"]),
+        ("model.depth=4", ["encoder.blocks.3.", "the weights lack it"]),
+        ("model.predictor_dim=24", ["predictor.mask_token", "(1, 1, 24)", "(1, 1, 48)"]),
+        ("model.heads=2", ["init: the weights have 4 heads, the model 2"]),
+        ("init=/nowhere.pth.tar", ["/nowhere.pth.tar does not exist"]),
+    ],
+)
+def test_weights_that_do_not_fit_end_with_one_sentence(checkpoint, tmp_path, monkeypatch, capsys, override, words):
+    monkeypatch.chdir(ROOT)
+    known = tmp_path / "heads_in_the_header.safetensors"
+    save_weights(known, read(checkpoint, HEADS))
+    init = known if "heads" in override else checkpoint
+    assert main(command(tmp_path, *MODEL, f"init={init}", "mask.min_keep=1", override)[2:]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == 1
+    for word in words:
+        assert word in errors
+    assert not (tmp_path / "quickstart").exists()
