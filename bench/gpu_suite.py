@@ -39,6 +39,7 @@ TESTS_SECONDS = 170  # of all tests together
 SHARDS = {"varlen_attention": 4}  # processes for an op's tests, where not one: most of their time is compilation
 OP_SECONDS = 50  # of an op at one model, torch.compile included
 STEP_SECONDS = 120
+KEPT = 6000  # characters of the output of what failed
 # Whole steps, most important first: (name, arguments of bench/throughput.py, packages needed).
 STEPS = (
     ("ijepa-h14", "--model vit_huge --patch 14 --batch 32 --impl fast,strong,plain --context truncate,full", ()),
@@ -105,7 +106,7 @@ class Suite:
         else:
             self.failed.append(task.name)
             why = "stopped at its time limit" if status is None else f"exit status {status}"
-            self.write(f"- {task.name}: FAILED after {took}, {why}\n\n```\n{output[-3000:].strip()}\n```\n")
+            self.write(f"- {task.name}: FAILED after {took}, {why}\n\n```\n{output[-KEPT:].strip()}\n```\n")
 
 
 class Process:
@@ -187,7 +188,7 @@ def judge(suite: Suite, key: tuple[str, int, int], status: int | None, output: s
     suite.red.add(file)
     suite.failed.append(name)
     why = "stopped at the time limit" if status is None else f"exit status {status}"
-    suite.write(f"- {name}: RED, {why}, {counts or 'no outcome'}\n\n```\n{output[-3000:].strip()}\n```\n")
+    suite.write(f"- {name}: RED, {why}, {counts or 'no outcome'}\n\n```\n{output[-KEPT:].strip()}\n```\n")
 
 
 def lines_of(path: Path) -> list[dict]:

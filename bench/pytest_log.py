@@ -10,9 +10,11 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 
 import pytest
+
+# Where the process's messages go, before pytest takes the descriptor for itself.
+STDERR = os.fdopen(os.dup(2), "w")
 
 
 def _write(nodeid: str, outcome: str, seconds: float) -> None:
@@ -32,7 +34,7 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     """One test, with what its fixtures do."""
-    faulthandler.dump_traceback_later(float(os.environ["TEST_SECONDS"]), exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(float(os.environ["TEST_SECONDS"]), exit=True, file=STDERR)
     try:
         return (yield)
     finally:

@@ -8,8 +8,8 @@ A table stands between two comments of a Markdown file, the first of which says 
     <!-- end of table -->
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
-an H200 beside what was measured on one), steps (bench/throughput.py's JSON). --check changes nothing and exits with 1 if
-a document is not what would be written. A file of results that is not there makes a table that says so.
+an H200 beside what was measured on one), steps (bench/throughput.py's JSON). A file that is not there makes a table
+which says so. --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("safetensors")
+
 from PIL import Image
 from safetensors.torch import load_file
 

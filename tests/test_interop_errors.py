@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+pytest.importorskip("safetensors")
+
 from safetensors.torch import load_file, save_file
 
 import ijepa_fast
