@@ -59,6 +59,7 @@ def method_of(config: Config) -> ModuleType:
     dict `carried`, where there is one, are checkpointed with the weights;
     make_batches(config, steps_per_epoch) -> draw(images, seed, step, rank): what the loss needs beside the images, with
     `images`, `tokens`, `to` and `pin_memory`; drawn by the arguments alone, so that a resumed run draws the same;
+    work(config, batch) -> flops.Work of a step;
     and where an image is seen several times, make_views(config) -> list of data.views.View.
     """
     method = config.objective.method

@@ -75,6 +75,7 @@ def ijepa(
     images: int,
     unions: list[int] | None = None,
     embed_all: bool = False,
+    pixels: bool = False,
 ) -> Work:
     """Work of an I-JEPA step.
 
@@ -90,16 +91,19 @@ def ijepa(
         unions: distinct target patches of each image. Where given, the last blocks of target encoder and predictor
             compute only the rows that are used, as this engine does; None counts the published computation.
         embed_all: the context side embeds all patches, as the published code does.
+        pixels: they are predicted, so there is no target encoder.
     """
-    pixels, kept = 3 * patch**2, images * patches if embed_all else sum(context)
-    embedding = linear(kept, pixels, encoder.dim)
-    teacher = linear(images * patches, pixels, encoder.dim)
-    teacher += encoder.forward([patches] * images, unions)
+    row, kept = 3 * patch**2, images * patches if embed_all else sum(context)
+    embedding = linear(kept, row, encoder.dim)
+    teacher = linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
     sequences = targets * [length + target_size for length in context]
     predicted = targets * len(context) * target_size
     narrow = predictor.forward(sequences, [target_size] * len(sequences) if unions is not None else None)
-    narrow += linear(sum(context), encoder.dim, predictor.dim) + linear(predicted, predictor.dim, encoder.dim)
-    return Work(teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding)
+    narrow += linear(sum(context), encoder.dim, predictor.dim)
+    narrow += linear(predicted, predictor.dim, row if pixels else encoder.dim)
+    return Work(
+        0 if pixels else teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding
+    )
 
 
 def mae(

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from ijepa_fast import flops
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks import make_sampler
@@ -107,3 +108,20 @@ def make_batches(config, steps_per_epoch: int) -> Callable[..., PackedBatch]:
     side = config.data.crop // config.model.patch
     sampler = make_sampler(strategy, (side, side), **options)
     return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget)
+
+
+def work(config, packed: PackedBatch) -> flops.Work:
+    """The work of a step on a batch, as executed here."""
+    model = config.model
+    return flops.ijepa(
+        flops.Transformer(model.dim, model.depth, model.mlp_ratio),
+        flops.Transformer(model.predictor_dim, model.predictor_depth),
+        patch=model.patch,
+        patches=packed.patches,
+        context=packed.context_cu_seqlens.diff().tolist(),
+        targets=packed.targets,
+        target_size=packed.target_size,
+        images=packed.images,
+        unions=packed.union_cu_seqlens.diff().tolist(),
+        pixels=config.objective.target == "pixels",
+    )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baselines.crops import LARGE, CropBatch, CropSampler
+from ijepa_fast import flops
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.models.vit import Block, LayerNorm, LinearGELU, PatchEmbed, Sequences, init_weights, run_blocks
@@ -268,24 +269,24 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def build(config) -> IBOT:
     """The objective of a run's configuration."""
-    model, options = config.model, _options(config)
+    model, chosen = config.model, _options(config)
     sizes = (config.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
-    backbone = Backbone(*sizes, drop=options.drop_path, recompute=model.recompute)
-    head = Head(model.dim, options.hidden, options.bottleneck, options.prototypes)
+    backbone = Backbone(*sizes, drop=chosen.drop_path, recompute=model.recompute)
+    head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes)
     return IBOT(Network(backbone, head), mean=config.data.mean, std=config.data.std)
 
 
 def make_batches(config, steps_per_epoch: int) -> CropSampler:
     """What draws a batch beside its views: (images, seed, step, rank) -> CropBatch."""
-    options, side = _options(config), config.data.crop // config.model.patch
+    chosen, side = _options(config), config.data.crop // config.model.patch
     return CropSampler(
         side,
         small_crop_side(side),
-        options.small_crops,
+        chosen.small_crops,
         config.model.depth,
-        (options.first_temperature, options.temperature),
-        int(options.temperature_epochs * steps_per_epoch),
-        int(options.frozen_epochs * steps_per_epoch),
+        (chosen.first_temperature, chosen.temperature),
+        int(chosen.temperature_epochs * steps_per_epoch),
+        int(chosen.frozen_epochs * steps_per_epoch),
     )
 
 
@@ -300,6 +301,21 @@ def make_views(config):
     small = {"crop": small_crop_side(side) * config.model.patch, "scale": (min(0.05, large[0]), large[0])}
     views = [replace(view, crop=config.data.crop, scale=large) for view in IBOT_VIEWS[:LARGE]]
     return views + [replace(IBOT_VIEWS[LARGE], **small)] * _options(config).small_crops
+
+
+def work(config, batch: CropBatch) -> flops.Work:
+    """The work of a step on a batch, as executed here."""
+    model, chosen = config.model, _options(config)
+    return flops.ibot(
+        flops.Transformer(model.dim, model.depth, model.mlp_ratio),
+        flops.Head(chosen.hidden, chosen.bottleneck, chosen.prototypes),
+        patch=model.patch,
+        global_patches=batch.side**2,
+        local_patches=batch.small_side**2,
+        locals_=batch.small,
+        masked=int(batch.mask.sum()),
+        images=batch.images,
+    )
 
 
 def small_crop_side(side: int) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast import flops
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
@@ -210,6 +211,21 @@ def make_batches(config, steps_per_epoch: int):
     side = config.data.crop // config.model.patch
     sampler = make_sampler("random", (side, side), target_scale=_options(config).masked)
     return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank))
+
+
+def work(config, packed: PackedBatch) -> flops.Work:
+    """The work of a step on a batch, as executed here."""
+    model = config.model
+    return flops.mae(
+        flops.Transformer(model.dim, model.depth, model.mlp_ratio),
+        flops.Transformer(model.predictor_dim, model.predictor_depth),
+        patch=model.patch,
+        patches=packed.patches,
+        visible=packed.context_max_seqlen,
+        images=packed.images,
+        embed_all=False,
+        used_rows_only=True,
+    )
 
 
 def _options(config) -> Options:

@@ -1,0 +1,274 @@
+"""Accuracy by iteration, by work and by time: I-JEPA, MAE, I-JEPA on pixels, iBOT, and I-JEPA's masks, on real images.
+
+    python bench/learning.py --data cifar10                      # cifar10/train/<class>/*.jpg and cifar10/test/<class>/
+    python bench/learning.py --data cifar10 --runs masks         # multiblock, rasterized, block, random
+    python bench/learning.py --data cifar10 --runs ijepa,mae,ibot --seeds 0,1,2 --steps 600 optim.lr=5e-4
+
+Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
+augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations and its averaged encoder is
+probed, linear and k-NN, on frozen, average-pooled features. Results are in --out: learning.json, learning.md and
+learning.png, made anew from all runs at each call; a run that was finished is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from bench.timing import device_name
+from ijepa_fast.build import build_masks, build_objective, method_of
+from ijepa_fast.checkpoint import latest
+from ijepa_fast.config import Config, ConfigError, load_config
+from ijepa_fast.data.sources import open_source
+from ijepa_fast.engine import choose_device
+from ijepa_fast.plots import COLOURS, read_log
+from ijepa_fast.probing import probe, probe_folders
+
+ROOT = Path(__file__).resolve().parents[1]
+MASKS = ("multiblock", "rasterized", "block", "random")
+_ANY_MASK = ["mask.policy=full", "mask.min_keep=null"]
+# What is compared: a config of configs/, and what is changed in it.
+RUNS = {
+    "ijepa": ("cifar10", []),
+    "mae": ("mae_cifar10", []),
+    "pixels": ("cifar10", ["objective.target=pixels", "objective.loss=l2"]),
+    "ibot": ("ibot_cifar10", []),
+} | {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
+GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels")}
+BATCHES = 20  # whose work is averaged
+
+
+@dataclass(frozen=True)
+class Preset:
+    """steps and batch of a run, probes along it, images of each of a probe's sets, seeds."""
+
+    steps: int
+    batch: int
+    probes: int
+    images: int
+    seeds: tuple[int, ...]
+
+
+PRESETS = {"cpu": Preset(300, 64, 3, 2000, (0, 1)), "gpu": Preset(1500, 512, 5, 10_000, (0, 1, 2))}
+
+
+def overrides_of(preset: Preset, images: int) -> list[str]:
+    """What makes the schedules of a config span `preset.steps` steps over `images` images, a tenth of it warm-up.
+
+    The average must forget the first weights within so few steps, so its momentum begins lower than published.
+    """
+    epoch = images // preset.batch
+    if epoch == 0:
+        raise ConfigError(f"--batch: expected at most the {images} images of --data, got {preset.batch}")
+    epochs = math.ceil(preset.steps / epoch)
+    return [
+        f"batch_size={preset.batch}",
+        f"optim.steps={preset.steps}",
+        f"optim.epochs={epochs}",
+        f"optim.horizon={preset.steps / (epochs * epoch)}",
+        f"optim.warmup_epochs={0.1 * preset.steps / epoch}",
+        f"log.checkpoint_every={math.ceil(preset.steps / preset.probes)}",
+        f"log.keep={preset.probes}",
+        f"log.every={max(1, preset.steps // 50)}",
+        "log.tensorboard=false",
+        "probe.enabled=false",
+        f"probe.images={preset.images}",
+    ]
+
+
+def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
+    """What of a config is a share of the run, for a run of `preset.steps`."""
+    epochs = preset.steps * preset.batch / images
+    momentum = max(0.9, 1 - 15 / preset.steps)
+    if name == "mae":
+        return []
+    if name != "ibot":
+        return [f"optim.momentum={momentum}"]
+    shares = {"temperature_epochs": 0.3 * epochs, "frozen_epochs": 0.05 * epochs}
+    return [f"optim.momentum={momentum}", *(f"objective.options.{key}={value}" for key, value in shares.items())]
+
+
+def work_per_image(config: Config) -> float:
+    """GFLOP of a training step of `config`, an image, as executed here, from what its first batches draw."""
+    draw, work = build_masks(config, torch.device("cpu"), 0, 1), method_of(config).work
+    return sum(work(config, draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
+
+
+def seconds_at(records: list[dict], step: int, batch: int) -> float:
+    """Seconds of training up to `step`, by the log's rates; probes and checkpoints are not in it."""
+    seconds, last = 0.0, 0
+    for record in records:
+        if "loss" in record and record["step"] <= step:
+            seconds += (record["step"] - last) * batch / record["images_per_second"]
+            last = record["step"]
+    return seconds
+
+
+def encoder_at(config: Config, folder: Path | None, device: torch.device):
+    """The objective of `config` with the averaged encoder of a checkpoint, or untrained where `folder` is None."""
+    from safetensors import safe_open
+
+    objective = build_objective(config)
+    if folder is not None:
+        with safe_open(folder / "weights.safetensors", "pt") as file:
+            names = objective.target_encoder.state_dict()
+            state = {name: file.get_tensor(f"target_encoder.{name}") for name in names}
+        objective.target_encoder.load_state_dict(state)
+    # patchify takes the encoder's dtype and the images' device.
+    objective.target_encoder.to(device)
+    objective.encoder.to(device)
+    return objective
+
+
+def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list[str]) -> dict:
+    """Train and probe one run -> its record, also kept in its folder. What was finished before is read from there."""
+    folder = out / f"{name}-{seed}"
+    kept = folder / "learning.json"
+    base, changes = RUNS[name]
+    images = len(open_source(data / "train", cache=out / "index"))
+    overrides = [f"data.source={data / 'train'}", f"probe.test={data / 'test'}", f"runs={out}", f"name={name}-{seed}"]
+    overrides += [f"seed={seed}", *changes, *overrides_of(preset, images), *method_overrides(name, preset, images)]
+    overrides += extra
+    if kept.is_file():
+        record = json.loads(kept.read_text())
+        if record["overrides"] == overrides:
+            return record
+        raise ConfigError(f"{folder} holds a run with other settings; give another --out, or remove it")
+    path = ROOT / "configs" / f"{base}.yaml"
+    config = load_config(path, overrides)
+    command = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", str(path), *overrides]
+    print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise RuntimeError(f"{name}, seed {seed}: the trainer failed, see above; the same command goes on from there")
+    config.probe.enabled = True
+    device, log, work = choose_device(config), read_log(folder / "log.jsonl"), work_per_image(config)
+    points = []
+    for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        figures = probe(config, encoder_at(config, checkpoint, device), probe_folders(config), device)
+        (figures,) = figures.values()
+        points.append(
+            {
+                "step": step,
+                "petaflop": step * preset.batch * work / 1e6,
+                "seconds": seconds_at(log, step, preset.batch),
+                "linear": figures["linear"]["accuracy"],
+                "knn": figures["knn"]["20"]["accuracy"],
+            }
+        )
+    losses = [record["loss"] for record in log if "loss" in record]
+    record = {
+        "run": name,
+        "seed": seed,
+        "overrides": overrides,
+        "device": device_name(device),
+        "gflop_per_image": work,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "points": points,
+    }
+    kept.write_text(json.dumps(record, indent=1))
+    shutil.rmtree(latest(folder).parent)
+    return record
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: accuracies of each run at its iterations, mean over seeds and, of several, the range."""
+    lines = ["| run | seeds | step | PFLOP | seconds | linear probe | 20-NN |", "|---|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(record["run"] for record in records):
+        runs = [record for record in records if record["run"] == name]
+        for points in zip(*(record["points"] for record in runs)):
+            cells = [name, str(len(runs)), str(points[0]["step"]), f"{np.mean([p['petaflop'] for p in points]):.3g}"]
+            cells += [f"{np.mean([p['seconds'] for p in points]):.0f}"]
+            cells += [_spread([p[head] for p in points]) for head in ("linear", "knn")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{np.mean(values):.1%}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Draw the curves as a PNG: linear probe and k-NN, each by iteration, by work and by time; a line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3, sharey="row")
+    colours = dict(zip(dict.fromkeys(record["run"] for record in records), COLOURS * 2))
+    for row, (head, label) in enumerate((("linear", "linear probe"), ("knn", "20-NN"))):
+        for column, (key, unit) in enumerate((("step", "iteration"), ("petaflop", "PFLOP"), ("seconds", "seconds"))):
+            seen = set()
+            for record in records:
+                x, y = ([point[k] for point in record["points"]] for k in (key, head))
+                name = record["run"] if record["run"] not in seen else None
+                seen.add(record["run"])
+                axes[row, column].plot(x, y, "o-", color=colours[record["run"]], label=name, markersize=3)
+            axes[row, column].set(xlabel=unit)
+            axes[row, column].grid(alpha=0.25)
+        axes[row, 0].set(ylabel=f"accuracy, {label}")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Exits with one sentence for a run or preset that does not exist."""
+    usage = "%(prog)s --data FOLDER [options] [key=value ...]"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with train/<class>/ and test/<class>/")
+    parser.add_argument("--runs", default="methods", help=f"of {', '.join([*RUNS, *GROUPS])}, with commas")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--probes", type=int, help="along a run, beside the one before it")
+    parser.add_argument("--images", type=int, help="a probe trains on, and is tested on")
+    parser.add_argument("--seeds", help="with commas")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change in every run")
+    args = parser.parse_intermixed_args(argv)
+    names = [run for name in args.runs.split(",") for run in GROUPS.get(name, (name,))]
+    if unknown := set(names) - set(RUNS):
+        parser.error(f"--runs: expected of {', '.join([*RUNS, *GROUPS])}, got {', '.join(sorted(unknown))}")
+    given = {key: getattr(args, key) for key in ("steps", "batch", "probes", "images") if getattr(args, key)}
+    if args.seeds:
+        given["seeds"] = tuple(int(seed) for seed in args.seeds.split(","))
+    args.runs, args.preset = names, replace(PRESETS[args.preset], **given)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do the runs that are not done, write what all of them gave. Returns the exit status."""
+    args = parse(argv)
+    out, data = args.out.resolve(), args.data.resolve()
+    records = []
+    try:
+        for seed in args.preset.seeds:
+            records += [run(name, seed, args.preset, data, out, args.overrides) for name in args.runs]
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result = {"preset": asdict(args.preset), "device": records[0]["device"], "records": records}
+    (out / "learning.json").write_text(json.dumps(result, indent=1))
+    (out / "learning.md").write_text(table(records) + "\n")
+    plot(records, out / "learning.png")
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
