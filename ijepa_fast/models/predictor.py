@@ -12,7 +12,7 @@ from torch import nn
 
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import Block, LayerNorm, Sequences, run_blocks
+from ijepa_fast.models.vit import Block, LayerNorm, Linear, Sequences, run_blocks
 from ijepa_fast.packing import PackedBatch
 
 
@@ -33,12 +33,12 @@ class Predictor(nn.Module):
                 f"model.heads={heads} does not divide model.predictor_dim={dim}: choose a width that is a multiple"
             )
         self.recompute = recompute
-        self.predictor_embed = nn.Linear(encoder_dim, dim)
+        self.predictor_embed = Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_2d(dim, grid), persistent=False)
         self.predictor_blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
         self.predictor_norm = LayerNorm(dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(dim, out_dim or encoder_dim)
+        self.predictor_proj = Linear(dim, out_dim or encoder_dim)
 
     def forward(self, context: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """`context` (T, D) in packed order -> predictions (R, out_dim), rows ordered (m, c, b, k).

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.layer_norm import layer_norm
+from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
 from ijepa_fast.models.positions import sincos_2d
@@ -60,16 +61,22 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, branch)
 
 
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` (T, I) -> (T, O)."""
+        return linear(x, self.weight, self.bias)
+
+
 class QKV(nn.Linear):
     """The joint projection to queries, keys and values; queries may be asked for on some rows only."""
 
     def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None):
         """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) -> their queries (U, D), all keys-values (T, 2D)."""
         if selected is None:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         width = x.shape[1]
-        queries = F.linear(selected, self.weight[:width], self.bias[:width])
-        return queries, F.linear(x, self.weight[width:], self.bias[width:])
+        queries = linear(selected, self.weight[:width], self.bias[:width])
+        return queries, linear(x, self.weight[width:], self.bias[width:])
 
 
 class Attention(nn.Module):
@@ -77,7 +84,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = QKV(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """`x` (T, D) normalised tokens -> (T, D), or (U, D) when `sequences` asks for some rows only."""
@@ -109,15 +116,15 @@ class LinearGELU(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (T, D) -> (T, F)."""
         if runs_triton("bias_gelu", x):
-            return bias_gelu(F.linear(x, self.weight), self.bias)
-        return F.gelu(F.linear(x, self.weight, self.bias))
+            return bias_gelu(linear(x, self.weight), self.bias)
+        return linear_gelu(x, self.weight, self.bias)
 
 
 class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = LinearGELU(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x))
@@ -171,7 +178,7 @@ class PatchLinear(nn.Conv2d):
         """See `PatchEmbed.forward`."""
         weight = self.weight.flatten(1)
         padding = patches.shape[1] - weight.shape[1]
-        return F.linear(patches, F.pad(weight, (0, padding)) if padding else weight, self.bias)
+        return linear(patches, F.pad(weight, (0, padding)) if padding else weight, self.bias)
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,94 @@
+"""linear and linear_gelu: oneDNN's products against PyTorch's, gradients, compilation, bad input."""
+
+import pytest
+import torch
+
+from ijepa_fast.kernels.linear import cpu, linear, linear_gelu, reference
+from tests import oracle
+
+SHAPES = [(1, 8, 24), (7, 300, 65), (94, 384, 96), (33, 16, 1)]  # T, I, O
+
+
+def make(tokens, inputs, outputs, dtype=torch.float32):
+    weight = torch.randn(outputs, inputs, dtype=dtype) * inputs**-0.5
+    return torch.randn(tokens, inputs, dtype=dtype), weight, torch.randn(outputs, dtype=dtype)
+
+
+def test_onednn_is_used_here():
+    x, weight, _ = make(3, 8, 16)
+    assert cpu.supports(x, weight)
+    assert not cpu.supports(x.double(), weight.double())
+    assert not cpu.supports(x[:0], weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not cpu.supports(x, weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["linear", "linear_gelu"])
+def test_matches_reference(name, shape, poisoned):
+    op = {"linear": linear, "linear_gelu": linear_gelu}[name]
+    oracle.check_against_reference(op, getattr(reference, name), make(*shape), names=("x", "weight", "bias"))
+
+
+def test_without_bias():
+    x, weight, _ = make(5, 12, 20)
+    oracle.check_against_reference(linear, lambda x, w: reference.linear(x, w, None), (x, weight))
+
+
+def test_gelu_in_the_product_is_the_exact_one():
+    x, weight, bias = make(40, 64, 96)
+    with torch.no_grad():
+        inside = linear_gelu(x, weight, bias)
+    wanted = reference.linear_gelu(x.double(), weight.double(), bias.double())
+    oracle.assert_within_budget(inside, reference.linear_gelu(x, weight, bias), wanted)
+
+
+def test_only_the_gradients_asked_for():
+    x, weight, bias = make(5, 12, 20)
+    linear(x, weight.requires_grad_(), bias.requires_grad_()).sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(20, 12))
+    assert (bias.grad == 5).all()
+
+
+def test_slices_of_a_weight_and_strided_upstream():
+    """As QKV calls it for selected rows: a contiguous slice of a parameter; and a gradient with a stride."""
+    x, weight, bias = make(9, 16, 48)
+    weight.requires_grad_()
+    out = linear(x, weight[16:], bias[16:])
+    upstream = torch.randn(32, 9).t()
+    out.backward(upstream)
+    torch.testing.assert_close(weight.grad[16:], upstream.t() @ x)
+    assert not weight.grad[:16].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_no_tokens(dtype):
+    x, weight, bias = make(4, 6, 10, dtype)
+    assert torch.equal(linear(x, weight, bias), reference.linear(x, weight, bias))
+    assert linear_gelu(*make(0, 6, 10)).shape == (0, 10)
+
+
+def test_gradcheck():
+    inputs = [x.requires_grad_() for x in make(3, 5, 4, torch.float64)]
+    oracle.gradcheck(linear_gelu, *inputs)
+
+
+def test_compiles_once_for_many_token_counts():
+    _, weight, bias = make(1, 16, 24)
+    weight.requires_grad_()
+    assert oracle.count_compiles(linear_gelu, [(torch.randn(n, 16), weight, bias) for n in (5, 9, 30, 77)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, b: (x[None], w, b), "x: expected shape"),
+        (lambda x, w, b: (x, w[:, 1:], b), "weight: expected shape"),
+        (lambda x, w, b: (x, w, b[1:]), "bias: expected shape"),
+        (lambda x, w, b: (x, w.t().contiguous().t(), b), "weight: expected a contiguous"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear(*change(*make(4, 6, 10)))
