@@ -47,6 +47,7 @@ class Compiled:
     tensor_memory: int = 0
     matrix: str = ""
     error: str = ""
+    triton: str = ""  # version
 
     def line(self) -> str:
         """One line of the printed table."""
@@ -84,7 +85,7 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
 
     case = importlib.import_module(module).aot_cases(arch // 10)[index]
     name, kernel, signature, constants, warps, stages = case
-    result = Compiled(arch, op_of(module), name)
+    result = Compiled(arch, op_of(module), name, triton=triton.__version__)
     # As at a launch: tensors are aligned to 16 bytes; of numbers, those are whose type says so.
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(

@@ -19,6 +19,7 @@ import csv
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,21 +129,33 @@ def aims(path: Path) -> list[str]:
 
 
 def aot(path: Path) -> list[str]:
-    """Per op and architecture: kernels, the most registers and shared memory, spills, matrix instructions."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in read(path):
-        groups.setdefault((row["op"], row["arch"]), []).append(row)
-    if not groups:
+    """Per op: spills, matrix instructions, and by architecture the most registers and shared memory of a kernel."""
+    rows = read(path)
+    if not rows:
         return [f"Not compiled: there is no `{path.name}`."]
-    heads = ("op", "sm", "kernels", "registers, most", "shared KiB, most", "spilled bytes", "matrix instructions")
-    lines = _head(heads)
-    for (op, arch), rows in sorted(groups.items(), key=lambda item: (item[0][0], int(item[0][1]))):
-        matrix = sorted({row["matrix"] for row in rows} - {""})
-        most = {name: max(int(row[name]) for row in rows) for name in ("registers", "shared_bytes")}
-        spilled = sum(int(row["spilled_bytes"]) for row in rows)
-        cells = (op, arch, len(rows), most["registers"], f"{most['shared_bytes'] / 1024:.1f}", spilled)
-        lines.append("| " + " | ".join(map(str, (*cells, ", ".join(matrix) or "-"))) + " |")
+    archs = sorted({row["arch"] for row in rows}, key=int)
+    heads = (
+        "op",
+        "compiled",
+        *(f"sm_{arch}: registers, KiB" for arch in archs),
+        "spilled bytes",
+        "matrix instructions",
+    )
+    lines = [f"Triton {', '.join(sorted({row['triton'] for row in rows}))}.", "", *_head(heads)]
+    for op in sorted({row["op"] for row in rows}):
+        mine = [row for row in rows if row["op"] == op]
+        matrix = Counter(f"{row['matrix']} on sm_{row['arch']}" for row in mine if row["matrix"])
+        cells = [op, str(len(mine)), *(_most(mine, arch) for arch in archs)]
+        cells += [str(sum(int(row["spilled_bytes"]) for row in mine))]
+        cells += [", ".join(f"{count} {name}" for name, count in matrix.items()) or "-"]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _most(rows: list[dict], arch: str) -> str:
+    mine = [row for row in rows if row["arch"] == arch]
+    shared = max(int(row["shared_bytes"]) for row in mine) / 1024
+    return f"{max(int(row['registers']) for row in mine)}, {shared:.1f}"
 
 
 def steps(path: Path) -> list[str]:
