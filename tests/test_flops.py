@@ -6,6 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.baselines.plain import Encoder, PlainStep, Predictor, plain_batch
+from bench.baselines.plain_ibot import PlainIBOTStep
+from bench.baselines.plain_mae import PlainMAEStep
 from ijepa_fast import flops
 from ijepa_fast.flops import Head, Transformer
 from ijepa_fast.masks import make_sampler
@@ -83,4 +85,29 @@ def test_ijepa_agrees_with_the_flop_counter(batch, contexts):
         images=batch,
         embed_all=True,
     )
+    assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)
+
+
+def test_mae_agrees_with_the_flop_counter():
+    images, patches, visible = 3, 64, 16
+    sizes = {"image_size": 64, "patch": 8, "dim": 64, "depth": 3, "heads": 2}
+    model = PlainMAEStep(sizes | {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2}).model
+    order = torch.rand(images, patches).argsort(1)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(images, 3, 64, 64), order, visible).backward()
+    stacks = Transformer(64, 3), Transformer(32, 2)
+    work = flops.mae(*stacks, patch=8, patches=patches, visible=visible, images=images)
+    assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)
+
+
+def test_ibot_agrees_with_the_flop_counter():
+    images, small = 2, 3
+    backbone = {"image_size": 64, "patch": 8, "dim": 64, "depth": 3, "heads": 2}
+    step = PlainIBOTStep(backbone, {"hidden": 96, "bottleneck": 32, "prototypes": 128})
+    large = [torch.randn(images, 3, 64, 64) for _ in range(2)]
+    masks = [torch.rand(images, 64) < 0.3 for _ in range(2)]
+    with FlopCounterMode(display=False) as counter:
+        step.loss(large, [torch.randn(images, 3, 24, 24) for _ in range(small)], masks, 0.07).backward()
+    sizes = {"patch": 8, "global_patches": 64, "local_patches": 9, "locals_": small, "images": images}
+    work = flops.ibot(Transformer(64, 3), Head(96, 32, 128), **sizes)
     assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)
