@@ -4,19 +4,21 @@ import torch
 import torch.nn.functional as F
 
 KS = (10, 20, 100, 200)
+_ELEMENTS = 1 << 26  # of similarities or votes held at once
 
 
-def knn_scores(train_features, train_values, test_features, ks=KS, temperature=0.07, chunk=1024):
+def knn_scores(train_features, train_values, test_features, ks=KS, temperature=0.07):
     """Weighted votes of the k nearest training images, for several k at once.
 
     train_features (n, D), test_features (m, D): compared by cosine. train_values (n, V) fp32: one-hot classes, or
-    numbers to average. Returns {k: (m, V) fp32}, weighted means of the neighbours' values. The m x n similarities are
-    made `chunk` rows at a time.
+    numbers to average. Returns {k: (m, V) fp32}, weighted means of the neighbours' values. Similarities and votes are
+    made for some test images at a time.
     """
     _check(train_features, train_values, test_features, ks)
     train = F.normalize(train_features.float(), dim=1)
     most = max(ks)
     scores = {k: [] for k in ks}
+    chunk = max(1, _ELEMENTS // max(len(train), most * train_values.shape[1]))
     for rows in F.normalize(test_features.float(), dim=1).split(chunk):
         similarity, neighbour = (rows @ train.T).topk(most, dim=1)
         # The largest weight is 1: exp(1 / .07) itself would lose the small ones.
@@ -25,19 +27,6 @@ def knn_scores(train_features, train_values, test_features, ks=KS, temperature=0
         for k in ks:
             scores[k].append(votes[:, :k].sum(1) / weight[:, :k].sum(1, keepdim=True))
     return {k: torch.cat(parts) for k, parts in scores.items()}
-
-
-def knn_classify(train_features, train_labels, test_features, ks=KS, temperature=0.07, chunk=1024):
-    """Predicted classes {k: int64 (m,)}; train_labels int64 (n,). See knn_scores."""
-    one_hot = F.one_hot(train_labels.long()).float()
-    scores = knn_scores(train_features, one_hot, test_features, ks, temperature, chunk)
-    return {k: s.argmax(1) for k, s in scores.items()}
-
-
-def knn_regress(train_features, train_targets, test_features, ks=KS, temperature=0.07, chunk=1024):
-    """Predicted numbers {k: fp32 (m,)}; train_targets (n,). See knn_scores."""
-    scores = knn_scores(train_features, train_targets.float()[:, None], test_features, ks, temperature, chunk)
-    return {k: s[:, 0] for k, s in scores.items()}
 
 
 def nearest(features, queries, k=6):

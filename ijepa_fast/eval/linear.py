@@ -26,7 +26,13 @@ class LinearHead:
     bias: torch.Tensor  # (C,)
     head: str
     decay: float
+    held_out: float  # score_heads on the held-out images, by which it was chosen
     rate: float | None = None
+
+    @property
+    def chosen(self):
+        """What the sweep chose, ready for JSON."""
+        return {"head": self.head, "decay": self.decay, "rate": self.rate, "held_out": self.held_out}
 
     def __call__(self, features):
         """features (n, D) -> scores (n, C)."""
@@ -119,8 +125,6 @@ def fit_linear(features, targets, task="classification", heads=("bn_linear",), d
     holdout: share of the images, drawn by `seed`, that chooses head and decay.
     Returns a LinearHead fitted on all images.
     """
-    if unknown := set(heads) - set(HEADS):
-        raise ValueError(f"heads: expected of {HEADS}, got {sorted(unknown)}")
     if len(features) != len(targets):
         raise ValueError(f"targets: expected one for each of {len(features)} images, got {len(targets)}")
     targets = targets.float() if task == "regression" else targets.long()
@@ -133,7 +137,7 @@ def fit_linear(features, targets, task="classification", heads=("bn_linear",), d
             score = score_heads(x[held] @ weight + bias, targets[held], task)
             if best is None or score > best[0]:
                 best = (score, head, decay, (weight, bias))
-    _, head, decay, start = best
+    held_out, head, decay, start = best
     standardise = Standardiser(features, per_feature=head == "bn_linear")
     weight, bias = _refit(standardise(features), targets, task, classes, decay, start)
-    return LinearHead(standardise, weight, bias, head, decay)
+    return LinearHead(standardise, weight, bias, head, decay, held_out)

@@ -1,14 +1,46 @@
 """Several probes of the same frozen features at once: a linear head and k-NN for each task."""
 
 import torch
+import torch.nn.functional as F
 
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.knn import KS, knn_scores
-from ijepa_fast.eval.linear import fit_linear
+from ijepa_fast.eval.labels import TASKS
+from ijepa_fast.eval.linear import HEADS, fit_linear
 from ijepa_fast.eval.sweep import FAST, PAPER, fit_sweep
 
 PROTOCOLS = ("fast", "exact", "paper")
-TASKS = ("classification", "counting", "regression")
+
+
+class Outputs:
+    """How the labels of a task are what a head is trained on, and its scores are labels again.
+
+    labels (n,): of the training images. targets: int64 (n,) from 0 to `count` - 1, or fp32 (n,) of a regression, whose
+    `count` is 1.
+    """
+
+    def __init__(self, task, labels):
+        self.task, self.labels = task, labels
+        if task == "regression":
+            self.classes, self.count, self.targets = None, 1, labels.float()
+        else:
+            self.classes, self.targets = labels.unique(return_inverse=True)
+            self.count = len(self.classes)
+
+    @property
+    def votes(self):
+        """What neighbours vote with, fp32 (n, count)."""
+        return self.targets[:, None] if self.classes is None else F.one_hot(self.targets, self.count).float()
+
+    def decode(self, scores):
+        """scores (m, count) -> labels (m,)."""
+        return scores[:, 0] if self.classes is None else self.classes[scores.argmax(1)]
+
+    def chance(self, count):
+        """What is always answered without looking, the commonest class or the mean: (count,)."""
+        if self.classes is None:
+            return self.targets.mean().expand(count)
+        return self.classes[self.targets.bincount().argmax()].expand(count)
 
 
 def measure(predictions, targets, task):
@@ -37,14 +69,6 @@ def check_labels(name, task, train_features, train_labels, test_features, test_l
                 f"{split}_labels[{name!r}]: expected one label for each of the {len(features)} images, "
                 f"shape ({len(features)},), got {tuple(labels.shape)}"
             )
-    if (
-        task != "regression"
-        and train_labels.is_floating_point()
-        and not torch.equal(train_labels, train_labels.round())
-    ):
-        raise ValueError(
-            f"train_labels[{name!r}]: expected whole numbers for {task}, got {train_labels[:3].tolist()}..."
-        )
     if task == "regression":
         return
     if train_labels.is_floating_point() and not torch.equal(train_labels, train_labels.round()):
@@ -57,6 +81,8 @@ def fit_head(features, targets, task="classification", protocol="fast", heads=("
     """The best linear head by a protocol of probe_suite: features (n, D), targets (n,) -> linear.LinearHead."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {PROTOCOLS}, got {protocol!r}")
+    if unknown := set(heads) - set(HEADS):
+        raise ValueError(f"heads: expected of {HEADS}, got {sorted(unknown)}")
     if protocol == "exact" or (protocol == "fast" and task == "regression"):
         return fit_linear(features, targets, task, heads, seed=seed)
     return fit_sweep(features, targets, task, heads, PAPER if protocol == "paper" else FAST, seed=seed)
@@ -83,37 +109,31 @@ def probe_suite(
     ks: neighbours of k-NN; those above n are left out. heads: see fit_linear.
     seed: of the held-out split and the heads.
     Returns, ready for JSON, {name: {"task", "chance": figures of always predicting the commonest class (the mean),
-    "linear": figures with the "head", "decay" and "rate" chosen, "knn": {"<k>": figures}}}; figures: see measure.
+    "linear": figures with what was chosen (see LinearHead.chosen), "knn": {"<k>": figures}}}; figures: see measure.
     """
     for name, task in tasks.items():
         for split, labels in (("train", train_labels), ("test", test_labels)):
             if name not in labels:
                 raise ValueError(f"{split}_labels: expected labels for {name!r}, got only {sorted(labels)}")
         check_labels(name, task, train_features, train_labels[name], test_features, test_labels[name])
-    standardise = Standardiser(train_features)
-    train, test = standardise(train_features), standardise(test_features)
-    ks = [k for k in ks if k <= len(train)]
     results = {}
     for name, task in tasks.items():
-        y, y_test = train_labels[name], test_labels[name]
-        if task == "regression":
-            votes, decode, chance = y.float()[:, None], lambda s: s[:, 0], y.float().mean()
-        else:
-            classes, y = y.unique(return_inverse=True)
-            votes = torch.nn.functional.one_hot(y, len(classes)).float()
-            decode = lambda s, classes=classes: classes[s.argmax(1)]  # noqa: E731
-            chance = classes[y.bincount().argmax()]
-        head = fit_head(train_features, y, task, protocol, heads, seed)
-        scores = knn_scores(train, votes, test, ks) if ks else {}
+        outputs, y_test = Outputs(task, train_labels[name]), test_labels[name]
+        head = fit_head(train_features, outputs.targets, task, protocol, heads, seed)
         results[name] = {
             "task": task,
-            "chance": measure(chance.expand(len(y_test)), y_test, task),
-            "linear": {
-                **measure(decode(head(test_features)), y_test, task),
-                "head": head.head,
-                "decay": head.decay,
-                "rate": head.rate,
-            },
-            "knn": {str(k): measure(decode(s), y_test, task) for k, s in scores.items()},
+            "chance": measure(outputs.chance(len(y_test)), y_test, task),
+            "linear": measure(outputs.decode(head(test_features)), y_test, task) | head.chosen,
+            "knn": probe_knn(train_features, outputs, test_features, y_test, ks),
         }
     return results
+
+
+def probe_knn(train_features, outputs, test_features, test_labels, ks=KS):
+    """{"<k>": figures} of k-NN on features standardised by the training set, for each k up to n; see probe_suite."""
+    standardise = Standardiser(train_features)
+    ks = [k for k in ks if k <= len(train_features)]
+    if not ks:
+        return {}
+    scores = knn_scores(standardise(train_features), outputs.votes, standardise(test_features), ks)
+    return {str(k): measure(outputs.decode(s), test_labels, outputs.task) for k, s in scores.items()}

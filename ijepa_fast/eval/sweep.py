@@ -142,8 +142,8 @@ def fit_sweep(
             score = score_heads(x[held] @ weight + bias, y[held], task)
             if best is None or score > best[0]:
                 best = (score, head, rate, decay)
-    _, head, rate, decay = best
+    held_out, head, rate, decay = best
     standardise = Standardiser(features, per_feature=head == "bn_linear")
     chosen = replace(protocol, rates=(rate,), decays=(decay,))
     _, weights, biases = train_sweep(standardise(features), y, outputs, chosen, task, seed)
-    return LinearHead(standardise, weights[0] * spread, biases[0] * spread + mean, head, decay, rate)
+    return LinearHead(standardise, weights[0] * spread, biases[0] * spread + mean, head, decay, held_out, rate)

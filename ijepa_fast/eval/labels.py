@@ -1,0 +1,168 @@
+"""Labelled images of an evaluation: the labels that each layout has, and the task that each of them is.
+
+folders      DATA/<class>/...jpg: one column "class" (ImageNet, CIFAR-100, Places205); also tar shards, and text
+             lists with a label a line (iNat18: the category of each path)
+a table      DATA/labels.csv: a column a label (the embedded scenes: kind, count, distance, metres)
+Clevr        CLEVR/images/<split>: count and distance from CLEVR/scenes/CLEVR_<split>_scenes.json
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.sources import Source, open_source
+from ijepa_fast.eval.features import pooled_features
+
+TASKS = ("classification", "counting", "regression")
+
+# Classes of Clevr's distance to the nearest object, as VTAB bins it: to 8, to 8.5, ... above 10.
+CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A collection and its labels.
+
+    labels: {column: (n,)}: int64 ids into `classes[column]`, int64 counts, or float64 numbers. tasks: {column: task}.
+    """
+
+    source: Source
+    labels: dict[str, torch.Tensor]
+    tasks: dict[str, str]
+    classes: dict[str, list[str]] = field(default_factory=dict)
+
+    def rows(self, most: int | None = None, seed: int = 0) -> np.ndarray:
+        """Sample ids in order, int64: all, or `most` of them drawn by `seed` (samples lie in class order)."""
+        return np.sort(np.random.default_rng(seed).permutation(len(self.source))[:most])
+
+    def at(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The labels {column: (n,)} of the samples `rows`, int64 (n,)."""
+        return {name: values[rows] for name, values in self.labels.items()}
+
+
+class Samples:
+    """Some samples of a source as a source for data.dali's loaders; the label of each is its row in the source."""
+
+    groups = None
+
+    def __init__(self, source: Source, rows: np.ndarray):
+        self.source, self.labels = source, np.asarray(rows, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """What to call sample `index` in a message."""
+        return self.source.name(int(self.labels[index]))
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of sample `index`. Raises OSError."""
+        return self.source.read(int(self.labels[index]))
+
+
+def open_labelled(path, cache=None, tasks=None) -> Labelled:
+    """The images and labels at `path`, in a layout named above.
+
+    Numbers that are no integers are regressed, a column named count is counted, all else is classified; `tasks`,
+    {column: task}, says otherwise. `cache`: see open_source. Raises ValueError where there are no labels.
+    """
+    source = open_source(path, cache=cache)
+    columns, classes = dict(source.columns), dict(source.index.classes)
+    if scenes := _clevr_scenes(path):
+        columns, classes = _read_clevr(scenes, source)
+    if not columns:
+        raise ValueError(f"{path}: found no labels; expected a folder a class, a labels.csv, or Clevr's images/<split>")
+    tasks = _tasks(columns, tasks or {}, path)
+    labels = {}
+    for name, task in tasks.items():
+        values = torch.from_numpy(np.array(columns[name]))
+        if task != "classification" and name in classes:
+            values = _numbers(classes.pop(name), name, task, path)[values]
+        labels[name] = values.double() if task == "regression" else values
+    return Labelled(source, labels, tasks, classes)
+
+
+def _tasks(columns: dict, wanted: dict[str, str], path) -> dict[str, str]:
+    for name, task in wanted.items():
+        if name not in columns:
+            raise ValueError(f"--task {name}={task}: {path} has no label {name!r}; it has {', '.join(columns)}")
+        if task not in TASKS:
+            raise ValueError(f"--task {name}={task}: expected one of {', '.join(TASKS)}")
+    tasks = {}
+    for name, values in columns.items():
+        usual = "counting" if name == "count" else "classification"
+        tasks[name] = wanted.get(name, "regression" if values.dtype.kind == "f" else usual)
+        if tasks[name] != "regression" and values.dtype.kind == "f":
+            raise ValueError(f"--task {name}={tasks[name]}: {path} has numbers that are no integers under {name!r}")
+    return tasks
+
+
+def _numbers(classes: list[str], name: str, task: str, path) -> torch.Tensor:
+    try:
+        return torch.tensor([int(value) for value in classes])
+    except ValueError:
+        raise ValueError(f"{path}: label {name!r}: expected integers for {task}, got {classes[:3]}") from None
+
+
+def match(train: Labelled, test: Labelled) -> Labelled:
+    """`test` with the class ids of `train`. Raises ValueError where it lacks a label, or has a class not trained on."""
+    labels = {}
+    for name, task in train.tasks.items():
+        if test.tasks.get(name) != task:
+            raise ValueError(
+                f"labels {name!r}: {train.source.root} has them for {task}, {test.source.root} has only "
+                f"{', '.join(f'{n} ({t})' for n, t in test.tasks.items())}"
+            )
+        labels[name] = test.labels[name]
+        if task == "classification":
+            ours, theirs = train.classes[name], test.classes[name]
+            if strange := sorted(set(theirs) - set(ours)):
+                raise ValueError(
+                    f"labels {name!r}: {test.source.root} has {len(theirs)} classes, of which {len(strange)} (first "
+                    f"{strange[0]!r}) are not among the {len(ours)} of {train.source.root}"
+                )
+            place = {value: number for number, value in enumerate(ours)}
+            labels[name] = torch.tensor([place[value] for value in theirs])[labels[name]]
+    return replace(test, labels=labels, tasks=train.tasks, classes=train.classes)
+
+
+def read_features(encode, part: Labelled, rows: np.ndarray, device, batch_size: int = 256, **options):
+    """Average-pooled features (n, D), fp32, of the samples `rows` that can be decoded, and their rows, int64 (n,).
+
+    encode: see pooled_features. options: of eval_batches. Both are on the CPU.
+    """
+    batches = eval_batches(Samples(part.source, rows), device=device, batch_size=batch_size, **options)
+    total = -(-len(rows) // batch_size)
+    bar = tqdm(batches, f"encoding {part.source.root}", total, unit="batch", mininterval=1, disable=None, delay=2)
+    return pooled_features(encode, bar, device)
+
+
+def _clevr_scenes(path) -> Path | None:
+    folder = Path(path)
+    scenes = folder.parent.parent / "scenes" / f"CLEVR_{folder.name}_scenes.json"
+    return scenes if folder.parent.name == "images" and scenes.is_file() else None
+
+
+def _read_clevr(scenes: Path, source: Source) -> tuple[dict, dict]:
+    """Columns count, distance (classes) and depth (of the nearest object, in Clevr's units) of every image."""
+    try:
+        found = {scene["image_filename"]: scene["objects"] for scene in json.loads(scenes.read_text())["scenes"]}
+        count = {name: len(objects) for name, objects in found.items()}
+        depth = {name: min(item["pixel_coords"][2] for item in objects) for name, objects in found.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{scenes}: expected Clevr's scenes, each with image_filename and objects with pixel_coords; {error!r}"
+        ) from None
+    names = [Path(source.name(i)).name for i in range(len(source))]
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{scenes}: {len(missing)} of {len(names)} images have no scene, the first {missing[0]!r}")
+    depths = np.array([depth[name] for name in names])
+    counts, ids = np.unique([count[name] for name in names], return_inverse=True)
+    columns = {"count": ids, "distance": np.searchsorted(CLEVR_DISTANCES, depths), "depth": depths}
+    edges = [f"to {CLEVR_DISTANCES[0]}", *(f"from {edge}" for edge in CLEVR_DISTANCES)]
+    return columns, {"count": [str(value) for value in counts], "distance": edges}
