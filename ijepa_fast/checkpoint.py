@@ -78,7 +78,7 @@ def load(path: Path, engine: Engine, config: Config) -> int:
     changed = [
         f"{key}: {json.dumps(state['config'].get(key))} -> {json.dumps(value)}"
         for key, value in json.loads(json.dumps(flatten(config))).items()
-        if key.startswith(FIXED) and key not in FREE and state["config"].get(key) != value
+        if key.startswith(FIXED) and key not in FREE and state["config"].get(key, value) != value
     ]
     if changed:
         raise CheckpointError(
