@@ -218,6 +218,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="ijepa")
     parser.add_argument("--impl", default="fast,strong,plain", help=f"of {', '.join(IMPLS)}, with commas")
     parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="vit_small")
+    parser.add_argument("--config", metavar="FILE", help="the model, crop and patch of a run instead, see configs/")
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
@@ -232,6 +233,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", default=None, help="of fast, strong, none; default: both on a GPU, none on a CPU")
     parser.add_argument("--data", metavar="FOLDER", help="also measure with images decoded from this folder")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    parser.add_argument(
+        "--breakdown", action="store_true", help="the time of each stage of `fast` beside the roofline's prediction"
+    )
     parser.add_argument("--max-batch", action="store_true", help="only find the largest batch of `fast` on the GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="of each contender in a round")
@@ -250,6 +254,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--impl published: expected --external PATH, a checkout of the published code")
     if args.method != "ijepa" and (args.external or args.engine is not None):
         parser.error("--external and --engine are for --method ijepa")
+    if args.breakdown and (args.method != "ijepa" or "fast" not in args.impl):
+        parser.error("--breakdown: expected --method ijepa with fast among --impl")
+    if args.config and (args.method != "ijepa" or args.external):
+        parser.error("--config is for --method ijepa, without --external: it names no published model")
     if args.max_batch and not args.device.startswith("cuda"):
         parser.error("--max-batch: expected --device cuda, there is no limit to find on a CPU")
     cuda = args.device.startswith("cuda")
@@ -258,20 +266,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def model_of(path: str) -> dict:
+    """The keyword arguments of a Case that say which model the run's configuration at `path` trains."""
+    from ijepa_fast.config import load_config
+
+    config = load_config(path)
+    model = config.model
+    return {
+        "arch": model.arch or config.name,
+        "widths": (model.dim, model.depth, model.heads, model.mlp_ratio, model.predictor_dim),
+        "crop": config.data.crop,
+        "patch": model.patch,
+        "predictor_depth": model.predictor_depth,
+    }
+
+
 def run(argv: list[str] | None = None) -> dict:
     """Measure as the command line says; -> what is written as JSON."""
     args = parse(argv)
+    model = {"arch": args.model, "crop": args.crop, "patch": args.patch, "predictor_depth": args.predictor_depth}
     case = Case(
         method=args.method,
-        arch=args.model,
-        crop=args.crop,
-        patch=args.patch,
         batch=args.batch,
         device=args.device,
         precision=args.precision,
-        predictor_depth=args.predictor_depth,
         seed=args.seed,
         compile=tuple(args.compile.split(",")),
+        **(model_of(args.config) if args.config else model),
     )
     about = {"case": asdict(case), "device": device_name(args.device), "torch": torch.__version__}
     if args.max_batch:
@@ -287,7 +308,12 @@ def run(argv: list[str] | None = None) -> dict:
         batches = stream(case, args.data, args.threads)
         rows += rows_of(contenders, case, measure(contenders, case, **schedule, with_data=batches), data=True)
         batches.close()
-    return about | schedule | {"ceiling_tflops": measured["ceiling"] / 1e12, "rows": rows}
+    result = about | schedule | {"ceiling_tflops": measured["ceiling"] / 1e12, "rows": rows}
+    if args.breakdown:
+        from bench.breakdown import breakdown
+
+        result["stages"] = breakdown(contenders[0], case, measured["ceiling"], args.rounds * args.steps)
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,6 +330,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(f"{result['case']}\nGEMM of the model's MLP: {result['ceiling_tflops']:.3f} TFLOP/s")
         print(table(result["rows"]))
+    if "stages" in result:
+        from bench.breakdown import table as stage_table
+
+        print(stage_table(result["stages"]))
     path = parse(argv).json
     if path:
         Path(path).write_text(json.dumps(result, indent=1))

@@ -80,3 +80,50 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 def test_a_checkout_that_is_none_is_refused(tmp_path, capsys):
     assert throughput.main([*TINY, *QUICK, "--external", str(tmp_path)]) == 1
     assert "src/helper.py" in capsys.readouterr().err
+
+
+def test_the_stages_of_a_step_are_the_step():
+    """A step taken stage by stage trains as the plain call does, and its stages account for its time."""
+    from bench.breakdown import STAGES, breakdown, timed_step
+
+    case = Case(arch="vit_tiny", crop=64, patch=8, batch=2, predictor_depth=1, batches=1)
+    (whole,) = make_contenders(case, ["fast"], ["truncate"])
+    (staged,) = make_contenders(case, ["fast"], ["truncate"])
+    whole.run(0)
+    assert len(timed_step(staged.step, staged.batches[0])) == len(STAGES)
+    for a, b in zip(whole.network.parameters(), staged.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    stages = breakdown(staged, case, rate=1e9, steps=2)
+    assert [s["stage"] for s in stages] == list(STAGES)
+    assert all(s["measured_seconds"] > 0 for s in stages)
+    # At a given rate the products' predictions are the work that the tables count for this implementation.
+    products = sum(s["roofline_seconds"] for s in stages[1:5])
+    assert products == pytest.approx(staged.executed * case.batch, rel=1e-9)
+
+
+def test_a_runs_configuration_names_the_model(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        "name: tiny\ndata: {source: synthetic, crop: 64}\n"
+        "model: {dim: 32, depth: 1, heads: 2, patch: 8, predictor_dim: 16, predictor_depth: 1}\n"
+    )
+    result = throughput.run(
+        ["--config", str(path), "--batch", "2", "--device", "cpu", *QUICK[:6], "--engine", "1", "--breakdown"]
+    )
+    assert result["case"]["widths"] == (32, 1, 2, 4.0, 16)
+    assert {row["impl"] for row in result["rows"]} == {"fast", "fast, ZeRO 1", "strong", "plain"}
+    assert len(result["stages"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model", [["--model", "vit_small", "--batch", "16"], ["--config", "configs/quickstart.yaml", "--batch", "64"]]
+)
+def test_faster_than_the_plain_step_on_a_cpu(model):
+    """Interleaved, equal tokens, equal losses. Well under what a machine at rest shows: other tests may run beside."""
+    path = throughput.__file__.rsplit("/bench/", 1)[0]
+    model = [m.replace("configs/", f"{path}/configs/") for m in model]
+    options = ["--impl", "fast,plain", "--device", "cpu", "--rounds", "3", "--steps", "1", "--warmup", "1"]
+    result = throughput.run([*model, *options])
+    fast = next(row for row in result["rows"] if row["impl"] == "fast")
+    assert fast["speedup_over_plain"] > 1.1

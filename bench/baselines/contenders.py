@@ -46,6 +46,7 @@ class Case:
 
     method: str = "ijepa"
     arch: str = "vit_small"
+    widths: tuple | None = None  # (dim, depth, heads, MLP ratio, predictor's dim) of a model that has no name
     crop: int = 224
     patch: int = 16
     batch: int = 16
@@ -75,14 +76,15 @@ class Case:
     @property
     def sizes(self) -> dict:
         """Keyword arguments of an encoder."""
-        dim, depth, heads, ratio = ARCHITECTURES[self.arch]
+        dim, depth, heads, ratio = self.widths[:4] if self.widths else ARCHITECTURES[self.arch]
         sizes = {"image_size": self.crop, "patch": self.patch, "dim": dim, "depth": depth, "heads": heads}
         return sizes | {"mlp_ratio": ratio}
 
     @property
     def predictor_sizes(self) -> dict:
         """Keyword arguments of a predictor."""
-        sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": 384, "heads": self.sizes["heads"]}
+        dim = self.widths[4] if self.widths else 384
+        sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": dim, "heads": self.sizes["heads"]}
         depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
         return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
 
@@ -188,6 +190,11 @@ class BareStep:
         """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
         loss = self.loss(batch)
         loss.backward()
+        self.update(lr, weight_decay, momentum)
+        return loss.detach()
+
+    def update(self, lr, weight_decay=0.04, momentum=0.996) -> None:
+        """Weights, averages and low-precision copies from the gradients, which are dropped."""
         self.steps += 1
         for params, decay, states in self.groups:
             adamw_ema_multi_(
@@ -203,7 +210,6 @@ class BareStep:
             )
             for p in params:
                 p.grad = None
-        return loss.detach()
 
     def loss(self, batch) -> torch.Tensor:
         """The loss of `batch`."""
@@ -220,7 +226,9 @@ class EngineStep:
         from ijepa_fast.engine import Engine, start
 
         sizes, predictor = case.sizes, case.predictor_sizes
-        model = Model(arch=case.arch, patch=case.patch, predictor_depth=predictor["depth"])
+        names = ("dim", "depth", "heads", "mlp_ratio", "patch")
+        narrow = {"predictor_dim": predictor["dim"], "predictor_depth": predictor["depth"]}
+        model = Model(**{name: sizes[name] for name in names}, **narrow)
         settings = EngineConfig(device=torch.device(case.device).type, precision=case.precision, zero=zero)
         data = Data(source="synthetic", crop=sizes["image_size"])
         config = Config(name="throughput", batch_size=case.batch, data=data, model=model, engine=settings)
@@ -286,12 +294,16 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
         external: checkout of the published code, for `published`.
         engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
     """
-    make = {"ijepa": _ijepa, "mae": _mae, "ibot": _ibot}[case.method]
-    contenders = make(case, impls, contexts, external, engine)
+    contenders = METHODS[case.method][0](case, impls, contexts, external, engine)
     drawn = [(case.images(i), case.masks(i)) for i in range(case.batches)]
     for contender in contenders:
         contender.batches = [_pin(contender.prepare(*pair), case.device) for pair in drawn]
     return contenders
+
+
+def work_of(case: Case, context: str = "full") -> tuple[float, float, float]:
+    """Tokens, work as published and as executed here, of an image; work in GFLOP. Only I-JEPA has a context to cut."""
+    return METHODS[case.method][1](case, context)
 
 
 def _move(value, device: torch.device):
@@ -315,7 +327,7 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     weights = [{k: v.clone() for k, v in n.state_dict().items()} for n in _networks(_ijepa_objective(case))]
     contenders = []
     for context in contexts:
-        facts = _ijepa_work(case, context)
+        facts = work_of(case, context)
         prepare = partial(_packed_batch, context=context, case=case)
         if "fast" in impls:
             step = BareStep(_ijepa_objective(case, weights), case, compile="fast" in case.compile)
@@ -325,7 +337,7 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
             contenders.append(Contender(f"fast, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
     if "truncate" not in contexts:
         return contenders
-    count, work, _ = _ijepa_work(case, "truncate")
+    count, work, _ = work_of(case, "truncate")
     for impl in ("strong", "published", "plain"):
         if impl not in impls:
             continue
@@ -383,11 +395,10 @@ def _ijepa_objective(case: Case, weights=None) -> IJEPA:
 
 
 def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
-    """Tokens, published work and work as executed here, of an image, the latter two in GFLOP."""
     batches = [_pack(case.masks(i), context, case) for i in range(case.batches)]
-    dim, depth, _, ratio = ARCHITECTURES[case.arch]
-    encoder = Transformer(dim, depth, ratio)
-    predictor = Transformer(384, case.predictor_sizes["depth"], ratio)
+    encoder, predictor = (
+        Transformer(sizes["dim"], sizes["depth"], sizes["mlp_ratio"]) for sizes in (case.sizes, case.predictor_sizes)
+    )
     sums = [0, 0, 0]
     for packed in batches:
         sizes = {
@@ -412,12 +423,7 @@ def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
     decoder = mae.Decoder(encoder.grid, case.patch, encoder.dim, depth=depth)
     objective = mae.MAE(encoder, decoder, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     weights = {k: v.clone() for k, v in (encoder.state_dict() | decoder.state_dict()).items()}
-    visible = case.patches - round(case.patches * mae.MASKED_SHARE)
-    sizes = {"patch": case.patch, "patches": case.patches, "visible": visible}
-    stacks = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Transformer(512, depth)
-    work = flops.mae(*stacks, **sizes).total / 1e9
-    own = flops.mae(*stacks, **sizes, embed_all=False, used_rows_only=True).total / 1e9
-    count = 2 + visible + case.patches
+    count, work, own = work_of(case)
     contenders = []
     if "fast" in impls:
         step = BareStep(objective, case, betas=(0.9, 0.95), average=False, compile="fast" in case.compile)
@@ -429,6 +435,15 @@ def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
             Contender("plain", "full", _plain_mae_batch, step, step.loss_of, step.model, count, work, work)
         )
     return contenders
+
+
+def _mae_work(case: Case, context: str) -> tuple[float, float, float]:
+    visible = case.patches - round(case.patches * mae.MASKED_SHARE)
+    sizes = {"patch": case.patch, "patches": case.patches, "visible": visible}
+    encoder = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"])
+    stacks = encoder, Transformer(512, case.predictor_depth or 8)
+    executed = flops.mae(*stacks, **sizes, embed_all=False, used_rows_only=True).total
+    return 2 + visible + case.patches, flops.mae(*stacks, **sizes).total / 1e9, executed / 1e9
 
 
 def _mae_batch(images, masks):
@@ -449,14 +464,7 @@ def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
     )
     objective = ibot.IBOT(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     weights = {k: v.clone() for k, v in network.state_dict().items()}
-    drawn = [case.masks(i) for i in range(case.batches)]
-    sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_side ** 2}
-    sizes |= {"images": case.batch, "locals_": drawn[0].small}
-    encoder, head = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Head(**case.head)
-    work = flops.ibot(encoder, head, **sizes).total / case.batch / 1e9
-    masked = sum(int(batch.mask.sum()) for batch in drawn) // len(drawn)
-    own = flops.ibot(encoder, head, **sizes, masked=masked).total / case.batch / 1e9
-    count = drawn[0].tokens / case.batch
+    count, work, own = work_of(case)
     contenders = []
     if "fast" in impls:
         step = BareStep(objective, case, compile="fast" in case.compile)
@@ -471,6 +479,17 @@ def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
     return contenders
 
 
+def _ibot_work(case: Case, context: str) -> tuple[float, float, float]:
+    drawn = [case.masks(i) for i in range(case.batches)]
+    sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_side ** 2}
+    sizes |= {"images": case.batch, "locals_": drawn[0].small}
+    encoder, head = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Head(**case.head)
+    masked = sum(int(batch.mask.sum()) for batch in drawn) // len(drawn)
+    published, executed = flops.ibot(encoder, head, **sizes), flops.ibot(encoder, head, **sizes, masked=masked)
+    scale = case.batch * 1e9
+    return drawn[0].tokens / case.batch, published.total / scale, executed.total / scale
+
+
 def _crop_batch(views, crops):
     return views, crops
 
@@ -479,3 +498,6 @@ def _plain_crop_batch(views, crops):
     views = [normalise(view, IMAGENET_MEAN, IMAGENET_STD) for view in views]
     masks = crops.mask.view(LARGE, crops.images, -1)
     return views[:LARGE], views[LARGE:], list(masks), crops.temperature
+
+
+METHODS = {"ijepa": (_ijepa, _ijepa_work), "mae": (_mae, _mae_work), "ibot": (_ibot, _ibot_work)}
