@@ -65,6 +65,7 @@ class BuildExtension(build_ext):
 setup(
     packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), *(f"ijepa_fast.kernels.{op}" for op in OPS)],
     package_dir={f"ijepa_fast.kernels.{op}": "kernels/" + op.replace(".", "/") for op in OPS},
+    package_data={"ijepa_fast.report": ["page.css", "page.js"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

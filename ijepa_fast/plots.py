@@ -83,11 +83,11 @@ def _border(mask, width):
     return mask & ~shrunk[width:-width, width:-width]
 
 
-def mask_tiles(image, context, targets, patch, least=160):
-    """One image beside what the context encoder sees of it and the blocks to predict.
+def mask_views(image, context, targets, patch, least=160):
+    """One image, what the context encoder sees of it, and the blocks to predict.
 
     image: uint8 (H, W, 3). context: patch indices (row-major over the grid). targets: M sequences of patch indices.
-    Returns uint8 (h, 3*w + 2*gap, 3): image, context patches on grey, target blocks each in a colour.
+    Returns three uint8 (h, w, 3), enlarged: image, context patches on grey, target blocks each in a colour.
     """
     height, width = image.shape[:2]
     if height % patch or width % patch:
@@ -101,8 +101,14 @@ def mask_tiles(image, context, targets, patch, least=160):
         mask = _patch_mask(target, grid, size)
         blocks[mask] = 0.6 * big[mask] + 0.4 * colour
         blocks[_border(mask, max(1, big.shape[0] // 80))] = colour
-    gap = np.full((big.shape[0], max(4, big.shape[0] // 24), 3), 255)
-    return np.concatenate([big, gap, seen, gap, blocks], axis=1).astype(np.uint8)
+    return big, seen.astype(np.uint8), blocks.astype(np.uint8)
+
+
+def mask_tiles(image, context, targets, patch, least=160):
+    """The three of mask_views side by side: uint8 (h, 3*w + 2*gap, 3)."""
+    image, seen, blocks = mask_views(image, context, targets, patch, least)
+    gap = np.full((image.shape[0], max(4, image.shape[0] // 24), 3), 255, dtype=np.uint8)
+    return np.concatenate([image, gap, seen, gap, blocks], axis=1)
 
 
 def batch_masks(packed):

@@ -1,0 +1,213 @@
+"""One HTML page of a run: what it learned, how fast, and what its features look like. It opens without a network.
+
+python -m ijepa_fast report RUN [--images FOLDER] [--sample N] [--out FILE]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ijepa_fast.build import method_of
+from ijepa_fast.checkpoint import latest
+from ijepa_fast.config import load_config
+from ijepa_fast.data.sources import open_source
+from ijepa_fast.eval.rankme import rankme
+from ijepa_fast.interop.load import load
+from ijepa_fast.packing import PackedBatch
+from ijepa_fast.plots import read_log
+from ijepa_fast.probing import probe_folders, training_source
+from ijepa_fast.report import pictures
+from ijepa_fast.report.charts import line_chart, with_average
+from ijepa_fast.report.page import page, table, text
+
+TRAINING = ("step", "loss", "epoch", "lr", "weight_decay", "momentum", "data_wait")
+TRAINING += ("images_per_second", "tokens_per_second", "tokens_per_image")
+TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}
+MOST_MASKS = 128  # images of the batch whose masks are drawn: a policy that truncates depends on their number
+
+
+def report(run, images=None, count=400):
+    """The page of the run in folder `run`, as HTML.
+
+    images: a folder, instead of the run's own held-out (or else training) images. count: how many of them to encode.
+    What cannot be shown (no checkpoint yet, images that are gone) is said on the page. ValueError for a folder that is
+    no run.
+    """
+    run = Path(run)
+    for name in ("config.yaml", "log.jsonl"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run}: expected the folder of a run, with config.yaml and log.jsonl; {name} is missing")
+    config, records = load_config(run / "config.yaml"), read_log(run / "log.jsonl")
+    training = [record for record in records if "loss" in record]
+    if not training:
+        raise ValueError(f"{run}/log.jsonl: expected at least one record with a loss; wait for the first")
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    sections = [("Training", _training(training)), ("Speed", _speed(training))]
+    sections.append(("Probes", _probes(records, summary.get("probe"))))
+    checkpoint = latest(run)
+    if checkpoint is None:
+        sections.append(("Features", text("The run has no checkpoint yet, so there are no features to show.", "note")))
+    else:
+        try:
+            sections += _features(config, checkpoint, images, count)
+        except ValueError as error:
+            sections.append(("Features", text(f"Not shown: {error}", "note")))
+    footer = f"{run.name}, after step {records[-1]['step']}" + (
+        f", features of {checkpoint.name}" if checkpoint else ""
+    )
+    return page(config.name, _head(config, training), sections, (run / "config.yaml").read_text(), footer)
+
+
+def _head(config, training):
+    rate = np.median([record["images_per_second"] for record in training])
+    tokens = np.mean([record["tokens_per_image"] for record in training])
+    model = config.model
+    return {
+        "steps": f"{training[-1]['step']:,} <small>of {config.batch_size:,} images</small>",
+        "loss": f"{training[0]['loss']:.4f} → {training[-1]['loss']:.4f}",
+        "images a second": f"{rate:,.0f} <small>at {tokens:.0f} tokens</small>",
+        "waiting for data": f"{100 * np.mean([record['data_wait'] for record in training]):.2g}%",
+        "encoder": f"{model.depth} blocks <small>of width {model.dim}, patch {model.patch}</small>",
+    }
+
+
+def _column(records, key):
+    found = [(record["step"], record[key]) for record in records if key in record]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _training(training):
+    loss = with_average(*_column(training, "loss"), "loss")
+    figure = line_chart("Loss", loss, wide=True)
+    if len(loss) > 1:
+        figure = figure.replace('class="chart', 'class="averaged chart', 1)
+    titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "momentum": "Momentum of the target encoder"}
+    charts = [line_chart(title, {"": _column(training, key)}) for key, title in titles.items()]
+    charts.append(line_chart("Tokens an image", {"": _column(training, "tokens_per_image")}))
+    return f'<div class="charts">{figure}{"".join(charts)}</div>'
+
+
+def _speed(training):
+    rate = line_chart("Images a second", {"": _column(training, "images_per_second")}, floor=0)
+    wait = line_chart("Share of the time waiting for data", {"": _column(training, "data_wait")}, floor=0, percent=True)
+    return f'<div class="charts">{rate}{wait}</div>'
+
+
+def _probes(records, final):
+    charts = []
+    for figure, series in _online(records).items():
+        title = TITLES.get(figure, figure.replace("_", " ").capitalize())
+        charts.append(line_chart(title, series))
+    out = text("Frozen, average-pooled features of the target encoder, on images that were not trained on.")
+    if final:
+        out += _final(final)
+    if charts:
+        out += f'<div class="charts">{"".join(charts)}</div>'
+    if not final and not charts:
+        out += text("None was run: set probe.every, or probe.test to labelled images.", "note")
+    return out
+
+
+def _online(records):
+    """{figure: {probe: (steps, values)}} of every number in the log that is not the training's."""
+    found = {}
+    for record in records:
+        for path, value in _numbers({key: value for key, value in record.items() if key not in TRAINING}):
+            *probe, figure = [part for part in path if part != "probe"]
+            steps, values = found.setdefault(figure, {}).setdefault(" ".join(probe), ([], []))
+            steps.append(record["step"])
+            values.append(value)
+    return found
+
+
+def _numbers(values, path=()):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, (*path, key))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield (*path, key), value
+
+
+def _final(final):
+    rows, better = [], []
+    for name, after in final["after"].items():
+        before = final["before"][name]
+        key = "r2" if after["task"] == "regression" else "accuracy"
+        for head, was, now in (("linear", before["linear"], after["linear"]), *_knn(before, after)):
+            rows.append([f"{name}, {head}", TITLES[key], f"{after['chance'][key]:.3f}"])
+            rows[-1] += [f"{was[key]:.3f}", f"{now[key]:.3f}"]
+            if now[key] > was[key]:
+                better.append((len(rows) - 1, 4))
+    return table(["probe", "figure", "chance", "untrained", "trained"], rows, better)
+
+
+def _knn(before, after):
+    k = "20" if "20" in after["knn"] else next(iter(after["knn"]), None)
+    return [(f"{k} neighbours", before["knn"][k], after["knn"][k])] if k else []
+
+
+def _features(config, checkpoint, images, count):
+    """Sections of what the target encoder in `checkpoint` makes of sample images."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load(checkpoint, device=device)
+    source = _source(config, images)
+    sample = pictures.take_sample(source, encoder, count, device, config.seed)
+    size, dim = sample.pooled.shape
+    rank = rankme(sample.pooled)
+    values = pictures.spectrum(sample.pooled)
+    chart = line_chart(
+        "Singular values of the features, over the largest",
+        {"": (np.arange(1, len(values) + 1), values)},
+        log=True,
+        wide=True,
+        x_label="number",
+        note=f"RankMe {rank:.1f}",
+    )
+    told = f"RankMe is {rank:.1f} of at most {min(size, dim)}, from {size} images with {dim} features each; "
+    told += "a collapsed encoder has 1."
+    sections = [("Rank", text(told) + f'<div class="charts">{chart}</div>')]
+    packed = method_of(config).make_batches(config, 1)(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
+    if isinstance(packed, PackedBatch):
+        told = "The image, what the context encoder sees of it, and what is predicted: "
+        told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
+        sections.append(("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch)))
+    told = f"By cosine similarity of standardised, average-pooled features, among {size} images of "
+    told += f"{Path(source.root).name}; in green those of the same class."
+    sections.append(("Nearest neighbours", text(told) + pictures.neighbours_gallery(sample)))
+    told = "The first three principal components of the patch features, as red, green and blue."
+    sections.append(("Patch features", text(told) + pictures.pca_gallery(sample, encoder.encoder.grid)))
+    return sections
+
+
+def _source(config, images):
+    if images is not None:
+        return open_source(images)
+    folders = probe_folders(config)
+    source = open_source(folders[1]) if folders else training_source(config)
+    if source is None:
+        raise ValueError(f"data.source={config.data.source} has no images to show; name some with --images FOLDER")
+    return source
+
+
+def main(argv):
+    """The command line; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ijepa_fast report", description="Make one HTML page of a run.")
+    parser.add_argument("run", metavar="RUN", help="the run's folder")
+    parser.add_argument("--images", metavar="FOLDER", help="images to show (default: the probes', or the training's)")
+    parser.add_argument("--sample", type=int, default=400, metavar="N", help="how many to encode (default %(default)s)")
+    parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+    args = parser.parse_args(argv)
+    out = Path(args.out or Path(args.run) / "report.html")
+    try:
+        if args.sample < 2:
+            raise ValueError(f"--sample: expected at least 2, got {args.sample}")
+        out.write_text(report(args.run, args.images, args.sample), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(out)
+    return 0

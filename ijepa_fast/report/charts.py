@@ -1,0 +1,127 @@
+"""Line charts as inline SVG: crisp at any size, coloured by the page's style sheet, readable under a pointer."""
+
+import html
+import json
+import math
+
+import numpy as np
+
+from ijepa_fast.plots import smooth
+
+WIDTH, HEIGHT, WIDE = 520, 220, 1080  # of a chart's drawing, and of one over both columns
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 34  # margins
+COLOURS = 6  # colours in the style sheet: .s0 to .s5
+MOST = 600  # points of a line
+
+
+def line_chart(title, series, *, note="", wide=False, log=False, percent=False, x_label="step", floor=None):
+    """A figure with one line a series.
+
+    series: {name: (xs, ys)} of numbers; points that are not finite are left out. log: of the values' axis.
+    percent: values are shares of 1. floor: a value that the axis reaches down to. x_label: under the axis.
+    """
+    series = {name: thin(*_finite(xs, ys, log)) for name, (xs, ys) in series.items()}
+    series = {name: points for name, points in series.items() if len(points[0])}
+    if not series:
+        return ""
+    width = WIDE if wide else WIDTH
+    x_low, x_high = _span(np.concatenate([xs for xs, _ in series.values()]))
+    values = np.concatenate([ys for _, ys in series.values()])
+    y_low, y_high = _span(np.log10(values) if log else values, floor)
+
+    def place_x(x):
+        return LEFT + (np.asarray(x, float) - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
+
+    def place_y(y):
+        y = np.log10(y) if log else np.asarray(y, float)
+        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    marks = [_grid(place_x, place_y, (x_low, x_high), (y_low, y_high), width, log, percent)]
+    for number, (xs, ys) in enumerate(series.values()):
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(place_x(xs), place_y(ys)))
+        marks.append(f'<polyline class="s{number % COLOURS}" points="{points}"/>')
+        if len(xs) <= 24:
+            dots = zip(place_x(xs), place_y(ys))
+            marks += [f'<circle class="s{number % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>' for x, y in dots]
+    marks.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
+    data = {
+        "width": width,
+        "span": [LEFT, width - RIGHT, x_low, x_high],
+        "label": x_label,
+        "series": [
+            [name, [float(x) for x in xs], [_format(y, percent) for y in ys]] for name, (xs, ys) in series.items()
+        ],
+    }
+    names = "".join(f'<span class="s{i % COLOURS}">{html.escape(n)}</span>' for i, n in enumerate(series) if n)
+    size = f'viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
+    return (
+        f'<figure class="chart{" wide" if wide else ""}" data-chart="{html.escape(json.dumps(data))}">'
+        f'<figcaption><b>{html.escape(title)}</b><span class="legend">{names}</span>'
+        f"<output>{html.escape(note)}</output></figcaption><svg {size}>{''.join(marks)}"
+        f'<text x="{width - RIGHT}" y="{HEIGHT - 14}" class="end">{html.escape(x_label)}</text></svg></figure>'
+    )
+
+
+def with_average(xs, ys, name):
+    """{name: points, and their moving average} once there are enough points for one."""
+    return {name: (xs, ys), "moving average": (xs, smooth(ys))} if len(xs) > 20 else {name: (xs, ys)}
+
+
+def thin(xs, ys, most=MOST):
+    """At most `most` points: the means of neighbours where there are more."""
+    if len(xs) <= most:
+        return xs, ys
+    edges = np.linspace(0, len(xs), most + 1).astype(int)[:-1]
+    counts = np.diff(np.append(edges, len(xs)))
+    return np.add.reduceat(xs, edges) / counts, np.add.reduceat(ys, edges) / counts
+
+
+def _finite(xs, ys, log):
+    xs, ys = np.asarray(xs, float), np.asarray(ys, float)
+    good = np.isfinite(ys) & (ys > 0) if log else np.isfinite(ys)
+    return xs[good], ys[good]
+
+
+def _span(values, floor=None):
+    """Ends of an axis that holds `values`, a little wider for values, never empty."""
+    low, high = float(values.min()), float(values.max())
+    low = low if floor is None else min(low, floor)
+    if high - low < 1e-12 * max(abs(high), 1e-12):
+        margin = abs(high) * 0.05 or 1.0
+        return (low - margin if floor is None else low), high + margin
+    return low, high
+
+
+def ticks(low, high, count=4):
+    """About `count` round numbers in [low, high]."""
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next((m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= count + 1.5), 10)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _grid(place_x, place_y, x_span, y_span, width, log, percent):
+    marks = []
+    for tick in ticks(*y_span):
+        value = 10.0**tick if log else tick
+        y = float(place_y(value))
+        text = _format(value, percent)
+        marks.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{text}</text>')
+    for tick in ticks(*x_span, count=width // 110):
+        x = float(place_x(tick))
+        if x < width - RIGHT - 50:  # the axis's name stands there
+            marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" class="middle">{_format(tick)}</text>')
+    bottom = HEIGHT - BOTTOM
+    marks.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
+    return "".join(marks)
+
+
+def _format(value, percent=False):
+    """Three significant digits, short."""
+    if percent:
+        return f"{100 * value:.3g}%"
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

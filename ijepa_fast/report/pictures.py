@@ -1,0 +1,133 @@
+"""Pictures of what an encoder sees: masks, nearest neighbours, PCA of patch features, as PNG and JPEG data URIs.
+
+Shapes: n images, N patches, D features.
+"""
+
+import base64
+import html
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.eval.features import Standardiser, pool
+from ijepa_fast.eval.knn import nearest
+from ijepa_fast.eval.labels import Samples
+from ijepa_fast.plots import batch_masks, mask_views
+
+NEIGHBOURS = 6
+SHOWN = 8
+BASIS = 64  # images whose patches the principal components are of
+SIDE = 160  # pixels of a photograph on the page, at most
+
+
+@dataclass
+class Sample:
+    """Images of a run and what its encoder makes of them: images uint8 (n, H, W, 3), pooled fp32 (n, D), patch features
+    fp32 (BASIS, N, D) of the first; labels: n names, or n empty ones.
+    """
+
+    images: torch.Tensor
+    pooled: torch.Tensor
+    patches: torch.Tensor
+    labels: list[str]
+
+
+@torch.no_grad()
+def take_sample(source, encoder, count, device, seed=0):
+    """A Sample of `count` images of `source`, drawn by `seed`. encoder: interop.load.PretrainedEncoder on `device`."""
+    rows = np.random.default_rng(seed).permutation(len(source))[:count]
+    interpolation = encoder.arch.interpolation
+    options = {"crop": encoder.crop, "resize": encoder.crop, "batch_size": 32, "interpolation": interpolation}
+    images, pooled, patches, ids = [], [], [], []
+    for batch, found in eval_batches(Samples(source, rows), device=device, **options):
+        features = encoder(batch)
+        if sum(map(len, patches)) < BASIS:
+            patches.append(features.float().cpu())
+        images.append(batch.cpu())
+        pooled.append(pool(features).cpu())
+        ids += found.tolist()
+    names = [source.classes[source.labels[i]] for i in ids] if source.labels is not None else [""] * len(ids)
+    return Sample(torch.cat(images), torch.cat(pooled), torch.cat(patches), names)
+
+
+def masks_gallery(images, packed, patch):
+    """The first images beside what the context encoder sees of each and the blocks to predict."""
+    contexts, targets = batch_masks(packed)
+    rows = []
+    for i, image in enumerate(images[:SHOWN].numpy()):
+        views = mask_views(image, contexts[i], targets[:, i], patch)
+        rows.append(f'<div class="triple">{"".join(_image(view) for view in views)}</div>')
+    return f'<div class="gallery pairs">{"".join(rows)}</div>'
+
+
+def neighbours_gallery(sample):
+    """Rows of an image and its nearest neighbours by cosine similarity of pooled features, standardised as the probes do
+    it, with labels.
+    """
+    features = Standardiser(sample.pooled)(sample.pooled)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    count = min(SHOWN, len(features))
+    rows = []
+    for query, found in enumerate(nearest(features, torch.arange(count), NEIGHBOURS).tolist()):
+        label = sample.labels[query]
+        cells = [_labelled(sample.images[query], label, "query")]
+        for other in found:
+            kind = "same" if label and sample.labels[other] == label else ""
+            text = f"{sample.labels[other]} {unit[query] @ unit[other]:.2f}"
+            cells.append(_labelled(sample.images[other], text, kind))
+        rows.append(f'<div class="neighbours">{"".join(cells)}</div>')
+    return f'<div class="rows">{"".join(rows)}</div>'
+
+
+def pca_colours(patches, shown=SHOWN):
+    """Colours fp32 (shown, N, 3) in 0..1 of the patches of the first images: their first three principal components
+    among all patches (n, N, D), each stretched between its 2nd and 98th percentile.
+    """
+    flat = patches.flatten(0, 1)
+    centred = flat - flat.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T.double() @ centred.double())
+    parts = centred[: shown * patches.shape[1]] @ vectors[:, -3:].flip(1).float()
+    low, high = np.percentile(parts.numpy(), (2, 98), axis=0)
+    colours = ((parts.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return colours.reshape(-1, patches.shape[1], 3)
+
+
+def pca_gallery(sample, grid):
+    """The first images beside the colours of their patches; grid: (rows, columns) of patches."""
+    pairs = []
+    for image, colours in zip(sample.images, pca_colours(sample.patches)):
+        picture = (255 * colours.reshape(*grid, 3)).round().astype(np.uint8)
+        pairs.append(f'<div class="double">{_photo(image)}{_image(picture, "pixels")}</div>')
+    return f'<div class="gallery">{"".join(pairs)}</div>'
+
+
+def spectrum(features):
+    """Singular values of features (n, D) over the largest, largest first, fp64."""
+    values = torch.linalg.svdvals(features.double()).numpy()
+    return values / values[0]
+
+
+def _labelled(image, text, kind):
+    return f'<figure class="{kind}">{_photo(image)}<figcaption>{html.escape(text)}</figcaption></figure>'
+
+
+def _photo(image):
+    picture = Image.fromarray(np.asarray(image))
+    if picture.width > SIDE:
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return _tag(picture, "JPEG", "", quality=90)
+
+
+def _image(array, kind=""):
+    return _tag(Image.fromarray(array), "PNG", kind)
+
+
+def _tag(picture, form, kind, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="{kind}" alt="" src="data:image/{form.lower()};base64,{data}">'
