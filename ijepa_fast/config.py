@@ -123,7 +123,7 @@ class Probe:
     test: str | None = None  # None: the embedded data set's held-out part
     images: int = 50_000  # at most, of each
     resize: int | None = None  # shorter side before the central crop, pixels; None: data.crop
-    every: int = 0  # steps between online probes; 0: none
+    every: int = 100  # steps between online probes, each at the next log line; 0: none
 
 
 @dataclass

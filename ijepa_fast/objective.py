@@ -40,6 +40,7 @@ class IJEPA(nn.Module):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
         self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
+        self.watch: Callable | None = None  # called with every batch's target features (U, D) and PackedBatch
         self.apply(init_weights)
         nn.init.trunc_normal_(predictor.mask_token, std=0.02)
         self._target_encoder = (copy.deepcopy(encoder).requires_grad_(False).eval(),)
@@ -67,7 +68,10 @@ class IJEPA(nn.Module):
     def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """What is to be predicted, (U, D), in the order of `packed.union_index`, before the affine-free LayerNorm."""
         if self.target == "features":
-            return self.target_encoder.targets(patches, packed)
+            features = self.target_encoder.targets(patches, packed)
+            if self.watch is not None:
+                self.watch(features, packed)
+            return features
         width = 3 * self.encoder.patch**2
         return patches[packed.union_index, :width]
 

@@ -23,10 +23,12 @@ if __package__ in (None, ""):
 import torch
 
 from ijepa_fast import checkpoint, kernels
+from ijepa_fast import plan as planning
 from ijepa_fast.build import build_loader, build_objective, plan
 from ijepa_fast.config import Config, load_config, save_config
 from ijepa_fast.data.recover import TooManyBadFiles
 from ijepa_fast.engine import Engine, choose_device, start
+from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.interop.load import read
 from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog, check_loggers
 from ijepa_fast.probing import probe_folders, training_source
@@ -46,6 +48,7 @@ def train(config: Config) -> None:
     step = resume(config, engine, rank)
     loader = build_loader(config, source, device, rank, ranks, first=step * micro_steps)
     log, meter, logged = RunLog(config, rank, step, total), Meter(device), step
+    online = OnlineProbe(config, engine.objective, source, rank, step, log.say)
     try:
         while step < total:
             lr, weight_decay, momentum = schedule.at(step)
@@ -57,13 +60,14 @@ def train(config: Config) -> None:
                 loss = engine.backward(batch.images, packed)
                 engine.step(lr, weight_decay, momentum)
                 meter.add(loss, packed, wait)
+                online.add(batch.indices)
             step += 1
             log.advance()
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
                 record = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-                log.write(step, meter.read((logged + 1, step)) | record)
+                log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
                 logged = step
             if saving:
                 checkpoint.save(config.folder, engine, config, step)
@@ -99,11 +103,19 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
     parser = argparse.ArgumentParser(description="Train I-JEPA.", usage="%(prog)s --config FILE [key=value ...]")
     parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--plan", action="store_true", help="print memory, work and hours; start nothing")
+    parser.add_argument("--gpu", default="H200", help="of --plan: the GPU its hours are for")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8], help="of --plan: numbers of ranks")
+    parser.add_argument("--images", type=int, help="of --plan: images of an epoch; default ImageNet-1k's number")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
     try:
-        train(load_config(args.config, args.overrides))
+        config = load_config(args.config, args.overrides)
+        if args.plan:
+            print(planning.report(config, planning.make(config, args.images, args.gpu, tuple(args.ranks)), args.gpu))
+        else:
+            train(config)
         return 0
     except (ValueError, ImportError, NonFiniteLoss) as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":

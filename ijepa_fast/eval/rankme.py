@@ -1,6 +1,7 @@
 """Is the representation collapsing? RankMe (Garrido et al. 2023) and the spread of the target features."""
 
 import torch
+import torch.nn.functional as F
 
 
 def rankme(features, eps=1e-7):
@@ -16,6 +17,11 @@ def rankme(features, eps=1e-7):
     return float((-(p * p.log()).sum()).exp())
 
 
-def feature_std(features):
-    """Standard deviation over images of each feature, averaged over features: near 0 where all images look the same."""
-    return float(features.float().std(0).mean())
+def target_variance(features):
+    """Variance of the targets, features (n, D) after the affine-free LayerNorm, over rows and averaged over features.
+
+    Every row then has a mean square of 1, so this is the share of it that is not the same in all rows: between 0, where
+    every patch of every image has the same target, and 1.
+    """
+    targets = F.layer_norm(features.float(), features.shape[1:])
+    return float(targets.var(0, correction=0).mean())

@@ -1,0 +1,122 @@
+"""The online probe: is the representation getting better, or collapsing, while it trains?
+
+It costs almost nothing, because it looks at what the step has computed anyway: the target encoder's features of the
+training batch, pooled, are kept for the last few thousand images; when the probe is due, a ridge classifier is fitted
+in closed form on three quarters of them and tested on the last. It changes nothing that the run computes. The images
+are those of the training, cropped at random, so the figures are for comparing one step with another; the probes after
+training (probing.py) are the ones to report.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ijepa_fast.config import Config
+from ijepa_fast.data.sources import Source
+from ijepa_fast.eval.features import Standardiser
+from ijepa_fast.eval.rankme import rankme, target_variance
+from ijepa_fast.eval.suite import measure
+
+WINDOW = 4096  # images kept, of rank 0
+RANK_IMAGES = 512  # of these, for the rank: its cost grows with the cube
+MOST_CLASSES = 2000  # a label with more of them needs more images than are kept
+RIDGE = 0.1
+
+# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/results.md.
+LEAST_VARIANCE = 0.01
+LEAST_RANK = 1.5
+
+
+class OnlineProbe:
+    """Rank 0's probe of the features that an objective hands to its `watch`; on the other ranks, nothing.
+
+    An objective without `watch`, or one that never calls it (target=pixels), is not probed. step: where the run goes
+    on. say: prints a line.
+    """
+
+    def __init__(self, config: Config, objective, source: Source | None, rank: int, step: int, say: Callable):
+        self.every, self._last, self._say = config.probe.every, step, say
+        self._columns = {} if source is None else source.columns
+        self._classes = {} if source is None else source.index.classes
+        self._pooled: deque[torch.Tensor] = deque()
+        self._indices: deque[np.ndarray] = deque()
+        self._targets: torch.Tensor | None = None
+        self._collapsed = False
+        if rank == 0 and self.every > 0 and hasattr(objective, "watch"):
+            objective.watch = self._watch
+
+    def _watch(self, features: torch.Tensor, packed) -> None:
+        """Keep a batch's target features (U, D), averaged over each image's target patches."""
+        lengths = packed.union_cu_seqlens.diff()
+        self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
+        self._targets = features
+        if len(self._pooled) > -(-WINDOW // packed.images):
+            self._pooled.popleft()
+
+    def add(self, indices: torch.Tensor) -> None:
+        """Say which samples (B,) the last batch was made of."""
+        if self._targets is not None:
+            self._indices.append(indices.numpy())
+            while len(self._indices) > len(self._pooled):
+                self._indices.popleft()
+
+    def read(self, step: int) -> dict:
+        """The probe's section of the log where one is due, {} where none is.
+
+        {"probe": {"rankme", "target_variance", "<label>": figures of suite.measure, ...}}. Says so where the targets
+        collapse.
+        """
+        if self._targets is None or step // self.every == self._last // self.every:
+            return {}
+        self._last = step
+        pooled = torch.cat(list(self._pooled))
+        found = {"rankme": rankme(pooled[-RANK_IMAGES:]), "target_variance": target_variance(self._targets)}
+        found |= self._probe(pooled, np.concatenate(list(self._indices)))
+        self._warn(step, found, pooled.shape[1])
+        self._pooled.clear()
+        self._indices.clear()
+        self._targets = None
+        return {"probe": found}
+
+    def _probe(self, pooled: torch.Tensor, indices: np.ndarray) -> dict:
+        held = np.arange(len(indices)) >= len(indices) - len(indices) // 4
+        kept = torch.from_numpy(~held & ~np.isin(indices, indices[held])).to(pooled.device)
+        held = torch.from_numpy(held).to(pooled.device)
+        columns = {
+            name: torch.from_numpy(values[indices]).to(pooled.device)
+            for name, values in self._columns.items()
+            if len(self._classes.get(name, ())) <= MOST_CLASSES
+        }
+        if not columns or kept.sum() < 2 or held.sum() < 2:
+            return {}
+        x = Standardiser(pooled[kept])(pooled)
+        gram = x[kept].T @ x[kept] / kept.sum()
+        factor = torch.linalg.cholesky(gram + RIDGE * torch.eye(len(gram), device=gram.device))
+        figures = {}
+        for name, values in columns.items():
+            if name in self._classes:
+                targets, task = F.one_hot(values, len(self._classes[name])).float(), "classification"
+            else:
+                targets, task = values.float()[:, None], "regression"
+            mean = targets[kept].mean(0)
+            weight = torch.cholesky_solve(x[kept].T @ (targets[kept] - mean) / kept.sum(), factor)
+            scores = x[held] @ weight + mean
+            predictions = scores.argmax(1) if name in self._classes else scores[:, 0]
+            figures[name] = measure(predictions, values[held], task)
+        return figures
+
+    def _warn(self, step: int, found: dict, width: int) -> None:
+        rank, variance = found["rankme"], found["target_variance"]
+        collapsed = rank < LEAST_RANK or variance < LEAST_VARIANCE
+        if collapsed and not self._collapsed:
+            self._say(
+                f"step {step}: the targets have collapsed, all images look almost the same to the target encoder "
+                f"(RankMe {rank:.2f} of {min(width, RANK_IMAGES)}, variance {variance:.4f} of 1); go back to an "
+                f"earlier checkpoint and lower optim.lr or raise optim.momentum"
+            )
+        self._collapsed = found["collapsed"] = collapsed
