@@ -27,13 +27,12 @@ import torch
 
 from bench.baselines.contenders import DTYPES, LR, Case, Contender, make_contenders
 from bench.timing import device_name, synchronise
+from ijepa_fast.flops import PEAKS
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")
 IMPLS = ("fast", "strong", "plain", "published")
 CONTEXTS = ("truncate", "full", "budget")
-# Dense peak in bf16, FLOP/s (data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
 # Relative differences of loss and gradient norm by rounding: fp32, and low precision whose casts differ.
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1)}
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Dense peak of a GPU in bf16 (fp16 on a V100), FLOP/s: data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
+
 
 @dataclass(frozen=True)
 class Transformer:

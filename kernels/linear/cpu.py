@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once, here,
-# as torch.compile cannot trace it.
+# TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
+# here, as torch.compile cannot trace it.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
