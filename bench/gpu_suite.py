@@ -14,6 +14,7 @@ steps-DEVICE-NAME.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -129,12 +130,18 @@ class Process:
         try:
             status = self.process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
             status = None
+        finally:
+            self.end()
         with self.output:
             self.output.seek(0)
             return status, self.output.read()
+
+    def end(self) -> None:
+        """Kill what is left of the group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def has(package: str) -> bool:
@@ -161,19 +168,28 @@ def run_tests(suite: Suite, log: Path, seconds: float, workers: int) -> None:
     files = sorted((ROOT / "tests").glob("test_*.py"))
     waiting += [(str(p.relative_to(ROOT)), 0, 1) for p in files if "mark.gpu" in p.read_text()]
     running: dict[tuple, Process] = {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            file, shard, shards = key = waiting.pop(0)
-            environment = {"TEST_LOG": str(log), "TEST_SECONDS": str(TEST_SECONDS), "TEST_SHARD": f"{shard}/{shards}"}
-            which = [] if file.startswith("tests/ops/") else ["-m", "gpu"]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_log", "-p", "no:cacheprovider", *which]
-            running[key] = Process([*command, file], environment)
-        for key, process in list(running.items()):
-            if process.process.poll() is None and time.monotonic() < limit:
-                continue
-            del running[key]
-            judge(suite, key, *process.wait(0), lines_of(log))
-        time.sleep(0.2)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                key = waiting.pop(0)
+                running[key] = start_tests(*key, log)
+            for key, process in list(running.items()):
+                if process.process.poll() is None and time.monotonic() < limit:
+                    continue
+                del running[key]
+                judge(suite, key, *process.wait(0), lines_of(log))
+            time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.end()
+
+
+def start_tests(file: str, shard: int, shards: int, log: Path) -> Process:
+    """A process of tests."""
+    environment = {"TEST_LOG": str(log), "TEST_SECONDS": str(TEST_SECONDS), "TEST_SHARD": f"{shard}/{shards}"}
+    which = [] if file.startswith("tests/ops/") else ["-m", "gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_log", "-p", "no:cacheprovider", *which]
+    return Process([*command, file], environment)
 
 
 def judge(suite: Suite, key: tuple[str, int, int], status: int | None, output: str, outcomes: list[dict]) -> None:

@@ -102,7 +102,8 @@ def tests_pass(op: str) -> bool:
     """Whether the op's tests pass; prints what they say if not."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/ops/test_{op}.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-4000:] if done.returncode else f"{op}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    said = (done.stdout + done.stderr).strip()
+    print(said[-4000:] if done.returncode else f"{op}: {said.splitlines()[-1]}", flush=True)
     return done.returncode == 0
 
 
