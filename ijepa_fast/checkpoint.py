@@ -132,7 +132,7 @@ def begin(weights: Weights, engine: Engine, config: Config) -> None:
                     values = whole[name].reshape(-1)[f.start : f.stop]
                     flat[f.offset : f.offset + f.stop - f.start] = values.to(flat.device)
     resampled = with_image_size(weights, config.data.crop)
-    engine.place({name: getattr(resampled, name)[POSITIONS[name]][0] for name in states})
+    engine.place({name: getattr(resampled, name)[POSITIONS[name]][0] for name in states if name in engine.positions})
     engine.restored()
 
 

@@ -102,7 +102,7 @@ def _probes(records, final):
     for figure, series in _online(records).items():
         title = TITLES.get(figure, figure.replace("_", " ").capitalize())
         charts.append(line_chart(title, series))
-    out = text("Frozen, average-pooled features of the target encoder, on images that were not trained on.")
+    out = text("Of frozen, average-pooled features of the target encoder.")
     if final:
         out += _final(final)
     if charts:
@@ -138,8 +138,8 @@ def _final(final):
         before = final["before"][name]
         key = "r2" if after["task"] == "regression" else "accuracy"
         for head, was, now in (("linear", before["linear"], after["linear"]), *_knn(before, after)):
-            rows.append([f"{name}, {head}", TITLES[key], f"{after['chance'][key]:.3f}"])
-            rows[-1] += [f"{was[key]:.3f}", f"{now[key]:.3f}"]
+            figures = (f"{values[key]:z.3f}" for values in (after["chance"], was, now))
+            rows.append([f"{name}, {head}", TITLES[key], *figures])
             if now[key] > was[key]:
                 better.append((len(rows) - 1, 4))
     return table(["probe", "figure", "chance", "untrained", "trained"], rows, better)
@@ -178,7 +178,8 @@ def _features(config, checkpoint, images, count):
     told = f"By cosine similarity of standardised, average-pooled features, among {size} images of "
     told += f"{Path(source.root).name}; in green those of the same class."
     sections.append(("Nearest neighbours", text(told) + pictures.neighbours_gallery(sample)))
-    told = "The first three principal components of the patch features, as red, green and blue."
+    told = "The first three principal components of patch features, as red, green and blue; the mean at each place is "
+    told += "taken off first."
     sections.append(("Patch features", text(told) + pictures.pca_gallery(sample, encoder.encoder.grid)))
     return sections
 

@@ -110,7 +110,7 @@ def _grid(place_x, place_y, x_span, y_span, width, log, percent):
         marks.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{text}</text>')
     for tick in ticks(*x_span, count=width // 110):
         x = float(place_x(tick))
-        if x < width - RIGHT - 50:  # the axis's name stands there
+        if x < width - RIGHT - 60:  # the axis's name stands there
             marks.append(f'<text x="{x:.1f}" y="{HEIGHT - 14}" class="middle">{_format(tick)}</text>')
     bottom = HEIGHT - BOTTOM
     marks.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{bottom}" y2="{bottom}"/>')

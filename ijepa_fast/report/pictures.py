@@ -50,6 +50,8 @@ def take_sample(source, encoder, count, device, seed=0):
         images.append(batch.cpu())
         pooled.append(pool(features).cpu())
         ids += found.tolist()
+    if len(ids) < 2:
+        raise ValueError(f"expected at least 2 images that can be decoded in {source.root}, got {len(ids)}")
     names = [source.classes[source.labels[i]] for i in ids] if source.labels is not None else [""] * len(ids)
     return Sample(torch.cat(images), torch.cat(pooled), torch.cat(patches), names)
 
@@ -65,8 +67,8 @@ def masks_gallery(images, packed, patch):
 
 
 def neighbours_gallery(sample):
-    """Rows of an image and its nearest neighbours by cosine similarity of pooled features, standardised as the probes do
-    it, with labels.
+    """Rows of an image and its nearest neighbours, with labels: by the cosine of pooled features, standardised as the
+    probes do it.
     """
     features = Standardiser(sample.pooled)(sample.pooled)
     unit = torch.nn.functional.normalize(features, dim=1)
@@ -85,14 +87,14 @@ def neighbours_gallery(sample):
 
 def pca_colours(patches, shown=SHOWN):
     """Colours fp32 (shown, N, 3) in 0..1 of the patches of the first images: their first three principal components
-    among all patches (n, N, D), each stretched between its 2nd and 98th percentile.
+    among the patches of all images (n, N, D), each stretched between its 2nd and 98th percentile. The mean over images
+    is taken off at each place, or the colours would tell where a patch lies and not what it holds.
     """
-    flat = patches.flatten(0, 1)
-    centred = flat - flat.mean(0)
+    centred = (patches - patches.mean(0)).flatten(0, 1)
     _, vectors = torch.linalg.eigh(centred.T.double() @ centred.double())
-    parts = centred[: shown * patches.shape[1]] @ vectors[:, -3:].flip(1).float()
-    low, high = np.percentile(parts.numpy(), (2, 98), axis=0)
-    colours = ((parts.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    parts = (centred[: shown * patches.shape[1]] @ vectors[:, -3:].flip(1).float()).numpy()
+    low, high = np.percentile(parts, (2, 98), axis=0)
+    colours = ((parts - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     return colours.reshape(-1, patches.shape[1], 3)
 
 
