@@ -98,6 +98,12 @@ def test_kernel_matches_reference(triton_everywhere, poisoned, lengths, head_dim
     oracle.check_against_reference(self_attention(lengths), self_reference(lengths), (qkv,), names=("qkv",))
 
 
+def test_longest_sequence(triton_everywhere, poisoned):
+    """1,024 tokens, as at 448 pixels with every patch, beside a single one."""
+    qkv = make(1025, 1, 32, torch.float16, triton_everywhere)
+    oracle.check_against_reference(self_attention([1024, 1]), self_reference([1024, 1]), (qkv,), names=("qkv",))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 24, 80])
 def test_kernel_matches_reference_in_other_dtypes(triton_everywhere, poisoned, head_dim, dtype):
