@@ -54,7 +54,9 @@ def run(tmp_path_factory, photos):
     save_config(config, config.folder / "config.yaml")
     lines = [record(step) for step in range(1, STEPS + 1)]
     for step in (10, 20, 30, 40):
-        lines.append({"step": step, "probe": {"kind": {"linear": {"accuracy": step / 100}}}, "rankme": step / 2})
+        lines.append(
+            {"step": step, "probe": {"rankme": step / 2, "kind": {"accuracy": step / 100}, "collapsed": False}}
+        )
     (config.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = {"task": "classification", "chance": {"accuracy": 0.5}, "knn": {"20": {"accuracy": 0.6}}}
     probe = {"before": {"kind": figures | {"linear": {"accuracy": 0.61}}}}
@@ -92,7 +94,7 @@ def test_every_chart_draws_the_log(page):
     for title in ("Weight decay", "Momentum of the target encoder", "Tokens an image", "Images a second"):
         assert drawn[title]["series"][0][1] == steps
     assert drawn["Share of the time waiting for data"]["series"][0][2][0] == "1%"
-    assert drawn["Accuracy"]["series"] == [["kind linear", [10.0, 20.0, 30.0, 40.0], ["0.1", "0.2", "0.3", "0.4"]]]
+    assert drawn["Accuracy"]["series"] == [["kind", [10.0, 20.0, 30.0, 40.0], ["0.1", "0.2", "0.3", "0.4"]]]
     assert drawn["RankMe"]["series"] == [["", [10.0, 20.0, 30.0, 40.0], ["5", "10", "15", "20"]]]
     assert len(drawn["Singular values of the features, over the largest"]["series"][0][1]) == 24
 
@@ -100,7 +102,7 @@ def test_every_chart_draws_the_log(page):
 def test_sections_and_pictures(page):
     sections = re.findall(r"<h2.*?>(.*?)</h2>(.*?)(?=<h2|<details)", page)
     assert [name for name, _ in sections] == [
-        *("Training", "Speed", "Probes", "Rank", "Masks", "Nearest neighbours", "Patch features")
+        *("Training", "Speed", "Probes", "Rank", "Spectrum", "Masks", "Nearest neighbours", "Patch features")
     ]
     pictures_in = {name: content.count("<img") for name, content in sections}
     assert pictures_in["Masks"] == 8 * 3

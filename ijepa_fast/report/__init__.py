@@ -24,8 +24,7 @@ from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart, with_average
 from ijepa_fast.report.page import page, table, text
 
-TRAINING = ("step", "loss", "epoch", "lr", "weight_decay", "momentum", "data_wait")
-TRAINING += ("images_per_second", "tokens_per_second", "tokens_per_image")
+RANK = ("rankme", "target_variance")  # figures of the online probe that belong to the section of the rank
 TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}
 MOST_MASKS = 128  # images of the batch whose masks are drawn: a policy that truncates depends on their number
 
@@ -47,8 +46,11 @@ def report(run, images=None, count=400):
         raise ValueError(f"{run}/log.jsonl: expected at least one record with a loss; wait for the first")
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     sections = [("Training", _training(training)), ("Speed", _speed(training))]
-    sections.append(("Probes", _probes(records, summary.get("probe"))))
-    checkpoint = latest(run)
+    online = _online(records)
+    sections.append(("Probes", _probes(online, summary.get("probe"))))
+    checkpoint, ranks = latest(run), _charts({figure: online[figure] for figure in RANK if figure in online})
+    if ranks:
+        sections.append(("Rank", text("Of the targets while training; a collapsed encoder has RankMe 1.") + ranks))
     if checkpoint is None:
         sections.append(("Features", text("The run has no checkpoint yet, so there are no features to show.", "note")))
     else:
@@ -56,9 +58,9 @@ def report(run, images=None, count=400):
             sections += _features(config, checkpoint, images, count)
         except ValueError as error:
             sections.append(("Features", text(f"Not shown: {error}", "note")))
-    footer = f"{run.name}, after step {records[-1]['step']}" + (
-        f", features of {checkpoint.name}" if checkpoint else ""
-    )
+    footer = f"{run.name}, after step {records[-1]['step']}"
+    if checkpoint:
+        footer += f", features of {checkpoint.name}"
     return page(config.name, _head(config, training), sections, (run / "config.yaml").read_text(), footer)
 
 
@@ -94,34 +96,37 @@ def _training(training):
 def _speed(training):
     rate = line_chart("Images a second", {"": _column(training, "images_per_second")}, floor=0)
     wait = line_chart("Share of the time waiting for data", {"": _column(training, "data_wait")}, floor=0, percent=True)
-    return f'<div class="charts">{rate}{wait}</div>'
+    bad = training[-1].get("replaced", 0)
+    told = text(f"{bad} unreadable images were replaced.", "note") if bad else ""
+    return f'{told}<div class="charts">{rate}{wait}</div>'
 
 
-def _probes(records, final):
-    charts = []
-    for figure, series in _online(records).items():
-        title = TITLES.get(figure, figure.replace("_", " ").capitalize())
-        charts.append(line_chart(title, series))
+def _probes(online, final):
+    charts = _charts({figure: series for figure, series in online.items() if figure not in RANK})
     out = text("Of frozen, average-pooled features of the target encoder.")
     if final:
         out += _final(final)
     if charts:
-        out += f'<div class="charts">{"".join(charts)}</div>'
+        out += text("While training, on training images: for comparing one step with another.") + charts
     if not final and not charts:
         out += text("None was run: set probe.every, or probe.test to labelled images.", "note")
     return out
 
 
 def _online(records):
-    """{figure: {probe: (steps, values)}} of every number in the log that is not the training's."""
+    """{figure: {probe: (steps, values)}} of the online probe's numbers in the log."""
     found = {}
     for record in records:
-        for path, value in _numbers({key: value for key, value in record.items() if key not in TRAINING}):
-            *probe, figure = [part for part in path if part != "probe"]
+        for (*probe, figure), value in _numbers(record.get("probe", {})):
             steps, values = found.setdefault(figure, {}).setdefault(" ".join(probe), ([], []))
             steps.append(record["step"])
             values.append(value)
     return found
+
+
+def _charts(figures):
+    charts = [line_chart(TITLES.get(f, f.replace("_", " ").capitalize()), series) for f, series in figures.items()]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _numbers(values, path=()):
@@ -167,9 +172,8 @@ def _features(config, checkpoint, images, count):
         x_label="number",
         note=f"RankMe {rank:.1f}",
     )
-    told = f"RankMe is {rank:.1f} of at most {min(size, dim)}, from {size} images with {dim} features each; "
-    told += "a collapsed encoder has 1."
-    sections = [("Rank", text(told) + f'<div class="charts">{chart}</div>')]
+    told = f"Of the {dim} pooled features of {size} images. RankMe is {rank:.1f} of at most {min(size, dim)}."
+    sections = [("Spectrum", text(told) + f'<div class="charts">{chart}</div>')]
     packed = method_of(config).make_batches(config, 1)(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
     if isinstance(packed, PackedBatch):
         told = "The image, what the context encoder sees of it, and what is predicted: "

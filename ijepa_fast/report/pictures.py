@@ -60,7 +60,7 @@ def masks_gallery(images, packed, patch):
     """The first images beside what the context encoder sees of each and the blocks to predict."""
     contexts, targets = batch_masks(packed)
     rows = []
-    for i, image in enumerate(images[:SHOWN].numpy()):
+    for i, image in enumerate(images[: min(SHOWN, packed.images)].numpy()):
         views = mask_views(image, contexts[i], targets[:, i], patch)
         rows.append(f'<div class="triple">{"".join(_image(view) for view in views)}</div>')
     return f'<div class="gallery pairs">{"".join(rows)}</div>'
