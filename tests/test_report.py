@@ -10,9 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+pytest.importorskip("PIL")
 pytest.importorskip("nvidia.dali")
+
+from PIL import Image
 
 from ijepa_fast.build import build_objective
 from ijepa_fast.checkpoint import architecture
