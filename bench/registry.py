@@ -367,10 +367,11 @@ def _optimisers(lists: dict[str, list[torch.Tensor]], low: bool) -> dict[str, Ca
 
 
 def mask_sampler(b: Batch) -> list[Case]:
-    """Target and context blocks of the middle of the published scales. The reference is NumPy's."""
+    """Blocks of the middle of the published scales, for a published batch on every device. NumPy is the reference."""
+    images = b.model.batch
     target = tuple(round(side * 0.175**0.5) for side in b.grid)
     context = tuple(round(side * 0.925**0.5) for side in b.grid)
-    arguments = b.images, b.grid, 4, target, 1, context, min(10, b.patches // 16), False
+    arguments = images, b.grid, 4, target, 1, context, min(10, b.patches // 16), False
     key = sampler_op.Key(0, 0, 0)
 
     def reference():
@@ -378,7 +379,7 @@ def mask_sampler(b: Batch) -> list[Case]:
 
     own = {"csrc": partial(sampler_op.sample_blocks, key, *arguments)} if native.available() else {}
     own |= _triton(b, partial(sampler_op.sample_blocks, key, *arguments, device=b.device))
-    shape = f"{b.images} images of {b.grid[0]} x {b.grid[1]}"
+    shape = f"{images} images of {b.grid[0]} x {b.grid[1]}"
     return [Case("blocks", shape, (), eager=reference, own=own, compiles=False)]
 
 
