@@ -47,6 +47,7 @@ class Mask:
     strategy: str = "multiblock"  # multiblock | multiblock-reference | rasterized | block | random
     policy: str = "full"  # full | truncate | budget: what is kept of the context
     budget: int | None = None  # context patches an image under policy=budget
+    ladder: bool | None = None  # token counts rounded up, under 1 %, so that memory is found again; None: on a GPU
     targets: int | None = None  # None: the strategy's default, the published value
     target_scale: list[float] | None = None
     target_aspect: list[float] | None = None
@@ -104,6 +105,9 @@ class Engine:
     zero: int = 1  # ZeRO stage, 0 to 3
     accumulation: int = 1  # micro-batches a step
     bucket: int = 50_000_000  # elements reduced and gathered at once
+    compile: bool | None = None  # torch.compile by block; None: on a GPU, below ZeRO 3
+    cuda_graphs: bool = False  # blocks as CUDA graphs too; needs the static shapes of mask.policy=budget
+    target_stream: bool = False  # target encoder on a CUDA stream of its own, beside the context encoder
     timeout: int = 1800  # seconds after which a silent rank ends the run
 
 
@@ -228,6 +232,18 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
+        )
+    if config.engine.compile and config.engine.zero == 3:
+        raise ConfigError(
+            "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
+            "set engine.compile=false or engine.zero to at most 2"
+        )
+    if config.engine.target_stream and config.engine.device == "cpu":
+        raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
+    if config.engine.cuda_graphs and (config.mask.policy != "budget" or config.engine.compile is False):
+        raise ConfigError(
+            f"engine.cuda_graphs=true needs static shapes and compiled blocks, got mask.policy={config.mask.policy} "
+            f"and engine.compile={config.engine.compile}; set mask.policy=budget, or engine.cuda_graphs=false"
         )
     if config.objective.method == "ijepa" and config.objective.options:
         raise ConfigError("objective.options: objective.method=ijepa has none; its settings are in mask and model")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.models.vit import compile_blocks
 from ijepa_fast.optim import AdamWEMA, parameter_groups
 from ijepa_fast.partitions import LAYOUTS
 
@@ -82,6 +83,9 @@ class Engine:
         networks = {name: getattr(objective, name) for name in NETWORKS}
         self.positions = {name: net.positions.clone() for name, net in networks.items() if hasattr(net, "positions")}
         objective.target_encoder.to(device, dtype)
+        if config.engine.target_stream and device.type == "cuda":
+            objective.target_stream = torch.cuda.Stream(device)
+        compile_for(config, device, objective)
         groups = parameter_groups(objective.encoder, [objective.predictor])
         self.optimizer = AdamWEMA(
             [{key: group[key] for key in ("params", "ema", "decay")} for group in groups],
@@ -134,6 +138,15 @@ class Engine:
         self.optimizer.refresh_copies()
         self.layout.publish()
         self.layout.gather()
+
+
+def compile_for(config: Config, device: torch.device, objective: nn.Module) -> None:
+    """Compile the blocks of all three networks where `engine.compile` says so, as CUDA graphs where asked for."""
+    engine = config.engine
+    wanted = device.type == "cuda" and engine.zero < 3 if engine.compile is None else engine.compile
+    if wanted or engine.cuda_graphs:
+        options = {"mode": "reduce-overhead", "dynamic": False} if engine.cuda_graphs else {}
+        compile_blocks(objective.encoder, objective.predictor, objective.target_encoder, **options)
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict:

@@ -40,6 +40,7 @@ class IJEPA(nn.Module):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
         self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
+        self.target_stream: torch.cuda.Stream | None = None  # the target encoder runs on it, beside the context encoder
         self.watch: Callable | None = None  # called with every batch's target features (U, D) and PackedBatch
         self.apply(init_weights)
         nn.init.trunc_normal_(predictor.mask_token, std=0.02)
@@ -60,9 +61,15 @@ class IJEPA(nn.Module):
 
     def loss_of_patches(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """The loss from `patches` (B*N, W): targets without gradient, then context, predictions, loss."""
-        with torch.no_grad():
+        beside = self.target_stream
+        if beside is not None:  # it needs the patches and the average that the last step left on this stream
+            beside.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(beside):
             targets = self.targets(patches, packed)
         predictions = self.predictor(self.encoder.context(patches, packed), packed)
+        if beside is not None:
+            torch.cuda.current_stream().wait_stream(beside)
+            targets.record_stream(torch.cuda.current_stream())
         return target_loss(predictions, targets, target_rows(packed), kind=self.loss)
 
     def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
@@ -108,10 +115,12 @@ def build(config) -> IJEPA:
 def make_batches(config, steps_per_epoch: int) -> Callable[..., PackedBatch]:
     """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
     options = asdict(config.mask)
-    strategy, policy, budget = (options.pop(key) for key in ("strategy", "policy", "budget"))
+    strategy, policy, budget, ladder = (options.pop(key) for key in ("strategy", "policy", "budget", "ladder"))
+    if ladder is None:
+        ladder = config.engine.device != "cpu" and torch.cuda.is_available()
     side = config.data.crop // config.model.patch
     sampler = make_sampler(strategy, (side, side), **options)
-    return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget)
+    return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget, ladder)
 
 
 def work(config, packed: PackedBatch) -> flops.Work:

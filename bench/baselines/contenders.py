@@ -30,7 +30,7 @@ from ijepa_fast.flops import Head, Transformer
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.masks import Masks, make_sampler
 from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import ARCHITECTURES, Encoder
+from ijepa_fast.models.vit import ARCHITECTURES, Encoder, compile_blocks
 from ijepa_fast.objective import IJEPA
 from ijepa_fast.optim import parameter_groups
 from ijepa_fast.packing import PackedBatch, pack
@@ -182,9 +182,7 @@ class BareStep:
                     states |= {"emas": [p.float() for p in averages], "ema_out": averages}
             self.groups.append((group["params"], group["decay"], states))
         if compile:
-            for module in objective.modules():
-                if type(module).__name__.endswith("Block"):
-                    module.compile(dynamic=True)
+            compile_blocks(objective, objective.target_encoder)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
         """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""

@@ -24,7 +24,7 @@ from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.packing import PackedBatch
+from ijepa_fast.packing import PackedBatch, climb
 
 # name: (width, depth, heads, MLP ratio), as published
 ARCHITECTURES = {
@@ -161,6 +161,20 @@ def run_blocks(blocks, norm, x, branch, sequences, last=None, recompute=False) -
     return norm(x, branch)[0]
 
 
+def compile_blocks(*networks: nn.Module, **options) -> None:
+    """Let torch.compile take every Block of `networks`, one by one; `options` are its own.
+
+    Blocks of one kind share their code, so depth costs no compilation, and token counts are run-time values. A step has
+    eight kinds: first, inner and last block of the target encoder, first and inner of the context encoder, first, inner
+    and last of the predictor. Dynamo's limit of eight would send the ninth, of a probe say, back to eager unasked.
+    """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, Block):
+                module.compile(**{"dynamic": True} | options)
+
+
 class PatchEmbed(nn.Module):
     """The patch-embedding convolution, stored as one and applied as a matrix product to patches."""
 
@@ -214,10 +228,14 @@ class Encoder(nn.Module):
 
     def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied."""
-        x = self.patch_embed(masked_gather(patches, packed.context_index))
-        positions = masked_gather(self.positions.to(x.dtype), packed.context_index % self.patches)
-        sequences = Sequences(packed.context_cu_seqlens, packed.context_max_seqlen)
-        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
+        index, cu_seqlens, tokens = packed.context_index, packed.context_cu_seqlens, packed.context_index.shape[0]
+        if packed.ladder:
+            cu_seqlens, missing = climb(cu_seqlens, tokens, packed.context_max_seqlen)
+            index = F.pad(index, (0, missing))
+        x = self.patch_embed(masked_gather(patches, index))
+        positions = masked_gather(self.positions.to(x.dtype), index % self.patches)
+        sequences = Sequences(cu_seqlens, packed.context_max_seqlen)
+        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)[:tokens]
 
     def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
