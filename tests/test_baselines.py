@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.baselines.crops import CropSampler, draw_masks, lay_out
-from bench.baselines.ibot import IBOT, Backbone, Head, Network, StochasticBlock, StochasticSequences
+from bench.baselines.ibot import IBOT, Backbone, Head, Network, StochasticSequences
 from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
 from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
 from bench.baselines.plain_ibot import PlainIBOTStep
@@ -212,14 +212,19 @@ def test_ibot_without_any_masked_patch_has_no_patch_loss():
 
 
 def test_stochastic_depth_drops_whole_branches():
-    block = StochasticBlock(16, 2, 4.0, drop=0.5, number=1).train()
-    x, chance = torch.randn(64 * 3, 16), torch.rand(2, 2, 64)
+    backbone = Backbone(32, 8, 16, 3, 2, drop=0.5)
+    chance = torch.rand(3, 2, 64)
+    factor = backbone.factors(chance)
+    assert torch.equal(factor[0], torch.ones(2, 64))
+    assert torch.equal(factor[1] == 0, chance[1] < 0.25)
+    assert set(factor[2].unique().tolist()) == {0.0, 2.0}
     cu_seqlens = torch.arange(0, 64 * 3 + 1, 3, dtype=torch.int32)
-    sequences = StochasticSequences(cu_seqlens, 3, chance=chance)
+    x, sequences = torch.randn(64 * 3, 16), StochasticSequences(cu_seqlens, 3, factor=factor)
+    block = backbone.blocks[2].train()
     _, branch = block(x, None, sequences)
     dropped = (branch.view(64, 3, 16) == 0).flatten(1)
     assert torch.equal(dropped.all(1), dropped.any(1))
-    assert torch.equal(dropped.all(1), chance[1, 1] < 0.5)
+    assert torch.equal(dropped.all(1), chance[2, 1] < 0.5)
     _, whole = block.eval()(x, None, sequences)
     assert (whole != 0).any(1).all()
 

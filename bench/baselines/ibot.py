@@ -46,36 +46,40 @@ class Options:
 
 @dataclass(frozen=True)
 class StochasticSequences(Sequences):
-    """Sequences with a number in 0..1 for each block, branch and sequence, (depth, 2, sequences): what is dropped."""
+    """Sequences and a factor for each block, branch and sequence, (depth, 2, sequences): 0 where it is dropped."""
 
-    chance: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
 
 
 class StochasticBlock(Block):
-    """Block with stochastic depth: in training a branch of a whole sequence is dropped with probability `drop`.
+    """Block with stochastic depth: in training, branches of whole sequences are dropped.
 
     What is dropped is decided by the batch, not by a generator, so that a resumed run drops the same.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, number: int):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, number: int, drops: bool):
         super().__init__(dim, heads, mlp_ratio)
-        self.drop, self.number = drop, number
+        self.drops = drops
+        # A tensor: torch.compile would make a kernel for every value of an integer.
+        self.register_buffer("number", torch.tensor([number]), persistent=False)
 
     def forward(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
         """See `Block.forward`; where something is dropped the sequences must be packed StochasticSequences."""
-        if not (self.training and self.drop):
+        if not (self.training and self.drops):
             return super().forward(x, branch, sequences)
         normed, x = (self.norm1(x), x) if branch is None else self.norm1(x, branch)
         attended, cu_seqlens = self.attn(normed, sequences), sequences.cu_seqlens
         if sequences.select is not None:
             x, cu_seqlens = sequences.select(x), sequences.query_cu_seqlens
-        chances = sequences.chance[self.number]
-        normed, x = self.norm2(x, self._thin(attended, cu_seqlens, chances[0]))
-        return x, self._thin(self.mlp(normed), cu_seqlens, chances[1])
+        factors = sequences.factor.index_select(0, self.number)[0]
+        normed, x = self.norm2(x, _scale(attended, cu_seqlens, factors[0]))
+        return x, _scale(self.mlp(normed), cu_seqlens, factors[1])
 
-    def _thin(self, branch: torch.Tensor, cu_seqlens: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-        factor = (chance >= self.drop).to(branch.dtype) / (1 - self.drop)
-        return branch * factor.repeat_interleave(cu_seqlens.diff(), output_size=len(branch))[:, None]
+
+def _scale(branch: torch.Tensor, cu_seqlens: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`branch` (T, D), each of the sequences times its `factor` (sequences,)."""
+    rows = factor.to(branch.dtype).repeat_interleave(cu_seqlens.diff(), output_size=len(branch))
+    return branch * rows[:, None]
 
 
 class Backbone(nn.Module):
@@ -90,8 +94,10 @@ class Backbone(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, dim))
         self.masked_embed = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = PatchEmbed(patch, dim)
-        drops = torch.linspace(0, drop, depth).tolist()
-        self.blocks = nn.ModuleList([StochasticBlock(dim, heads, mlp_ratio, rate, i) for i, rate in enumerate(drops)])
+        self.drop = drop
+        self.blocks = nn.ModuleList(
+            [StochasticBlock(dim, heads, mlp_ratio, i, drops=drop > 0 and i > 0) for i in range(depth)]
+        )
         self.norm = LayerNorm(dim, eps=1e-6)
 
     def embed(self, patches: torch.Tensor, side: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,6 +117,13 @@ class Backbone(nn.Module):
         scale = (side + 0.1) / self.side
         table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def factors(self, chance: torch.Tensor | None) -> torch.Tensor | None:
+        """Numbers in 0..1 (depth, 2, sequences) -> 0 where a branch is dropped, else 1 over the chance to be kept."""
+        if chance is None:
+            return None
+        drop = torch.linspace(0, self.drop, len(chance), device=chance.device)[:, None, None]
+        return (chance >= drop) / (1 - drop)
 
     def forward(self, x: torch.Tensor, sequences: Sequences, last: Sequences | None = None) -> torch.Tensor:
         """Tokens (T, D) -> (T, D) with the final norm, or the rows that `last` selects."""
@@ -171,7 +184,8 @@ class Network(nn.Module):
         patches (R, Q).
         """
         tokens = [self.backbone.embed(large, batch.side, batch.mask), self.backbone.embed(small, batch.small_side)]
-        sequences = StochasticSequences(batch.cu_seqlens, batch.max_seqlen, chance=batch.chance)
+        factor = self.backbone.factors(batch.chance)
+        sequences = StochasticSequences(batch.cu_seqlens, batch.max_seqlen, factor=factor)
         last = replace(
             sequences,
             select=partial(masked_gather, index=batch.used, unique=True),

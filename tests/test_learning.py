@@ -1,0 +1,103 @@
+"""Curves of learning: schedules span the run, time and work add up, and the command trains, probes and resumes."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from bench import learning
+from bench.learning import PRESETS, RUNS, Preset
+from ijepa_fast.build import plan
+from ijepa_fast.config import load_config
+from tests.launch import ROOT
+
+SMALL = Preset(steps=300, batch=64, probes=3, images=100, seeds=(0,))
+
+
+def config_of(name, preset, images=50_000):
+    base, changes = RUNS[name]
+    overrides = [*changes, *learning.overrides_of(preset, images), *learning.method_overrides(name, preset, images)]
+    return load_config(ROOT / "configs" / f"{base}.yaml", ["name=x", *overrides])
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("preset", [SMALL, PRESETS["gpu"]], ids=["cpu", "gpu"])
+def test_schedules_span_the_run(name, preset):
+    config = config_of(name, preset)
+    schedule, total = plan(config, [None] * 50_000)
+    assert total == preset.steps
+    rates = [schedule.learning_rate(step) for step in range(total)]
+    assert max(rates) == pytest.approx(config.optim.lr)
+    assert np.argmax(rates) == pytest.approx(0.1 * total, abs=2)
+    assert rates[-1] == pytest.approx(config.optim.final_lr, abs=1e-6)
+    kept = np.prod([schedule.ema_momentum(step) for step in range(total)])
+    assert kept < 0.01  # of the first weights in the average
+
+
+def test_all_compare_the_same_encoder_and_batch():
+    configs = [config_of(name, SMALL) for name in RUNS]
+    shared = {(c.model.dim, c.model.depth, c.model.heads, c.model.patch, c.data.crop, c.batch_size) for c in configs}
+    assert len(shared) == 1
+
+
+def test_seconds_are_the_logs():
+    log = [{"step": 10, "loss": 1, "images_per_second": 64}, {"step": 15, "loss": 1, "images_per_second": 32}]
+    assert learning.seconds_at(log, 10, 64) == 10
+    assert learning.seconds_at(log, 15, 64) == 20
+
+
+def test_work_by_method():
+    """Pixels need no target encoder; MAE sees a quarter of the patches, iBOT two large crops and small ones."""
+    work = {name: learning.work_per_image(config_of(name, SMALL)) for name in ("ijepa", "mae", "pixels", "ibot")}
+    assert max(work["mae"], work["pixels"]) < work["ijepa"] < work["ibot"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes, bright and dark, 20 of each to train on and 10 to test on."""
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10)):
+        for kind, low in (("bright", 128), ("dark", 0)):
+            (folder / split / kind).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / kind / f"{i}.jpg")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_trains_probes_and_does_nothing_twice(tmp_path, photos, capsys, monkeypatch):
+    options = ["--data", str(photos), "--runs", "mae,random", "--preset", "cpu", "--out", str(tmp_path)]
+    options += ["--steps", "4", "--batch", "8", "--probes", "2", "--images", "40", "--seeds", "0"]
+    options += ["model.dim=32", "model.depth=2", "model.heads=2", "model.predictor_depth=1"]
+    assert learning.main(options) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "learning.json").read_text())
+    assert [record["run"] for record in result["records"]] == ["mae", "random"]
+    for record in result["records"]:
+        points = record["points"]
+        assert [point["step"] for point in points] == [0, 2, 4]
+        assert points[2]["petaflop"] == pytest.approx(2 * points[1]["petaflop"])
+        assert points[2]["seconds"] > points[1]["seconds"] > 0
+        assert all(0 <= point[head] <= 1 for point in points for head in ("linear", "knn"))
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")
+    assert "| random | 1 | 4 |" in printed
+
+    monkeypatch.setattr(learning.subprocess, "run", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert learning.main(options) == 0
+    assert capsys.readouterr().out == printed
+    assert learning.main([*options, "optim.lr=1"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_exist_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        learning.main(["--data", ".", "--runs", "dino"])
+    assert stop.value.code == 2
+    assert "dino" in capsys.readouterr().err
