@@ -8,8 +8,9 @@ A table stands between two comments of a Markdown file, the first of which says 
     <!-- end of table -->
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
-an H200 beside what was measured on one), steps (bench/throughput.py's JSON). A file that is not there makes a table
-which says so. --check changes nothing and exits with 1 if a document is not what would be written.
+an H200 beside what was measured on one), steps (bench/throughput.py's JSON), data, claims, learning (bench/data.py's,
+claims.py's, learning.py's). A file that is not there makes a table which says so. --check changes nothing and exits
+with 1 if a document is not what would be written.
 """
 
 from __future__ import annotations
@@ -168,7 +169,57 @@ def steps(path: Path) -> list[str]:
     return [f"{result['device']}; torch {result['torch']}; {case}.", "", *steps_table(result["rows"]).splitlines()]
 
 
-KINDS: dict[str, Callable[[Path], list[str]]] = {"kernels": kernels, "aims": aims, "aot": aot, "steps": steps}
+def data(path: Path) -> list[str]:
+    """The table that bench/data.py prints."""
+    return data_table(json.loads(path.read_text())) if path.is_file() else [f"Not measured: there is no `{path.name}`."]
+
+
+def data_table(result: dict) -> list[str]:
+    """Images/s of the loader and beside it, and what a step would wait for data; of bench/data.py's JSON."""
+    shown = ("images", "threads", "batch_size", "crop")
+    facts = ", ".join(f"{name.replace('_', ' ')} {result[name]}" for name in shown)
+    heads = ("", "images/s", "a core", "CPU ms an image", "loader: times its images/s", "times its images a CPU second")
+    lines = [f"{result['device']}; {result['versions']}; commit {result['commit']}; {facts}.", "", *_head(heads)]
+    for name, row in result["contenders"].items():
+        cells = [f"{row['images_per_second']:.0f}", f"{row['per_core']:.0f}", f"{row['cpu_ms_per_image']:.2f}"]
+        cells += [f"{row['loader_over_this']:.2f}", f"{row['loader_over_this_by_cpu_time']:.2f}"]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines += ["", *_head(("a step as of", "at images/s", "in batches of", "waits for data"))]
+    for model, row in result["wait_share"].items():
+        cells = (model, f"{row['step_images_per_second']}", f"{row['batch']}", _percent(row["share"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def claims(path: Path) -> list[str]:
+    """The tables that bench/claims.py prints."""
+    from bench.claims import table
+
+    return table(json.loads(path.read_text())).splitlines() if path.is_file() else [_missing(path)]
+
+
+def learning(path: Path) -> list[str]:
+    """The table that bench/learning.py prints."""
+    if not path.is_file():
+        return [_missing(path)]
+    from bench.learning import table
+
+    return table(json.loads(path.read_text())["records"]).splitlines()
+
+
+def _missing(path: Path) -> str:
+    return f"Not measured: there is no `{path.name}`."
+
+
+KINDS: dict[str, Callable[[Path], list[str]]] = {
+    "kernels": kernels,
+    "aims": aims,
+    "aot": aot,
+    "steps": steps,
+    "claims": claims,
+    "learning": learning,
+    "data": data,
+}
 
 
 def render(text: str, root: Path = ROOT) -> str:
