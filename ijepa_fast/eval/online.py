@@ -45,7 +45,7 @@ class OnlineProbe:
         self._classes = {} if source is None else source.index.classes
         self._pooled: deque[torch.Tensor] = deque()
         self._indices: deque[np.ndarray] = deque()
-        self._targets: torch.Tensor | None = None
+        self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
         self._collapsed = False
         if rank == 0 and self.every > 0 and hasattr(objective, "watch"):
             objective.watch = self._watch
@@ -54,7 +54,7 @@ class OnlineProbe:
         """Keep a batch's target features (U, D), averaged over each image's target patches."""
         lengths = packed.union_cu_seqlens.diff()
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
-        self._targets = features
+        self._targets = features, packed.union_index % packed.patches
         if len(self._pooled) > -(-WINDOW // packed.images):
             self._pooled.popleft()
 
@@ -75,7 +75,7 @@ class OnlineProbe:
             return {}
         self._last = step
         pooled = torch.cat(list(self._pooled))
-        found = {"rankme": rankme(pooled[-RANK_IMAGES:]), "target_variance": target_variance(self._targets)}
+        found = {"rankme": rankme(pooled[-RANK_IMAGES:]), "target_variance": target_variance(*self._targets)}
         found |= self._probe(pooled, np.concatenate(list(self._indices)))
         self._warn(step, found, pooled.shape[1])
         self._pooled.clear()

@@ -17,11 +17,15 @@ def rankme(features, eps=1e-7):
     return float((-(p * p.log()).sum()).exp())
 
 
-def target_variance(features):
-    """Variance of the targets, features (n, D) after the affine-free LayerNorm, over rows and averaged over features.
+def target_variance(features, places):
+    """Variance between images of the targets at the same place: features (n, D) after the affine-free LayerNorm.
 
-    Every row then has a mean square of 1, so this is the share of it that is not the same in all rows: between 0, where
-    every patch of every image has the same target, and 1.
+    places: int (n,) position of each row's patch in its image. Every row has a mean square of 1, so this is the share
+    of it that tells images apart: 0 where a target depends on its place alone or on nothing, at most 1.
     """
     targets = F.layer_norm(features.float(), features.shape[1:])
-    return float(targets.var(0, correction=0).mean())
+    places = places.long().unique(return_inverse=True)[1]
+    count = torch.bincount(places)
+    mean = targets.new_zeros(len(count), targets.shape[1]).index_add_(0, places, targets) / count[:, None]
+    squares = (targets - mean[places]).square().mean(1).sum()
+    return float(squares / max(1, len(targets) - len(count)))

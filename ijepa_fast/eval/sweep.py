@@ -34,7 +34,7 @@ class Protocol:
 
 # I-JEPA, appendix A.2, with what VISSL's configuration adds to it: rates are for 256 images and scaled to the batch,
 # fall after epochs 15, 30 and 45 of 50, and biases are neither decayed nor scaled by the trust ratio.
-PAPER = Protocol("lars", (0.01, 0.05, 0.001), (5e-4, 0.0), 50, 16384, (0.3, 0.6, 0.9), reference_batch=256)
+PAPER = Protocol("lars", (0.01, 0.05, 0.001), (5e-4, 0.0), 50, 16384, milestones=(0.3, 0.6, 0.9), reference_batch=256)
 FAST = Protocol("adamw", (1e-2, 3e-3, 1e-3), (1e-2, 0.0), 30, 1024, least_steps=1000)
 
 

@@ -1,0 +1,236 @@
+"""The probe command: every probe, from weights in a file to the JSON; low-shot learning; bad input."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali")
+
+from PIL import Image
+
+from ijepa_fast.__main__ import main
+from ijepa_fast.eval.attentive import AttentiveProtocol
+from ijepa_fast.eval.labels import open_labelled
+from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
+from ijepa_fast.interop.load import PretrainedEncoder, load
+from ijepa_fast.interop.weights import Arch, Weights, save_weights
+from ijepa_fast.models.vit import Encoder, init_weights
+
+ARCH = Arch(image_size=32, patch=8, dim=32, depth=4, heads=2)
+CLASSES = {"dots": 2, "stripes": 8}
+
+
+def random_weights(arch=ARCH, seed=0):
+    """An encoder nobody trained, and another one as its target encoder."""
+    states = []
+    for offset in range(2):
+        torch.manual_seed(seed + offset)
+        encoder = Encoder(**arch.encoder_options()).apply(init_weights)
+        states.append(encoder.state_dict() | {"pos_embed": encoder.positions[None]})
+    return Weights(arch, states[0], {}, states[1])
+
+
+def write_images(root, each, seed):
+    """Two classes, stripes of one width or the other in colours that say nothing."""
+    generator = np.random.default_rng(seed)
+    for name, period in CLASSES.items():
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            wave = (np.arange(32) + generator.integers(period)) // (period / 2) % 2
+            colours = generator.integers(0, 256, (2, 3))
+            image = np.where(wave[None, :, None] > 0, colours[0], colours[1]) * np.ones((32, 1, 1))
+            Image.fromarray(image.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Weights, training and test images."""
+    root = tmp_path_factory.mktemp("probe")
+    save_weights(root / "weights.safetensors", random_weights())
+    write_images(root / "train", 40, 0)
+    write_images(root / "test", 20, 1)
+    return root
+
+
+def command(files, *options):
+    """The command line on `files`."""
+    where = ["--checkpoint", files / "weights.safetensors", "--data", files / "train", "--test", files / "test"]
+    return ["probe", *map(str, where), "--device", "cpu", *options]
+
+
+def test_every_probe(files, tmp_path, capsys, monkeypatch):
+    short = partial(AttentiveProtocol, epochs=2, least_steps=10)
+    monkeypatch.setattr("ijepa_fast.eval.attentive.AttentiveProtocol", short)
+    tuning = ["--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
+    probes = ["--probes", "linear,knn,attentive,lowshot,finetune", "--features", "last,last4", "--protocol", "exact"]
+    out = tmp_path / "probes.json"
+    assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
+    results = json.loads(out.read_text())
+    assert results["network"] == "target_encoder"
+    assert results["images"] == {"train": 80, "test": 40}
+    assert results["arch"]["dim"] == 32
+    probes = results["results"]["class"]["probes"]
+    low = "low-shot 0.2 of labels, "
+    names = ["linear, last", "linear, last4", "linear, best", "k-NN, k=10", "k-NN, k=20", "attentive"]
+    assert list(probes) == ["chance", *names, low + "linear", low + "fine-tuned"]
+    assert probes["chance"]["accuracy"]["mean"] == 0.5
+    for name in ("linear, last", "attentive", low + "linear", low + "fine-tuned"):
+        assert len(probes[name]["accuracy"]["seeds"]) == 2
+    best = probes["linear, best"]["chosen"]
+    for seed in range(2):
+        held = [probes[f"linear, {features}"]["chosen"][seed]["held_out"] for features in ("last", "last4")]
+        assert best[seed]["held_out"] == max(held)
+    table = capsys.readouterr().out
+    for name in ("class (classification)", *probes):
+        assert name in table
+    assert "+-" in table
+
+
+def test_networks_and_layers_are_the_ones_asked_for(files, tmp_path):
+    """Features of the command against ijepa_fast.load's: last layer normalised, last four not; either encoder."""
+    from ijepa_fast.eval.probe import read_split
+
+    part = open_labelled(files / "test")
+    pixels = np.stack([np.asarray(Image.open(part.source.name(i))) for i in range(3)])
+    options = {"crop": 32, "resize": 32, "batch_size": 8}
+    for network in ("encoder", "target_encoder"):
+        encoder = load(files / "weights.safetensors", network)
+        split = read_split(encoder, part, ("last", "last4"), None, torch.device("cpu"), **options)
+        images = torch.from_numpy(pixels.copy())
+        expected = encoder(images).mean(1)
+        torch.testing.assert_close(split.features["last"][:3], expected, atol=1e-4, rtol=1e-4)
+        layers = torch.cat([layer.mean(1) for layer in encoder.layers(images, 4)], 1)
+        torch.testing.assert_close(split.features["last4"][:3], layers, atol=1e-4, rtol=1e-4)
+        alone = read_split(encoder, part, ("last",), None, torch.device("cpu"), **options)
+        torch.testing.assert_close(alone.features["last"], split.features["last"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_knows_its_images(files, tmp_path, capsys):
+    from ijepa_fast.config import load_config, save_config
+
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    save_weights(run / "checkpoints" / "step-00000001" / "weights.safetensors", random_weights())
+    overrides = [f"data.source={files / 'train'}", f"probe.test={files / 'test'}", f"runs={tmp_path}", "data.crop=32"]
+    save_config(load_config("configs/quickstart.yaml", overrides), run / "config.yaml")
+    assert main(["probe", "--checkpoint", str(run), "--probes", "knn", "--device", "cpu"]) == 0
+    assert "k-NN, k=20" in capsys.readouterr().out
+
+
+def test_a_share_of_every_class():
+    targets = torch.tensor([0] * 300 + [1] * 100 + [2] * 20)
+    drawn = draw_share(targets, 0.01, 0)
+    assert targets[drawn].bincount().tolist() == [3, 1, 1]
+    assert draw_share(targets, 0.01, 1).tolist() != drawn.tolist()
+    assert draw_share(targets, 0.01, 0).tolist() == drawn.tolist()
+    with pytest.raises(ValueError, match="--share"):
+        draw_share(targets, 1.5, 0)
+
+
+def test_rates_fall_by_layer():
+    """Patch embedding below block 0 below ... below final norm and head; no decay of biases and norms."""
+    from ijepa_fast.eval.lowshot import Classifier
+
+    encoder = PretrainedEncoder(Encoder(**ARCH.encoder_options()), ARCH)
+    classifier = Classifier(encoder, 3)
+    groups = parameter_groups(classifier, 1.0, 0.75, 0.05)
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    rates = {names[p]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(names)
+    assert rates["head.weight"] == (1.0, 0.05)
+    assert rates["encoder.encoder.norm.bias"] == (1.0, 0.0)
+    for layer in range(4):
+        name = f"encoder.encoder.blocks.{layer}.mlp.fc1.weight"
+        assert rates[name] == (pytest.approx(0.75 ** (4 - layer)), 0.05)
+    assert rates["encoder.encoder.patch_embed.proj.weight"][0] == pytest.approx(0.75**5)
+
+
+def test_fine_tuning_learns_and_leaves_the_encoder_alone(files):
+    train, test = open_labelled(files / "train"), open_labelled(files / "test")
+    encoder = load(files / "weights.safetensors")
+    before = [p.clone() for p in encoder.parameters()]
+    rows = np.arange(80)
+    protocol = FineTuning(epochs=30, batch=16, rate=3e-3, scale=(0.8, 1.0))
+    tuned = fine_tune(encoder, train.source, rows, train.labels["class"], 2, protocol)
+    assert all(torch.equal(a, b) for a, b in zip(before, encoder.parameters()))
+    assert not any(p.requires_grad for p in encoder.parameters())
+    images = torch.from_numpy(np.stack([np.array(Image.open(test.source.name(i))) for i in range(40)]))
+    with torch.no_grad():
+        assert (tuned(images).argmax(1) == test.labels["class"]).float().mean() > 0.75
+
+
+def _change(files, tmp_path, change):
+    weights = random_weights()
+    change(weights.target_encoder)
+    save_weights(tmp_path / "changed.safetensors", weights)
+    return ["--checkpoint", str(tmp_path / "changed.safetensors")]
+
+
+BAD = {
+    "missing key": (
+        lambda f, t: _change(f, t, lambda state: state.pop("blocks.1.mlp.fc1.weight")),
+        ["target_encoder.blocks.1.mlp.fc1.weight", "(128, 32)", "lack it"],
+    ),
+    "another shape": (
+        lambda f, t: _change(f, t, lambda state: state.update({"norm.weight": torch.ones(48)})),
+        ["target_encoder.norm.weight", "(32,)", "(48,)"],
+    ),
+    "another architecture": (
+        lambda f, t: _change(f, t, lambda state: state.update({"cls_token": torch.ones(1, 1, 32)})),
+        ["target_encoder.cls_token", "(1, 1, 32)", "the model does not"],
+    ),
+    "image size": (lambda f, t: ["--image-size", "36"], ["image_size", "multiple of the patch, 8", "36"]),
+    "no such file": (lambda f, t: ["--checkpoint", "/nowhere"], ["/nowhere does not exist"]),
+    "no such data": (lambda f, t: ["--data", "/nowhere"], ["/nowhere", "does not exist"]),
+    "classes": (lambda f, t: ["--test", str(write_other(t))], ["'class'", "2 classes", "'cat'"]),
+    "label": (lambda f, t: ["--labels", "kind"], ["--labels kind", "class"]),
+    "share": (lambda f, t: ["--probes", "lowshot", "--share", "0"], ["--share", "got 0"]),
+    "resize": (lambda f, t: ["--resize", "16"], ["crop", "resize = 16", "32"]),
+}
+
+
+def write_other(root):
+    """Test images of which one class is unknown."""
+    for name in ("dots", "cat"):
+        (root / "other" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / "other" / name / "0.png")
+    return root / "other"
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_sentence(files, tmp_path, capsys, case):
+    options, words = BAD[case]
+    assert main(command(files, *options(files, tmp_path))) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def test_data_without_test(files, capsys):
+    where = ["--checkpoint", str(files / "weights.safetensors")]
+    assert main(["probe", *where, "--data", str(files / "train")]) == 1
+    assert "--data, --test: expected both" in capsys.readouterr().err
+    assert main(["probe", *where]) == 1
+    assert "no run's folder" in capsys.readouterr().err
+
+
+def test_last_four_layers_of_three(files, tmp_path, capsys):
+    arch = Arch(image_size=32, patch=8, dim=32, depth=3, heads=2)
+    save_weights(tmp_path / "shallow.safetensors", random_weights(arch))
+    options = ["--checkpoint", str(tmp_path / "shallow.safetensors"), "--features", "last4"]
+    assert main(command(files, *options)) == 1
+    assert "--features last4: the encoder has 3 layers" in capsys.readouterr().err
+
+
+def test_another_resolution(files, tmp_path):
+    out = tmp_path / "out.json"
+    assert main(command(files, "--image-size", "64", "--probes", "knn", "--out", str(out))) == 0
+    results = json.loads(out.read_text())
+    assert results["arch"]["image_size"] == 64
+    assert math.isfinite(results["results"]["class"]["probes"]["k-NN, k=10"]["accuracy"]["mean"])

@@ -1,0 +1,196 @@
+"""The online probe: what it measures, what it costs, when it warns, and that a run is the same with and without it."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_fast.build import build_objective
+from ijepa_fast.config import load_config
+from ijepa_fast.eval.online import OnlineProbe
+from ijepa_fast.objective import make_batches
+from tests.launch import ROOT, losses, run
+from tests.test_train import state
+
+WIDTH = 24
+
+
+def make(every=10, images=2000, step=0):
+    """A probe on an objective that is only its `watch`, what it said, and a source with labels."""
+    g = np.random.default_rng(0)
+    columns = {"kind": g.integers(0, 3, images), "metres": g.random(images)}
+    index = SimpleNamespace(classes={"kind": ["a", "b", "c"]})
+    source, objective, said = SimpleNamespace(columns=columns, index=index), SimpleNamespace(watch=None), []
+    config = SimpleNamespace(probe=SimpleNamespace(every=every))
+    return OnlineProbe(config, objective, source, 0, step, said.append), objective, source, said
+
+
+def feed(probe, objective, batch, indices, informed=None, seed=0):
+    """One batch: images see 2 to 5 of 16 places; features are noise and, `informed` by a source, say kind and metres."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 6, (batch,), generator=g)
+    image = torch.arange(batch).repeat_interleave(lengths)
+    place = torch.cat([torch.randperm(16, generator=g)[:n].sort().values for n in lengths])
+    features = torch.randn(len(image), WIDTH, generator=g)
+    if informed is not None:
+        features[:, :3] += 3 * torch.eye(3)[torch.from_numpy(informed.columns["kind"][indices])][image]
+        features[:, 3] += 20 * torch.from_numpy(informed.columns["metres"][indices])[image]
+    packed = SimpleNamespace(
+        images=batch,
+        patches=16,
+        union_index=(image * 16 + place).int(),
+        union_cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+    )
+    objective.watch(features, packed)
+    probe.add(torch.from_numpy(indices))
+    return features, packed
+
+
+def test_it_measures_what_the_features_say():
+    results = {}
+    for informed in (True, False):
+        probe, objective, source, said = make()
+        for step in range(1, 11):
+            indices = np.arange(100 * (step - 1), 100 * step)
+            feed(probe, objective, 100, indices, source if informed else None, seed=step)
+            found = probe.read(step)
+            assert (found == {}) is (step < 10)
+        results[informed] = found["probe"]
+        assert not said
+    assert results[True]["kind"]["accuracy"] > 0.9
+    assert results[True]["metres"]["r2"] > 0.5
+    assert results[False]["kind"]["accuracy"] < 0.5
+    assert results[False]["metres"]["r2"] < 0.1
+    assert results[False]["target_variance"] == pytest.approx(1, abs=0.05)
+    assert results[False]["rankme"] > 20
+    assert results[True]["collapsed"] is False
+
+
+def test_images_it_was_fitted_on_do_not_test_it():
+    """Features that name the image, and images that come twice: nothing is learned by heart."""
+    probe, objective, _, _ = make(images=200)
+    for batch in range(10):
+        indices = torch.arange(40) + 40 * (batch % 5)
+        packed = SimpleNamespace(
+            images=40, patches=1, union_index=torch.arange(40), union_cu_seqlens=torch.arange(41, dtype=torch.int32)
+        )
+        objective.watch(torch.eye(200)[indices], packed)
+        probe.add(indices)
+    assert probe.read(10)["probe"]["kind"]["accuracy"] < 0.6
+
+
+def test_it_pools_over_the_targets_of_each_image():
+    probe, objective, _, _ = make()
+    features, packed = feed(probe, objective, 8, np.arange(8))
+    expected = [part.mean(0) for part in features.split(packed.union_cu_seqlens.diff().tolist())]
+    torch.testing.assert_close(probe._pooled[0], torch.stack(expected))
+
+
+@pytest.mark.parametrize("kind", ["point", "places"])
+def test_it_warns_of_a_collapse_once(kind):
+    """All features alike, or alike at the same place: whatever the images are."""
+    probe, objective, _, said = make(every=1)
+    for step in range(1, 4):
+        g = torch.Generator().manual_seed(7)
+        by_place = torch.randn(16, WIDTH, generator=g) + (3 if kind == "point" else 0)
+        place = torch.arange(16).repeat(30)
+        features = by_place[place] if kind == "places" else by_place[:1].expand(480, -1)
+        cu_seqlens = torch.arange(0, 481, 16, dtype=torch.int32)
+        packed = SimpleNamespace(images=30, patches=16, union_index=torch.arange(480), union_cu_seqlens=cu_seqlens)
+        objective.watch(features + 1e-4 * torch.randn(480, WIDTH, generator=g), packed)
+        probe.add(torch.arange(30))
+        found = probe.read(step)["probe"]
+        assert found["collapsed"] is True
+        assert found["target_variance"] < 1e-3
+    assert len(said) == 1
+    for word in ("step 1", "the targets have collapsed", "RankMe", "optim.lr", "optim.momentum"):
+        assert word in said[0]
+
+
+def test_other_ranks_other_objectives_and_zero_are_not_probed():
+    config = SimpleNamespace(probe=SimpleNamespace(every=5))
+    objective = SimpleNamespace(watch=None)
+    for probe in (
+        OnlineProbe(config, objective, None, 1, 0, print),
+        OnlineProbe(SimpleNamespace(probe=SimpleNamespace(every=0)), objective, None, 0, 0, print),
+        OnlineProbe(config, SimpleNamespace(), None, 0, 0, print),
+    ):
+        assert objective.watch is None
+        probe.add(torch.arange(3))
+        assert probe.read(5) == {}
+
+
+def test_it_costs_less_than_a_hundredth_of_the_quickstart():
+    """`watch` and `add` on every step and `read` on every hundredth, against the objective's forward and backward."""
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    assert config.probe.every == 100
+    objective = build_objective(config)
+    batch = config.batch_size
+    draw = make_batches(config, 1)
+    g = np.random.default_rng(0)
+    source = SimpleNamespace(
+        columns={"kind": g.integers(0, 4, 4000), "count": g.integers(0, 6, 4000), "metres": g.random(4000)},
+        index=SimpleNamespace(classes={"kind": list("abcd"), "count": list("123456")}),
+    )
+    images = torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8)
+    probe = OnlineProbe(config, objective, source, 0, 0, print)
+    watch, objective.watch = objective.watch, None
+    packed = [draw(batch, 0, step, 0) for step in range(3)]
+    targets = [objective.targets(objective.patchify(images), p).detach() for p in packed]
+    step = min(_seconds(lambda p=p: objective(images, p).backward()) for p in packed)
+
+    def window():
+        for i in range(100):
+            watch(targets[i % 3], packed[i % 3])
+            probe.add(torch.from_numpy(g.integers(0, 4000, batch)))
+        assert probe.read(100 * (1 + probe._last // 100))
+
+    cost = min(_seconds(window) for _ in range(5))
+    assert cost < 0.01 * 100 * step, f"{cost:.3f} s in 100 steps of {step:.3f} s: {cost / step:.2f} %"
+
+
+def _seconds(function):
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def _probes(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {record["step"]: record["probe"] for record in records if "probe" in record}
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_with_and_without_it(tmp_path):
+    """Weights, moments and averages to the bit; a resumed run goes on with the same figures."""
+    pytest.importorskip("deepspeed")
+    common = ("data.source=scenes", f"data.cache={tmp_path}", "data.scenes=40", "data.scenes_size=32", "optim.epochs=3")
+    without = run(tmp_path, "name=without", "probe.every=0", "optim.steps=8", *common)
+    probed = run(tmp_path, "name=probed", "probe.every=2", "optim.steps=4", *common)
+    probed = run(tmp_path, "name=probed", "probe.every=2", "optim.steps=8", *common)
+    assert losses(probed) == losses(without)
+    expected, found = state(without, 8), state(probed, 8)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    unbroken = run(tmp_path, "name=unbroken", "probe.every=2", "optim.steps=8", *common)
+    assert list(_probes(unbroken)) == [2, 4, 6, 8]
+    assert _probes(probed) == _probes(unbroken)
+    assert not _probes(without)
+    assert {"rankme", "target_variance", "kind", "count", "distance", "metres"} <= _probes(probed)[8].keys()
+
+
+@pytest.mark.slow
+def test_a_run_that_collapses_says_so(tmp_path):
+    """Weights decayed to nothing leave the positions alone."""
+    from tests.launch import finish, start
+
+    ruin = ("optim.lr=1e-2", "optim.start_lr=1e-2", "optim.weight_decay=50", "optim.final_weight_decay=50")
+    average = ("optim.momentum=0.5", "optim.final_momentum=0.5")
+    statuses, errors = finish(start(tmp_path, *ruin, *average, "probe.every=10", "optim.steps=40"))
+    assert statuses == [0]
+    assert "the targets have collapsed" in errors
+    last = list(_probes(tmp_path / "quickstart").values())[-1]
+    assert last["collapsed"] is True
+    assert last["target_variance"] < 0.01
