@@ -25,6 +25,7 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
+from bench.baselines import ibot
 from bench.baselines.contenders import DTYPES, LR, Case, Contender, make_contenders
 from bench.timing import device_name, synchronise
 from ijepa_fast.flops import PEAKS
@@ -171,20 +172,16 @@ def _or_dash(value, form: str, scale: float = 1.0) -> str:
 
 
 def stream(case: Case, folder: str, threads: int):
-    """Endless (images, masks) from the project's loader of `folder`, masks drawn as they are needed."""
+    """Endless (images, masks) from the project's loader of `folder`, as the method crops; masks drawn when needed."""
     from ijepa_fast.data.dali import TrainLoader
     from ijepa_fast.data.sources import open_source
+    from ijepa_fast.data.views import MAE_VIEW, ViewLoader
 
-    loader = TrainLoader(
-        open_source(folder),
-        batch_size=case.batch,
-        crop=case.crop,
-        seed=case.seed,
-        rank=0,
-        world_size=1,
-        device="cpu",
-        threads=threads,
-    )
+    source, common = open_source(folder), {"batch_size": case.batch, "seed": case.seed, "threads": threads}
+    if case.method == "ibot":
+        loader = ViewLoader(source, views=ibot.views_of(case.crop, case.patch), **common)
+    else:
+        loader = TrainLoader(source, crop=case.crop, **(MAE_VIEW if case.method == "mae" else {}), **common)
     try:
         for i, batch in enumerate(loader):
             yield batch.images, case.masks(i)

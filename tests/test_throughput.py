@@ -60,6 +60,19 @@ def test_figures_are_consistent(tmp_path, capsys):
     assert "| fast | truncate |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", throughput.METHODS)
+def test_with_data_loading_too(tmp_path, method):
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("PIL")
+    from tests.data_images import write_photos
+
+    write_photos(tmp_path / "photos", 6, size=80)
+    options = ["--method", method, "--impl", "fast", "--data", str(tmp_path / "photos"), "--threads", "1"]
+    result = throughput.run([*TINY, *QUICK, *options])
+    assert [row["data"] for row in result["rows"]] == [False, True]
+    assert result["rows"][1]["tokens_per_image"] == result["rows"][0]["tokens_per_image"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

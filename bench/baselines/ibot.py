@@ -305,16 +305,20 @@ def make_batches(config, steps_per_epoch: int) -> CropSampler:
 
 
 def make_views(config):
-    """The views of an image, data.View each: the published ones, large ones of data.crop pixels and data.scale.
+    """The views of an image, data.views.View each; large ones are of data.crop pixels and data.scale."""
+    return views_of(config.data.crop, config.model.patch, config.data.scale, _options(config).small_crops)
 
-    Small ones have what is below data.scale, down to a twentieth of the image. All are mirrored half of the time.
+
+def views_of(crop: int, patch: int, scale=(0.25, 1.0), small_crops: int = Options.small_crops):
+    """The published views for large crops of `crop` pixels and `scale`, shares of the image's area.
+
+    Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time.
     """
     from ijepa_fast.data.views import IBOT_VIEWS
 
-    large, side = tuple(config.data.scale), config.data.crop // config.model.patch
-    small = {"crop": small_crop_side(side) * config.model.patch, "scale": (min(0.05, large[0]), large[0])}
-    views = [replace(view, crop=config.data.crop, scale=large) for view in IBOT_VIEWS[:LARGE]]
-    return views + [replace(IBOT_VIEWS[LARGE], **small)] * _options(config).small_crops
+    small = {"crop": small_crop_side(crop // patch) * patch, "scale": (min(0.05, scale[0]), scale[0])}
+    views = [replace(view, crop=crop, scale=tuple(scale)) for view in IBOT_VIEWS[:LARGE]]
+    return views + [replace(IBOT_VIEWS[LARGE], **small)] * small_crops
 
 
 def work(config, batch: CropBatch) -> flops.Work:
