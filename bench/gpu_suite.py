@@ -165,8 +165,10 @@ def run_tests(suite: Suite, log: Path, seconds: float, workers: int) -> None:
     suite.write("\n## Tests\n")
     limit = time.monotonic() + min(seconds, suite.left)
     waiting = [(test_file(op), i, SHARDS.get(op, 1)) for op in OPS for i in range(SHARDS.get(op, 1))]
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    waiting += [(str(p.relative_to(ROOT)), 0, 1) for p in files if "mark.gpu" in p.read_text()]
+    files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+    files += [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    known = {file for file, *_ in waiting}
+    waiting += [(name, 0, 1) for path in files if (name := str(path.relative_to(ROOT))) not in known]
     running: dict[tuple, Process] = {}
     try:
         while waiting or running:

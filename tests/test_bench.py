@@ -200,7 +200,7 @@ def test_aims_say_what_was_measured_or_that_nothing_was(tmp_path):
 
 
 def test_an_unknown_kind_of_table_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="expected a kind of kernels, aims, aot, steps, got 'chart'"):
+    with pytest.raises(ValueError, match=r"expected a kind of kernels, .*, got 'chart'"):
         report.render("<!-- table: chart k.csv -->\n<!-- end of table -->", tmp_path)
 
 
