@@ -16,22 +16,31 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import json
+import multiprocessing
 import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from bench.report import data_table
+from bench.run import about
 from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import import_dali
 from ijepa_fast.data.headers import screen
+from ijepa_fast.data.scan import EXTENSIONS
 from ijepa_fast.data.sources import Source, open_source
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
@@ -103,8 +112,14 @@ def dali_pipeline(source: Source, args, device: str) -> Iterator[int]:
     on_gpu = device.startswith("cuda")
     pipe = dali.Pipeline(args.batch_size, args.threads, 0 if on_gpu else None, seed=0)
     with pipe:
-        files = [source.name(i) for i in range(len(source))]
-        data, _ = fn.readers.file(files=files, random_shuffle=True, initial_fill=len(files))
+        options = {"random_shuffle": True, "initial_fill": len(source)}
+        if source.index.shards:
+            kinds = ";".join(name[1:] for extension in EXTENSIONS for name in (extension, extension.upper()))
+            data = fn.readers.webdataset(
+                paths=source.index.shards, ext=[kinds], missing_component_behavior="skip", **options
+            )
+        else:
+            data, _ = fn.readers.file(files=[source.name(i) for i in range(len(source))], **options)
         images = fn.decoders.image_random_crop(
             data, device="mixed" if on_gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO
         )
@@ -127,8 +142,8 @@ class PillowDataset(Dataset):
         return 1 << 40  # endless: the worker draws the sample
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        with Image.open(self.source.name(position * 7919 % len(self.source))) as image:
-            image = image.convert("RGB")
+        data = self.source.read(position * 7919 % len(self.source))
+        image = Image.open(io.BytesIO(data)).convert("RGB")
         size = np.array([[image.height, image.width]])
         uniform = counter_uniform(0, np.array([position]), 2 * TRIES + 2)
         ((x, y, w, h),) = random_resized_crop(size, uniform, SCALE, RATIO).tolist()
@@ -149,23 +164,34 @@ def pillow(source: Source, args, device: str) -> Iterator[int]:
         yield len(batch.to(device))
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process, its threads and its DataLoader's workers."""
+    total = time.process_time()
+    for worker in multiprocessing.active_children():
+        user, system = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 def measure(contenders: dict[str, Callable[[], Iterator[int]]], seconds: float, rounds: int) -> dict[str, list[tuple]]:
     """Of every contender in each round: images/s, and CPU milliseconds an image of all its threads and processes.
 
-    One runs at a time, and is closed before the next begins. The CPU time tells more where other programs are running.
+    One runs at a time, and is closed before the next begins. Both are taken between two batches, with as many
+    prefetched at the end as at the begin. The CPU time tells more where other programs are running.
     """
     results: dict[str, list[tuple]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, make in contenders.items():
-            cpu_begin = sum(os.times()[:4])
             batches = make()
-            before = sum(next(batches) for _ in range(5))  # what was prefetched, and the threads' start
-            images, begin = 0, time.perf_counter()
+            for _ in range(8):  # until the threads run and the queues are full
+                next(batches)
+            images, begin, cpu_begin = 0, time.perf_counter(), cpu_seconds()
             while time.perf_counter() - begin < seconds:
                 images += next(batches)
             rate = images / (time.perf_counter() - begin)
+            cpu = cpu_seconds() - cpu_begin
             batches.close()
-            results[name].append((rate, 1e3 * (sum(os.times()[:4]) - cpu_begin) / (before + images)))
+            results[name].append((rate, 1e3 * cpu / images))
     return results
 
 
@@ -197,7 +223,7 @@ def wait_share(source: Source, args, device: str, rate: float, batch: int) -> fl
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, help="folder of images")
+    parser.add_argument("--source", required=True, help="folder of images, tar shards, or text list of paths")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--batch-size", type=int, default=64)
@@ -223,23 +249,21 @@ def main(argv: list[str] | None = None) -> None:
     in_memory(source)
     measured = measure(contenders, args.seconds, args.rounds)
 
-    result = {
-        "source": f"{len(source)} images",
-        "device": torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine(),
+    facts = about(torch.device(device), "uint8")
+    result = facts | {
+        "versions": f"{facts['versions']}, dali {import_dali().__version__}",
+        "images": len(source),
         "threads": args.threads,
         "batch_size": args.batch_size,
         "crop": args.crop,
-        "versions": {"torch": torch.__version__, "dali": import_dali().__version__},
         "contenders": {},
         "wait_share": {},
     }
-    print(f"{'':14} images/s   per core   CPU ms an image   loader / this: images/s, images per CPU second")
     for name, rounds in measured.items():
         pairs = list(zip(measured["loader"], rounds))
         rate, cpu = (statistics.median(column) for column in zip(*rounds))
         by_time = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
         by_cpu_time = statistics.median(theirs[1] / ours[1] for ours, theirs in pairs)
-        print(f"{name:14} {rate:8.0f}   {rate / args.threads:8.0f}   {cpu:15.2f}   {by_time:23.2f}, {by_cpu_time:.2f}")
         result["contenders"][name] = {
             "images_per_second": rate,
             "per_core": rate / args.threads,
@@ -250,10 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     for model, (rate, batch) in STEPS.items():
         share = wait_share(source, args, device, rate, batch)
         result["wait_share"][model] = {"step_images_per_second": rate, "batch": batch, "share": share}
-        print(f"{model}: a step at {rate} images/s waits for data {share:.1%} of its time")
+    print("\n".join(data_table(result)))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def kernels(path: Path) -> list[str]:
         return [f"Not measured: there is no `{path.name}`."]
     last = max((row for case in cases.values() for row in case.values()), key=lambda row: row["date"])
     commits = sorted({row["commit"] for case in cases.values() for row in case.values()})
-    heads = ("op", "case", "pass", "eager, ms", "torch.compile", "best other", "this project", "quantiles")
+    heads = ("op", "case", "pass", "eager, ms", "torch.compile", "others", "this project", "quantiles")
     heads += ("GB/s", "of copy", "TFLOP/s", "of GEMM", "x eager", "x compiled", "x best other")
     lines = [f"{last['device']}; {last['versions']}; {last['dtype']}; commit {', '.join(commits)}.", "", *_head(heads)]
     for (op, model, part, pass_), case in cases.items():
@@ -91,15 +91,15 @@ def kernels(path: Path) -> list[str]:
         name = own(case)
         row = case.get(name, {})
         others = [p for p in case if p not in ("eager", "compiled", *OWN)]
-        best = min(others, key=lambda p: float(case[p]["ms"]), default=None)
+        others.sort(key=lambda p: float(case[p]["ms"]))
         cells = (
             op,
             f"{model} {part}: {next(iter(case.values()))['shape']}",
             pass_,
             _number(case.get("eager", {}).get("ms")),
             _number(case.get("compiled", {}).get("ms")),
-            f"{_number(case[best]['ms'])} ({best})" if best else "-",
-            f"{_number(row.get('ms'))} ({name})" if name else "-",
+            "; ".join(f"{_number(case[p]['ms'])} {p}" for p in others) or "-",
+            f"{_number(row.get('ms'))} {name}" if name else "-",
             f"{_number(row['ms_20'])}-{_number(row['ms_80'])}" if name else "-",
             _number(row.get("gb_per_s")),
             _percent(row.get("share_of_copy")),
@@ -107,7 +107,7 @@ def kernels(path: Path) -> list[str]:
             _percent(row.get("share_of_matmul")),
             _number(ratio(case, "eager")),
             _number(ratio(case, "compiled")),
-            _number(ratio(case, best)) if best else "-",
+            _number(ratio(case, others[0])) if others else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -23,9 +23,8 @@ class _Checker(Decoder):
     """Decodes whole images and gives only their shapes."""
 
     def _graph(self, works: Iterable[tuple]) -> tuple:
-        fn = self.dali.fn
-        encoded, start, shape = fn.external_source(works, num_outputs=3)
-        return (fn.decoders.image_slice(encoded, start, shape).shape(),)
+        (images,) = self._decoded(works, 0)
+        return (images.shape(),)
 
 
 def find_bad_files(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[str, str] | None]:

@@ -103,8 +103,10 @@ class Decoder:
     def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[torch.Tensor]:
         """A pipeline over the inputs of works: one uint8 (b, crop, crop, 3) tensor for each, `depth` of them ahead."""
         pipe = self._pipeline(batch_size, depth)
+        # DALI reads the inputs where they lie. As an attribute they outlive its threads, whatever ends the pipeline.
+        pipe.held = deque()
         with pipe:
-            pipe.set_outputs(*self._graph(works))
+            pipe.set_outputs(*self._graph(_holding(works, pipe.held)))
         pipe.build()
         pipe.schedule_run()
         while True:
@@ -113,6 +115,7 @@ class Decoder:
             except StopIteration:
                 return
             result = self._collect(outputs)
+            pipe.held.popleft()
             pipe.release_outputs()
             pipe.schedule_run()
             yield result
@@ -141,10 +144,15 @@ class Decoder:
         device_id = (self.device.index or 0) if self.on_gpu else None
         return self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
 
+    def _decoded(self, works: Iterable[tuple], others: int) -> tuple:
+        """The decoded windows of works, and their `others` further inputs."""
+        fn = self.dali.fn
+        encoded, start, shape, *rest = fn.external_source(works, num_outputs=3 + others, no_copy=True)
+        return fn.decoders.image_slice(encoded, start, shape, **self.decode_options), *rest
+
     def _graph(self, works: Iterable[tuple]) -> tuple:
         fn, types = self.dali.fn, self.dali.types
-        encoded, start, shape, *flip = fn.external_source(works, num_outputs=4 if self.flip else 3)
-        images = fn.decoders.image_slice(encoded, start, shape, **self.decode_options)
+        images, *flip = self._decoded(works, int(self.flip))
         if self.resize_in_graph:
             filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
             images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
@@ -222,6 +230,12 @@ def decode_all(
                     break
             else:
                 raise error
+
+
+def _holding(works: Iterable[tuple], held: deque) -> Iterator[tuple]:
+    for inputs in works:
+        held.append(inputs)
+        yield inputs
 
 
 def _feed(works: Iterable[Work], in_flight: deque[Work]) -> Iterator[tuple]:

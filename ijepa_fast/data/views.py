@@ -69,9 +69,7 @@ class ViewDecoder(Decoder):
         self.views = views
 
     def _graph(self, works: Iterable[tuple]) -> tuple:
-        fn = self.dali.fn
-        encoded, start, shape, *parameters = fn.external_source(works, num_outputs=3 + len(self.views))
-        images = fn.decoders.image_slice(encoded, start, shape, **self.decode_options)
+        images, *parameters = self._decoded(works, len(self.views))
         return tuple(self._view(images, view, values) for view, values in zip(self.views, parameters))
 
     def _view(self, images, view: View, values):
