@@ -184,7 +184,7 @@ def test_tables_are_made_of_the_rows_of_the_last_run(tmp_path):
     (line,) = (line for line in new.splitlines() if line.startswith("| layer_norm"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [
-        *("layer_norm", "H/14 context: 5 x 8", "backward", "8", "-", "3 (quack)", "2 (triton)", "2-2"),
+        *("layer_norm", "H/14 context: 5 x 8", "backward", "8", "-", "3 quack; 5 slow", "2 triton", "2-2"),
         *("1.23e+03", "50%", "-", "-", "4", "-", "1.5"),
     ]
     assert report.render(new, tmp_path) == new
