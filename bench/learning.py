@@ -52,16 +52,20 @@ BATCHES = 20  # whose work is averaged
 
 @dataclass(frozen=True)
 class Preset:
-    """steps and batch of a run, probes along it, images of each of a probe's sets, seeds."""
+    """steps and batch of a run, probes along it, images of each of a probe's sets, seeds, and what else is changed."""
 
     steps: int
     batch: int
     probes: int
     images: int
     seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
 
 
-PRESETS = {"cpu": Preset(300, 64, 3, 2000, (0, 1)), "gpu": Preset(1500, 512, 5, 10_000, (0, 1, 2))}
+PRESETS = {
+    "cpu": Preset(300, 64, 3, 2000, (0, 1)),
+    "gpu": Preset(1500, 512, 5, 10_000, (0, 1, 2), ("engine.precision=bf16",)),
+}
 
 
 def overrides_of(preset: Preset, images: int) -> list[str]:
@@ -85,6 +89,7 @@ def overrides_of(preset: Preset, images: int) -> list[str]:
         "log.tensorboard=false",
         "probe.enabled=false",
         f"probe.images={preset.images}",
+        *preset.overrides,
     ]
 
 
