@@ -102,6 +102,7 @@ class Optim:
 class Engine:
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "bf16"  # bf16 | fp32
+    target_precision: str | None = None  # of the target encoder: fp8, or None, as `precision`
     zero: int = 1  # ZeRO stage, 0 to 3
     accumulation: int = 1  # micro-batches a step
     bucket: int = 50_000_000  # elements reduced and gathered at once
@@ -164,6 +165,7 @@ CHOICES = {
     "optim.momentum_shape": ("linear", "cosine"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.precision": ("bf16", "fp32"),
+    "engine.target_precision": (None, "fp8"),
     "engine.zero": (0, 1, 2, 3),
 }
 POSITIVE = ("batch_size", "data.crop", "model.patch", "model.predictor_dim", "model.predictor_depth", "optim.epochs")
@@ -232,6 +234,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
+        )
+    if config.engine.target_precision == "fp8" and (config.objective.method != "ijepa" or config.model.dim % 16):
+        raise ConfigError(
+            f"engine.target_precision=fp8 needs objective.method=ijepa and a model.dim that is a multiple of 16, got "
+            f"{config.objective.method} and {config.model.dim}; set engine.target_precision=null"
         )
     if config.engine.compile and config.engine.zero == 3:
         raise ConfigError(

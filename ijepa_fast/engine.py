@@ -104,6 +104,8 @@ class Engine:
         self.layout = LAYOUTS[config.engine.zero](self._engine, self.optimizer, groups)
         targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
         self.layout.tie(targets)
+        if config.engine.target_precision == "fp8":
+            objective.use_fp8_targets()
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
@@ -125,7 +127,7 @@ class Engine:
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
         self._engine.step()
         if update:
-            self.layout.gather()
+            self._gather()
 
     def place(self, positions: dict[str, torch.Tensor]) -> None:
         """Use other position tables than the fixed ones: {network: (N, width)}."""
@@ -137,7 +139,13 @@ class Engine:
         """Called when masters and optimiser state were overwritten: bring them into both encoders and the predictor."""
         self.optimizer.refresh_copies()
         self.layout.publish()
+        self._gather()
+
+    def _gather(self) -> None:
+        """Bring the averages into the target encoder, and tell the objective that keeps something made from them."""
         self.layout.gather()
+        if hasattr(self.objective, "target_changed"):
+            self.objective.target_changed()
 
 
 def compile_for(config: Config, device: torch.device, objective: nn.Module) -> None:

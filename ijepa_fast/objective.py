@@ -16,6 +16,7 @@ from ijepa_fast import flops
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder, init_weights
 from ijepa_fast.packing import PackedBatch, pack
@@ -41,6 +42,7 @@ class IJEPA(nn.Module):
         self.encoder, self.predictor = encoder, predictor
         self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
         self.target_stream: torch.cuda.Stream | None = None  # the target encoder runs on it, beside the context encoder
+        self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8_targets`
         self.watch: Callable | None = None  # called with every batch's target features (U, D) and PackedBatch
         self.apply(init_weights)
         nn.init.trunc_normal_(predictor.mask_token, std=0.02)
@@ -50,6 +52,15 @@ class IJEPA(nn.Module):
     def target_encoder(self) -> Encoder:
         """The EMA encoder."""
         return self._target_encoder[0]
+
+    def use_fp8_targets(self) -> None:
+        """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
+        self.fp8_blocks = [FP8Block(block) for block in self.target_encoder.blocks[:-1]]
+
+    def target_changed(self) -> None:
+        """Called whenever the target encoder's weights were written."""
+        for block in self.fp8_blocks or ():
+            block.refresh()
 
     def forward(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
@@ -75,7 +86,7 @@ class IJEPA(nn.Module):
     def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """What is to be predicted, (U, D), in the order of `packed.union_index`, before the affine-free LayerNorm."""
         if self.target == "features":
-            features = self.target_encoder.targets(patches, packed)
+            features = self.target_encoder.targets(patches, packed, self.fp8_blocks)
             if self.watch is not None:
                 self.watch(features, packed)
             return features

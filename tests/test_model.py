@@ -134,3 +134,33 @@ def test_sizes_of_the_published_architectures():
     with torch.device("meta"):
         giant = Encoder(224, 16, *ARCHITECTURES["vit_giant"])
     assert sum(p.numel() for p in giant.parameters()) / 1e6 == pytest.approx(1011, rel=0.005)
+
+
+def test_the_fp8_target_encoder_stays_close(masks):
+    """Per token, the emulation's features point where fp32's do; after new weights, where theirs do."""
+    encoder = Encoder(64, PATCH, 192, 6, 3)
+    model = IJEPA(encoder, Predictor(encoder.grid, 192, 96, 1, 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+    patches, packed = torch.randn(IMAGES * 64, 3 * PATCH**2), pack(masks)
+
+    def cosines():
+        wanted = model.target_encoder.targets(patches, packed)
+        return torch.cosine_similarity(model.targets(patches, packed), wanted)
+
+    model.use_fp8_targets()
+    assert len(model.fp8_blocks) == 5
+    assert 0.999 < cosines().min() < 1 - 1e-7
+    with torch.no_grad():
+        for p in model.target_encoder.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    assert cosines().min() < 0.99
+    model.target_changed()
+    assert cosines().min() > 0.999
+
+
+def test_fp8_targets_leave_gradients_to_the_trained_networks(masks):
+    encoder = Encoder(64, PATCH, 32, 2, 2)
+    model = IJEPA(encoder, Predictor(encoder.grid, 32, 16, 1, 2), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model.use_fp8_targets()
+    model.loss_of_patches(torch.randn(IMAGES * 64, 3 * PATCH**2), pack(masks)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad is None for p in model.target_encoder.parameters())

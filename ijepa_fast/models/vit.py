@@ -237,10 +237,11 @@ class Encoder(nn.Module):
         sequences = Sequences(cu_seqlens, packed.context_max_seqlen)
         return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)[:tokens]
 
-    def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def targets(self, patches: torch.Tensor, packed: PackedBatch, inner=None) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
 
-        The last block computes queries, attention output and MLP for those rows alone.
+        The last block computes queries, attention output and MLP for those rows alone. `inner` stand in for the blocks
+        before it (models/fp8.py).
         """
         images, device = packed.images, patches.device
         last = Sequences(
@@ -250,7 +251,8 @@ class Encoder(nn.Module):
             query_cu_seqlens=packed.union_cu_seqlens,
             query_max_seqlen=packed.union_max_seqlen,
         )
-        return run_blocks(self.blocks, self.norm, *self._embed(patches, images), Sequences(images=images), last)
+        blocks = self.blocks if inner is None else [*inner, self.blocks[-1]]
+        return run_blocks(blocks, self.norm, *self._embed(patches, images), Sequences(images=images), last)
 
     def forward(self, patches: torch.Tensor, images: int) -> torch.Tensor:
         """Dense encoding of whole images: `patches` (B*N, W) -> (B*N, D), final norm applied."""

@@ -25,6 +25,7 @@ OPS = (
     "target_loss",
     "adamw_ema",
     "mask_sampler",
+    "fp8",
 )
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 

@@ -1,0 +1,43 @@
+"""The target encoder in fp8: three of a block's four products, which are eleven twelfths of their work.
+
+Shapes: B images, N patches an image, T = B*N tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
+from ijepa_fast.kernels.varlen_attention import dense_attention
+from ijepa_fast.models.vit import Block, Sequences
+
+
+class FP8Block:
+    """A Block whose qkv, fc1 and fc2 multiply e4m3 rows by e4m3 weights; for dense images and without gradient.
+
+    What attention gives is projected in the model's own precision: it has no producer of this project to quantise it.
+    """
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Quantise the weights again, after they changed."""
+        attention, mlp = self.block.attn, self.block.mlp
+        self.qkv, self.fc1, self.fc2 = (quantise(layer.weight) for layer in (attention.qkv, mlp.fc1, mlp.fc2))
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
+        """As `Block.forward`: residual stream (T, D) and the branch to add to it (T, D) -> the same two."""
+        attention, mlp = self.block.attn, self.block.mlp
+        norm1, norm2, dtype = self.block.norm1, self.block.norm2, x.dtype
+        *rows, x = layer_norm_quantise(x, branch, norm1.weight, norm1.bias, norm1.eps)
+        qkv = scaled_linear(rows, self.qkv, attention.qkv.bias, dtype)
+        head_dim = x.shape[1] // attention.heads
+        out = dense_attention(qkv.view(sequences.images, -1, 3, attention.heads, head_dim))
+        branch = attention.proj(out.reshape(-1, x.shape[1]))
+        *rows, x = layer_norm_quantise(x, branch, norm2.weight, norm2.bias, norm2.eps)
+        hidden = scaled_linear(rows, self.fc1, None, dtype)
+        return x, scaled_linear(bias_gelu_quantise(hidden, mlp.fc1.bias), self.fc2, mlp.fc2.bias, dtype)
