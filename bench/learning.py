@@ -7,7 +7,7 @@
 Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
 augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations and its averaged encoder is
 probed, linear and k-NN, on frozen, average-pooled features. Results are in --out: learning.json, learning.md and
-learning.png, made anew from all runs at each call; a run that was finished is not run again.
+learning.png, of the runs that are named; one that was finished is not run again, its checkpoints are gone by then.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import torch
 
 from bench.timing import device_name
 from ijepa_fast.build import build_masks, build_objective, method_of
-from ijepa_fast.checkpoint import latest
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.engine import choose_device
@@ -143,15 +142,20 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     kept = folder / "learning.json"
     base, changes = RUNS[name]
     images = len(open_source(data / "train", cache=out / "index"))
-    overrides = [f"data.source={data / 'train'}", f"probe.test={data / 'test'}", f"runs={out}", f"name={name}-{seed}"]
-    overrides += [f"seed={seed}", *changes, *overrides_of(preset, images), *method_overrides(name, preset, images)]
-    overrides += extra
+    settings = [
+        f"seed={seed}",
+        *changes,
+        *overrides_of(preset, images),
+        *method_overrides(name, preset, images),
+        *extra,
+    ]
     if kept.is_file():
         record = json.loads(kept.read_text())
-        if record["overrides"] == overrides:
+        if record["settings"] == settings:
             return record
         raise ConfigError(f"{folder} holds a run with other settings; give another --out, or remove it")
-    path = ROOT / "configs" / f"{base}.yaml"
+    paths = [f"data.source={data / 'train'}", f"probe.test={data / 'test'}", f"runs={out}", f"name={name}-{seed}"]
+    path, overrides = ROOT / "configs" / f"{base}.yaml", paths + settings
     config = load_config(path, overrides)
     command = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", str(path), *overrides]
     print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
@@ -177,7 +181,8 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     record = {
         "run": name,
         "seed": seed,
-        "overrides": overrides,
+        "config": path.name,
+        "settings": settings,
         "device": device_name(device),
         "gflop_per_image": work,
         "loss_first": losses[0],
@@ -185,7 +190,7 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
         "points": points,
     }
     kept.write_text(json.dumps(record, indent=1))
-    shutil.rmtree(latest(folder).parent)
+    shutil.rmtree(folder / "checkpoints")
     return record
 
 
@@ -252,6 +257,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     given = {key: getattr(args, key) for key in ("steps", "batch", "probes", "images") if getattr(args, key)}
     if args.seeds:
         given["seeds"] = tuple(int(seed) for seed in args.seeds.split(","))
+    if given.get("images", 20) < 20:
+        parser.error(f"--images: expected at least 20, the neighbours that vote, got {args.images}")
     args.runs, args.preset = names, replace(PRESETS[args.preset], **given)
     return args
 
