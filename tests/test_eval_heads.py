@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+pytest.importorskip("tqdm")
+
 from ijepa_fast.eval.attentive import AttentiveProtocol, DenseFeatures, attentive_scores, fit_attentive
 from ijepa_fast.eval.features import Standardiser, pooled_features
 from ijepa_fast.eval.knn import knn_scores, nearest

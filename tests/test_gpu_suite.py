@@ -111,6 +111,40 @@ def test_every_task_is_a_command_that_its_program_accepts(tmp_path):
         throughput.parse(one.command[2:])
 
 
+def test_the_suite_runs_from_tests_to_data(tmp_path, monkeypatch):
+    facts = {"device": "NVIDIA Test", "date": "today", "versions": "torch 2", "commit": "abc"}
+    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "about", lambda *_: facts)
+    red = "tests/ops/test_layer_norm.py"
+    monkeypatch.setattr(gpu_suite, "run_tests", lambda suite, *_: suite.red.add(red))
+    monkeypatch.setattr(gpu_suite, "OPS", dict.fromkeys(("layer_norm", "bias_gelu")))
+    monkeypatch.setattr(gpu_suite, "STEPS", (("engine", "--engine 1", ("nobody_has_this",)),))
+    op_tasks = gpu_suite.op_tasks
+
+    def harmless(models, csv):
+        tasks = op_tasks(models, csv)
+        for one in tasks:
+            one.command = [sys.executable, "-c", ""]
+        return tasks
+
+    monkeypatch.setattr(gpu_suite, "op_tasks", harmless)
+    assert gpu_suite.main(["--minutes", "2", "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "gpu_suite-nvidia-test.md").read_text().splitlines()
+    ran = [line.partition(":")[0] for line in lines if line.startswith(("- ", "## "))]
+    assert ran[:6] == [
+        "## Ops at H/14",
+        "- layer_norm H/14",
+        "- bias_gelu H/14",
+        "## Whole steps",
+        "- steps engine",
+        ran[5],
+    ]
+    assert ran[-2:] == ["## Data", "- data"]
+    assert "- layer_norm H/14: skipped, tests of layer_norm did not pass" in lines
+    assert "- steps engine: skipped, needs nobody_has_this, not installed" in lines
+    assert "- data: skipped, no --images FOLDER was given" in lines
+
+
 def bare(*words):
     """A run of Python that finds torch, Triton, numpy and pytest, but neither this project nor anything else."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
