@@ -89,7 +89,11 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
     if last is not None:
         step = checkpoint.load(last, engine, config)
     elif config.init is not None:
-        checkpoint.begin(read(config.init, config.model.heads), engine, config)
+        weights = read(config.init, config.model.heads)
+        checkpoint.begin(weights, engine, config)
+        if rank == 0:
+            anew = "" if weights.predictor else ", with a new predictor"
+            print(f"starting from {config.init}{anew}", file=sys.stderr)
     if rank == 0:
         if step:
             print(f"continuing {config.folder} from step {step}", file=sys.stderr)

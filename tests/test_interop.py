@@ -87,10 +87,11 @@ def test_transformers_gives_the_same_features(weights, tmp_path):
     """The folder through transformers' own classes, from uint8 images on, with the folder's image processor."""
     transformers = pytest.importorskip("transformers")
     folder = exported(weights, tmp_path, "hf")
-    model, report = transformers.IJepaModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    model, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, transformers.IJepaModel)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    processor = transformers.ViTImageProcessorPil.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
     encoder, x = ijepa_fast.load(folder), images()
     inputs = processor(images=[Image.fromarray(image.numpy()) for image in x], return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -99,27 +100,25 @@ def test_transformers_gives_the_same_features(weights, tmp_path):
     assert encoder(x).std() > 0.1
 
 
-def test_transformers_folder_comes_in(weights, tmp_path):
-    """A folder that transformers wrote itself, of another architecture's sizes, with and without its half numbers."""
+@pytest.mark.parametrize("form", ["plain", "sharded", "classifier"])
+def test_transformers_folder_comes_in(tmp_path, form):
+    """A folder that transformers wrote itself, of sizes that are nobody's, at its own resolution and at another."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.IJepaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, image_size=32, patch_size=8,
-        layer_norm_eps=1e-6,
-    )  # fmt: skip
-    model = transformers.IJepaModel(config).eval()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+    config = transformers.IJepaConfig(**sizes, image_size=32, patch_size=8, layer_norm_eps=1e-6)
+    kind = transformers.IJepaForImageClassification if form == "classifier" else transformers.IJepaModel
+    whole = kind(config).eval()
+    model = whole.ijepa if form == "classifier" else whole
     model.embeddings.position_embeddings.data.normal_()
-    model.save_pretrained(tmp_path / "theirs")
-    encoder, x = ijepa_fast.load(tmp_path / "theirs"), images(2, 32)
-    with torch.no_grad():
-        theirs = model(normalised(x, encoder.mean, encoder.std)).last_hidden_state
-    assert encoder.encoder.blocks[0].attn.heads == 4
-    assert (encoder(x) - theirs).abs().max() < 1e-5
-    with torch.no_grad():
-        model.eval()
-        larger = images(2, 48)
-        theirs = model(normalised(larger, encoder.mean, encoder.std), interpolate_pos_encoding=True).last_hidden_state
-    ours = ijepa_fast.load(tmp_path / "theirs", image_size=48)(larger)
-    assert (ours - theirs).abs().max() < 1e-5
+    whole.save_pretrained(tmp_path / "theirs", max_shard_size="20KB" if form == "sharded" else "5GB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (form == "sharded")
+    for size in (32, 48):
+        encoder, x = ijepa_fast.load(tmp_path / "theirs", image_size=size), images(2, size)
+        with torch.no_grad():
+            inputs = normalised(x, encoder.mean, encoder.std)
+            theirs = model(inputs, interpolate_pos_encoding=size != 32).last_hidden_state
+        assert encoder.encoder.blocks[0].attn.heads == 4
+        assert (encoder(x) - theirs).abs().max() < 1e-5
 
 
 def test_a_processor_that_says_one_half_is_not_believed(weights, tmp_path):

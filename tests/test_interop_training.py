@@ -9,6 +9,7 @@ from tests.launch import ROOT, command, run
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
+from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import load, read
 from ijepa_fast.interop.weights import resample_positions, save_weights
 from ijepa_fast.train import main
@@ -63,14 +64,19 @@ def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
         assert torch.equal(getattr(resumed, name)[table], resample_positions(getattr(weights, name)[table], (10, 10)))
 
 
-def test_a_run_that_trains_on(checkpoint, tmp_path):
-    """With a learning rate all networks move a little from where they began."""
-    folder = run(tmp_path, *MODEL, f"init={checkpoint}", "optim.steps=2", "optim.start_lr=1e-4", "engine.zero=0")
-    weights, found = read(checkpoint, HEADS), read(folder)
-    for name in ("encoder", "predictor", "target_encoder"):
-        key = "predictor_norm.weight" if name == "predictor" else "norm.weight"
-        difference = (getattr(found, name)[key] - getattr(weights, name)[key]).abs().max()
+def test_a_run_that_trains_on_from_an_encoder_alone(checkpoint, tmp_path):
+    """From a Hugging Face folder: both encoders move a little from its weights, and the predictor begins anew."""
+    weights = read(checkpoint, HEADS)
+    save_hf(tmp_path / "hf", weights.target_encoder, weights.arch)
+    options = ["optim.steps=2", "optim.start_lr=1e-4", "optim.lr=1e-4", "engine.zero=0"]
+    folder = run(tmp_path, *MODEL, f"init={tmp_path / 'hf'}", *options)
+    found = read(folder)
+    for name in ("encoder", "target_encoder"):
+        difference = (getattr(found, name)["norm.weight"] - weights.target_encoder["norm.weight"]).abs().max()
         assert 0 < difference < 1e-2, name
+    key = "predictor_embed.weight"
+    assert (found.predictor[key] - weights.predictor[key]).abs().mean() > 1e-2
+    assert found.predictor[key].std() == pytest.approx(0.02, rel=0.2)
     assert load(folder).crop == 64
 
 

@@ -22,7 +22,7 @@ from ijepa_fast.config import load_config, save_config
 from ijepa_fast.interop.weights import POSITIONS, Weights, save_weights
 from ijepa_fast.plots import mask_tiles, mask_views
 from ijepa_fast.report import charts, main, pictures, report
-from tests.launch import TINY
+from tests.launch import ROOT, TINY
 
 STEPS = 40
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -51,7 +51,7 @@ def run(tmp_path_factory, photos):
     """A run's folder, as the trainer leaves it, of an untrained model."""
     runs = tmp_path_factory.mktemp("runs")
     options = [*TINY, f"data.source={photos}", f"runs={runs}", "name=tiny <run>", f"probe.test={photos}"]
-    config = load_config("configs/quickstart.yaml", [*options, "probe.enabled=true"])
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [*options, "probe.enabled=true"])
     config.folder.mkdir()
     save_config(config, config.folder / "config.yaml")
     lines = [record(step) for step in range(1, STEPS + 1)]
