@@ -16,6 +16,7 @@ from ijepa_fast.__main__ import main
 from ijepa_fast.eval.attentive import AttentiveProtocol
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
+from ijepa_fast.eval.probe import PROBES
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.interop.weights import Arch, Weights, save_weights
 from ijepa_fast.models.vit import Encoder, init_weights
@@ -60,14 +61,14 @@ def files(tmp_path_factory):
 def command(files, *options):
     """The command line on `files`."""
     where = ["--checkpoint", files / "weights.safetensors", "--data", files / "train", "--test", files / "test"]
-    return ["probe", *map(str, where), "--device", "cpu", *options]
+    return ["probe", *map(str, where), *(() if "--device" in options else ("--device", "cpu")), *options]
 
 
 def test_every_probe(files, tmp_path, capsys, monkeypatch):
     short = partial(AttentiveProtocol, epochs=2, least_steps=10)
     monkeypatch.setattr("ijepa_fast.eval.attentive.AttentiveProtocol", short)
     tuning = ["--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
-    probes = ["--probes", "linear,knn,attentive,lowshot,finetune", "--features", "last,last4", "--protocol", "exact"]
+    probes = ["--probes", "linear,knn,attentive,lowshot,finetune", "--features", "last,last4", "--heads", "bn_linear"]
     out = tmp_path / "probes.json"
     assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
     results = json.loads(out.read_text())
@@ -89,6 +90,20 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     for name in ("class (classification)", *probes):
         assert name in table
     assert "+-" in table
+
+
+@pytest.mark.gpu
+def test_every_probe_on_a_gpu(files, tmp_path):
+    """In fp32 the figures that no training is in are the CPU's; bf16 and the trained ones run."""
+    found = {}
+    for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16")):
+        out = tmp_path / f"{device}-{precision}.json"
+        options = ["--probes", ",".join(PROBES), "--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
+        assert main(command(files, *options, "--device", device, "--precision", precision, "--out", str(out))) == 0
+        found[device, precision] = json.loads(out.read_text())["results"]["class"]["probes"]
+    assert len({tuple(probes) for probes in found.values()}) == 1
+    means = {key: probes["k-NN, k=10"]["accuracy"]["mean"] for key, probes in found.items()}
+    assert means["cuda", "fp32"] == pytest.approx(means["cpu", "fp32"], abs=0.06)
 
 
 def test_networks_and_layers_are_the_ones_asked_for(files, tmp_path):

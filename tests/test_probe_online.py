@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("omegaconf")
+
 from ijepa_fast.build import build_objective
 from ijepa_fast.config import load_config
 from ijepa_fast.eval.online import OnlineProbe
@@ -28,8 +30,8 @@ def make(every=10, images=2000, step=0):
     return OnlineProbe(config, objective, source, 0, step, said.append), objective, source, said
 
 
-def feed(probe, objective, batch, indices, informed=None, seed=0):
-    """One batch: images see 2 to 5 of 16 places; features are noise and, `informed` by a source, say kind and metres."""
+def feed(probe, objective, batch, indices, informed=None, seed=0, device="cpu"):
+    """One batch: 2 to 5 of 16 places an image; features are noise and, `informed` by a source, its kind and metres."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 6, (batch,), generator=g)
     image = torch.arange(batch).repeat_interleave(lengths)
@@ -41,10 +43,10 @@ def feed(probe, objective, batch, indices, informed=None, seed=0):
     packed = SimpleNamespace(
         images=batch,
         patches=16,
-        union_index=(image * 16 + place).int(),
-        union_cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+        union_index=(image * 16 + place).int().to(device),
+        union_cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device),
     )
-    objective.watch(features, packed)
+    objective.watch(features.to(device), packed)
     probe.add(torch.from_numpy(indices))
     return features, packed
 
@@ -67,6 +69,19 @@ def test_it_measures_what_the_features_say():
     assert results[False]["target_variance"] == pytest.approx(1, abs=0.05)
     assert results[False]["rankme"] > 20
     assert results[True]["collapsed"] is False
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_measures_the_same():
+    found = {}
+    for device in ("cpu", "cuda"):
+        probe, objective, source, _ = make()
+        for step in range(10):
+            feed(probe, objective, 100, np.arange(100 * step, 100 * (step + 1)), source, step, device)
+        found[device] = probe.read(10)["probe"]
+    assert found["cuda"].pop("kind")["accuracy"] == pytest.approx(found["cpu"].pop("kind")["accuracy"], abs=0.02)
+    assert found["cuda"].pop("metres") == pytest.approx(found["cpu"].pop("metres"), abs=1e-3)
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
 
 
 def test_images_it_was_fitted_on_do_not_test_it():

@@ -104,7 +104,7 @@ class Evaluation:
             return {}
         runs = []
         for seed in range(self.seeds):
-            chosen = draw_share(outputs.targets.cpu(), self.share, seed)
+            chosen = torch.from_numpy(draw_share(outputs.targets.cpu(), self.share, seed))
             x, y = self.train.features[self.sets[0]][chosen], outputs.targets[chosen]
             head = fit_head(x, y, outputs.task, "exact", self.heads, seed)
             scores = head(self.test.features[self.sets[0]])
