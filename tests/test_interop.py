@@ -238,6 +238,17 @@ def test_loaded_encoder(weights, tmp_path):
     assert encoder.read([tmp_path / "a.png"] * 2).shape == (2, 64, 64, 3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_loaded_encoder_on_a_gpu(weights, tmp_path, dtype, tolerance):
+    save_weights(tmp_path / "w.safetensors", weights)
+    here = ijepa_fast.load(tmp_path / "w.safetensors")
+    there = ijepa_fast.load(tmp_path / "w.safetensors", device="cuda").to(dtype)
+    features = there(images().cuda())
+    assert features.dtype == dtype
+    assert (features.float().cpu() - here(images())).abs().max() < tolerance
+
+
 def test_importing_the_package_is_light():
     code = "import sys, ijepa_fast; assert 'torch' not in sys.modules; ijepa_fast.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

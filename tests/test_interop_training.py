@@ -36,6 +36,7 @@ def assert_same(found, weights, but=()):
                 assert torch.equal(state[key], tensor), (name, key)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_published_networks(checkpoint, tmp_path):
     """To the bit, also where it computes in bf16."""
     folder = run(tmp_path, *MODEL, *STILL, f"init={checkpoint}", "engine.zero=3", "engine.precision=bf16")
@@ -44,6 +45,7 @@ def test_a_run_begins_with_the_published_networks(checkpoint, tmp_path):
     assert_same(read(folder), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_rank
 def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
     """Positions are resampled, kept in the checkpoint, and found again by a run that goes on without the file."""
@@ -64,6 +66,7 @@ def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
         assert torch.equal(getattr(resumed, name)[table], resample_positions(getattr(weights, name)[table], (10, 10)))
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_on_from_an_encoder_alone(checkpoint, tmp_path):
     """From a Hugging Face folder: both encoders move a little from its weights, and the predictor begins anew."""
     weights = read(checkpoint, HEADS)
