@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.kernels import adamw_ema as adamw_op
+from ijepa_fast.kernels import fp8 as fp8_op
 from ijepa_fast.kernels import mask_sampler as sampler_op
 from ijepa_fast.kernels.adamw_ema import reference as adamw_reference
 from ijepa_fast.kernels.bias_gelu import bias_gelu as bias_gelu_op
@@ -383,6 +384,34 @@ def mask_sampler(b: Batch) -> list[Case]:
     return [Case("blocks", shape, (), eager=reference, own=own, compiles=False)]
 
 
+def fp8(b: Batch) -> list[Case]:
+    """In the target encoder: residual addition, LayerNorm and the MLP's first product, whose rival is bf16's."""
+    rows, hidden = b.images * b.patches, int(b.dim * b.ratio)
+    tensors = b.random(rows, b.dim, grad=False), b.random(rows, b.dim, grad=False)
+    weights = b.random(b.dim, grad=False), b.random(b.dim, grad=False)
+    matrix = b.random(hidden, b.dim, grad=False)
+    quantised = fp8_op.quantise(matrix)
+
+    def eager(x, residual, weight, bias):
+        return F.linear(layer_norm_reference.layer_norm(x, weight, bias, 1e-6, residual)[0], matrix)
+
+    def own(x, residual, weight, bias):
+        values, scale, _ = fp8_op.layer_norm_quantise(x, residual, weight, bias, 1e-6)
+        return fp8_op.scaled_linear((values, scale), quantised)
+
+    return [
+        Case(
+            "target",
+            f"{rows} x {b.dim} -> {hidden}",
+            (*tensors, *weights),
+            eager=eager,
+            own=_triton(b, own),
+            bytes=((3 * rows * b.dim + rows * hidden) * b.item + hidden * b.dim, 0),
+            flops=(2 * rows * b.dim * hidden, 0),
+        )
+    ]
+
+
 def _triton(b: Batch, function: Callable) -> dict[str, Callable]:
     return {"triton": function} if b.on_gpu else {}
 
@@ -398,4 +427,5 @@ OPS: dict[str, Callable[[Batch], list[Case]]] = {
     "masked_gather": masked_gather,
     "patchify": patchify,
     "mask_sampler": mask_sampler,
+    "fp8": fp8,
 }
