@@ -16,7 +16,9 @@
 namespace ijepa_fast {
 namespace {
 
-constexpr int64_t kBlock = 1024;
+// One kilobyte of each tensor: with a page of each, tensors that start at the same place in their pages would evict each
+// other from the first-level cache.
+constexpr int64_t kBlock = 256;
 
 INLINE float widen(uint16_t value) {
   uint32_t bits = static_cast<uint32_t>(value) << 16;

@@ -13,7 +13,7 @@ from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import choice, runs_triton
 
-_STATE = torch.float32
+_STATE = (torch.float32,)
 _ANY = (torch.float32, torch.bfloat16)
 _TENSORS = "Tensor(a!){0} param{1}, Tensor{0} grad{1}, Tensor(b!){0} exp_avg{1}, Tensor(c!){0} exp_avg_sq{1}, "
 
@@ -161,7 +161,7 @@ def _check(suffix: str, *tensors: torch.Tensor | None) -> None:
         if tensor is None and i > 3:
             continue
         # A list has hundreds of tensors, so what is right is passed quickly and check_tensor only words the error.
-        dtypes = _DTYPES[i] if isinstance(_DTYPES[i], tuple) else (_DTYPES[i],)
+        dtypes = _DTYPES[i]
         right = isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and tensor.shape == shape
         if not right or tensor.device != device or not tensor.is_contiguous():
             check_tensor("adamw_ema", _NAMES[i] + suffix, tensor, tuple(shape), dtypes, device)
