@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,8 +11,9 @@ from ijepa_fast.data.dali import Batch
 
 
 class SyntheticLoader:
-    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting.
+    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting for images.
 
+    extra: called with the step, one step ahead of it, in a thread, as a TrainLoader's.
     crop: the images' side in pixels; or a list of sides, and Batch.images is a list of views as a ViewLoader's.
     """
 
@@ -37,6 +39,8 @@ class SyntheticLoader:
         self._images = images(crop) if isinstance(crop, int) else [images(side) for side in crop]
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._extra = start_step, extra
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="extra")
+        self._next = self._thread.submit(self._make, start_step)
         self.steps_per_epoch = max(count // (batch_size * world_size), 1)
         self.wait_seconds, self.replaced = 0.0, 0
 
@@ -46,8 +50,13 @@ class SyntheticLoader:
     def __next__(self) -> Batch:
         step = self._step
         self._step += 1
-        extra = None if self._extra is None else self._extra(step)
+        extra = self._next.result()
+        self._next = self._thread.submit(self._make, self._step)
         return Batch(self._images, self._indices, step // self.steps_per_epoch, extra)
 
+    def _make(self, step: int) -> object:
+        return None if self._extra is None else self._extra(step)
+
     def close(self) -> None:
-        """Nothing to stop."""
+        """Stop the thread. May be called twice."""
+        self._thread.shutdown(cancel_futures=True)
