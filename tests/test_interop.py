@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import ijepa_fast
 from ijepa_fast.interop import export
 from ijepa_fast.interop.load import read
-from ijepa_fast.interop.weights import Weights, load_state, load_weights, save_weights
+from ijepa_fast.interop.weights import Weights, load_state, load_weights, mlp_ratio, save_weights
 from ijepa_fast.packing import from_masks
 from tests.interop_files import DATA, HEADS, NETWORKS, golden_weights, images, normalised, published, write_published
 from tests.parity import STEP_KEYS, build, patches_of, relative_error, run_step
@@ -202,6 +202,12 @@ def test_published_checkpoint_comes_in(tmp_path):
     for name in NETWORKS:
         assert_equal({f"module.{k}": v for k, v in getattr(back, name).items()}, content[name])
     assert (back.arch.image_size, back.arch.patch, back.arch.depth, back.arch.predictor_depth) == (64, 8, 3, 2)
+
+
+@pytest.mark.parametrize(("hidden", "dim"), [(6144, 1408), (3072, 768), (100, 96), (2730, 1024)])
+def test_mlp_ratio_gives_the_hidden_width_again(hidden, dim):
+    """The giant's ratio is 48/11, which no float holds."""
+    assert int(dim * mlp_ratio(hidden, dim)) == hidden
 
 
 def test_positions_are_resampled(weights, tmp_path):
