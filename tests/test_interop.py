@@ -124,6 +124,10 @@ def test_transformers_folder_comes_in(tmp_path, form):
 def test_a_processor_that_says_one_half_is_not_believed(weights, tmp_path):
     half = Weights(replace(weights.arch, mean=(0.5,) * 3, std=(0.5,) * 3), **{n: getattr(weights, n) for n in NETWORKS})
     folder = exported(half, tmp_path, "hf")
+    assert ijepa_fast.load(folder).std == (0.5,) * 3  # written by this project: it is what the run had
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    del processor["written_by"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.warns(UserWarning, match=r"mean and std \.5"):
         assert ijepa_fast.load(folder).mean == pytest.approx((0.485, 0.456, 0.406))
 

@@ -70,6 +70,7 @@ def test_no_file_of_weights(tmp_path, name, content):
     [
         (lambda c: c.pop("encoder"), ["key 'encoder'", "target_encoder"]),
         (lambda c: c.update(classifier={}), ["got also ['classifier']"]),
+        (lambda c: c["predictor"].pop("module.predictor_embed.weight"), ["'predictor_embed.weight'", "missing"]),
         (lambda c: c["encoder"].pop("module.pos_embed"), ["'pos_embed'", "missing"]),
         (lambda c: c["target_encoder"].pop("module.blocks.1.norm1.bias"), ["blocks.1.norm1.bias", "(96,)", "lack"]),
         (

@@ -26,6 +26,7 @@ _OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
+_WRITER = "ijepa_fast"  # of image processors whose mean and std are the training's, whatever they are
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _V5 = {  # transformers 5's module names -> the Hub's
     "attention.q_proj": "attention.attention.query",
@@ -85,6 +86,7 @@ def image_processor(arch):
         "do_normalize": True,
         "image_mean": list(arch.mean),
         "image_std": list(arch.std),
+        "written_by": _WRITER,
     }
 
 
@@ -143,10 +145,10 @@ def _processor(folder):
     path = folder / "preprocessor_config.json"
     values = read_json(path) if path.exists() else {}
     mean, std = tuple(values.get("image_mean", IMAGENET_MEAN)), tuple(values.get("image_std", IMAGENET_STD))
-    if mean == std == (0.5, 0.5, 0.5):
+    if mean == std == (0.5, 0.5, 0.5) and values.get("written_by") != _WRITER:
         warnings.warn(
             f"{path} says mean and std .5, which the published training did not use; taking ImageNet's "
-            "(write .50001 there to keep them)",
+            f'(add "written_by": "{_WRITER}" there to keep them)',
             stacklevel=4,
         )
         mean, std = IMAGENET_MEAN, IMAGENET_STD

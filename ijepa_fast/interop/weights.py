@@ -86,6 +86,8 @@ def infer_arch(encoder, predictor=None, *, heads=None, source="checkpoint", **kn
     if heads is None and dim not in HEADS:
         raise ValueError(f"{source}: heads: not to be read off weights of width {dim}; say how many there are")
     if predictor:
+        if "predictor_embed.weight" not in predictor:
+            raise ValueError(f"{source}: predictor: expected key 'predictor_embed.weight', which is missing")
         known |= {
             "predictor_dim": predictor["predictor_embed.weight"].shape[0],
             "predictor_depth": _depth(predictor, "predictor_blocks."),
