@@ -16,7 +16,12 @@ _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backend
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN can compute `linear` here: fp32 on a CPU, not empty, in a PyTorch that has the op."""
+    """Whether oneDNN can compute `linear` here: fp32 on a CPU, not empty, in a PyTorch that has the op.
+
+    Not inside torch.compile, where TorchInductor chooses, and takes this op with constant weights only.
+    """
+    if torch.compiler.is_compiling():
+        return False
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
     return fits and _product is not None and not torch.is_autocast_enabled("cpu")
 
