@@ -32,7 +32,7 @@ from ijepa_fast.flops import PEAKS
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")
-IMPLS = ("fast", "strong", "plain", "published")
+IMPLS = ("fast", "fast-fp8", "strong", "plain", "published")
 CONTEXTS = ("truncate", "full", "budget")
 # Relative differences of loss and gradient norm by rounding: fp32, and low precision whose casts differ.
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1)}
@@ -259,6 +259,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = args.device.startswith("cuda")
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("fast,strong" if cuda else "none")
+    if "fast-fp8" in args.impl and (args.method != "ijepa" or args.precision != "bf16"):
+        parser.error("--impl fast-fp8: expected --method ijepa and --precision bf16, which it is compared with")
     return args
 
 

@@ -81,6 +81,9 @@ def test_with_data_loading_too(tmp_path, method):
         (["--context", "all"], "--context"),
         (["--max-batch", "--device", "cpu"], "--max-batch"),
         (["--method", "mae", "--engine", "1"], "--engine"),
+        (["--method", "mae", "--breakdown"], "--breakdown"),
+        (["--method", "ibot", "--config", "configs/quickstart.yaml"], "--config"),
+        (["--impl", "fast-fp8", "--precision", "fp32"], "fast-fp8"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):
@@ -112,6 +115,20 @@ def test_the_stages_of_a_step_are_the_step():
     # At a given rate the products' predictions are the work that the tables count for this implementation.
     products = sum(s["roofline_seconds"] for s in stages[1:5])
     assert products == pytest.approx(staged.executed * case.batch, rel=1e-9)
+
+
+def test_the_fp8_target_is_compared_with_bf16():
+    """It passes the gate of equal losses, and its weights are quantised again after every step."""
+    options = ["--impl", "fast,fast-fp8", "--precision", "bf16", *TINY, *QUICK]
+    result = throughput.run(options)
+    assert {row["impl"] for row in result["rows"]} == {"fast", "fast-fp8"}
+    case = Case(arch="vit_tiny", crop=64, patch=8, batch=2, predictor_depth=1, batches=1, precision="bf16")
+    (contender,) = make_contenders(case, ["fast-fp8"], ["truncate"])
+    block = contender.network.fp8_blocks[0]
+    before = block.qkv[1].clone()
+    for _ in range(3):
+        contender.step(contender.batches[0], lr=0.1)
+    assert not torch.equal(block.qkv[1], before)
 
 
 def test_a_runs_configuration_names_the_model(tmp_path):

@@ -159,7 +159,7 @@ class BareStep:
     Below fp32 the optimiser updates fp32 masters of weights and average, and writes both low-precision copies.
     """
 
-    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False):
+    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False, fp8=False):
         self.device, self.objective, self.betas, self.steps = torch.device(case.device), objective, betas, 0
         dtype = DTYPES[case.precision]
         objective.to(self.device, dtype)
@@ -183,6 +183,8 @@ class BareStep:
             self.groups.append((group["params"], group["decay"], states))
         if compile:
             compile_blocks(objective, objective.target_encoder)
+        if fp8:
+            objective.use_fp8_targets()
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
         """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
@@ -208,6 +210,8 @@ class BareStep:
             )
             for p in params:
                 p.grad = None
+        if hasattr(self.objective, "target_changed"):
+            self.objective.target_changed()
 
     def loss(self, batch) -> torch.Tensor:
         """The loss of `batch`."""
@@ -287,7 +291,7 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
 
     Args:
         case: what is trained.
-        impls: of fast, strong, plain, published.
+        impls: of fast, fast-fp8 (with the target encoder in fp8), strong, plain, published.
         contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
         external: checkout of the published code, for `published`.
         engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
@@ -327,9 +331,11 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     for context in contexts:
         facts = work_of(case, context)
         prepare = partial(_packed_batch, context=context, case=case)
-        if "fast" in impls:
-            step = BareStep(_ijepa_objective(case, weights), case, compile="fast" in case.compile)
-            contenders.append(Contender("fast", context, prepare, step, step.loss, step.objective, *facts))
+        for impl in ("fast", "fast-fp8"):
+            if impl in impls:
+                options = {"compile": "fast" in case.compile, "fp8": impl == "fast-fp8"}
+                step = BareStep(_ijepa_objective(case, weights), case, **options)
+                contenders.append(Contender(impl, context, prepare, step, step.loss, step.objective, *facts))
         if engine is not None:
             step = EngineStep(_ijepa_objective(case, weights), case, engine)
             contenders.append(Contender(f"fast, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
