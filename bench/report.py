@@ -155,6 +155,8 @@ def aot(path: Path) -> list[str]:
 
 def _most(rows: list[dict], arch: str) -> str:
     mine = [row for row in rows if row["arch"] == arch]
+    if not mine:
+        return "-"
     shared = max(int(row["shared_bytes"]) for row in mine) / 1024
     return f"{max(int(row['registers']) for row in mine)}, {shared:.1f}"
 

@@ -199,6 +199,23 @@ def test_aims_say_what_was_measured_or_that_nothing_was(tmp_path):
     assert new.count("| not measured |") == len(report.AIMS) - 1
 
 
+def test_compiled_kernels_are_summed_up_by_op(tmp_path):
+    base = {
+        "arch": 80,
+        "op": "fp8",
+        "registers": 9,
+        "spilled_bytes": 0,
+        "shared_bytes": 1024,
+        "matrix": "",
+        "triton": "3",
+    }
+    hopper = base | {"arch": 90, "op": "attention", "matrix": "wgmma"}
+    write(tmp_path / "aot.csv", [base, hopper, hopper | {"registers": 40, "spilled_bytes": 8}])
+    lines = report.render("<!-- table: aot aot.csv -->\n<!-- end of table -->", tmp_path).splitlines()
+    assert "| attention | 2 | - | 40, 1.0 | 8 | 2 wgmma on sm_90 |" in lines
+    assert "| fp8 | 1 | 9, 1.0 | - | 0 | - |" in lines
+
+
 def test_an_unknown_kind_of_table_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"expected a kind of kernels, .*, got 'chart'"):
         report.render("<!-- table: chart k.csv -->\n<!-- end of table -->", tmp_path)
