@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.interop.reference import load_tensors
-from ijepa_fast.interop.weights import IMAGENET_MEAN, IMAGENET_STD, Weights, infer_arch, read_json, read_safetensors
+from ijepa_fast.interop.weights import Weights, infer_arch, read_json, read_safetensors
 
 # published name -> Hugging Face's, inside a block; qkv is cut into three.
 _BLOCK = {

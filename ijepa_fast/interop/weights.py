@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.models.positions import sincos_2d
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # the published width -> heads
 POSITIONS = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
 HEADER = "ijepa_fast"  # key of the header's metadata
