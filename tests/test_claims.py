@@ -58,6 +58,7 @@ def test_the_table_has_what_was_measured_and_says_what_was_not(rows):
 
 @pytest.mark.slow
 def test_the_command_measures_stand_ins_and_makes_table_and_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     options = ["--small", "--device", "cpu", "--runs", "I-JEPA H/14,MAE H/14", "--rounds", "1", "--steps", "1"]
     assert claims.main([*options, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
