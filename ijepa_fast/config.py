@@ -47,7 +47,7 @@ class Mask:
     strategy: str = "multiblock"  # multiblock | multiblock-reference | rasterized | block | random
     policy: str = "full"  # full | truncate | budget: what is kept of the context
     budget: int | None = None  # context patches an image under policy=budget
-    ladder: bool | None = None  # token counts rounded up, under 1 %, so that memory is found again; None: on a GPU
+    ladder: bool = True  # token counts rounded up, under 1 %, so that few sizes occur and memory is found again
     targets: int | None = None  # None: the strategy's default, the published value
     target_scale: list[float] | None = None
     target_aspect: list[float] | None = None

@@ -127,8 +127,6 @@ def make_batches(config, steps_per_epoch: int) -> Callable[..., PackedBatch]:
     """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
     options = asdict(config.mask)
     strategy, policy, budget, ladder = (options.pop(key) for key in ("strategy", "policy", "budget", "ladder"))
-    if ladder is None:
-        ladder = config.engine.device != "cpu" and torch.cuda.is_available()
     side = config.data.crop // config.model.patch
     sampler = make_sampler(strategy, (side, side), **options)
     return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget, ladder)
