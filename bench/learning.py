@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from ijepa_fast.engine import choose_device
 from ijepa_fast.plots import COLOURS, read_log
 from ijepa_fast.probing import probe, probe_folders
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what says which job a process is of
 ROOT = Path(__file__).resolve().parents[1]
 MASKS = ("multiblock", "rasterized", "block", "random")
 _ANY_MASK = ["mask.policy=full", "mask.min_keep=null"]
@@ -159,7 +161,9 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     config = load_config(path, overrides)
     command = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", str(path), *overrides]
     print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-    if subprocess.run(command, cwd=ROOT).returncode:
+    # The run is a job of its own, even where this process has one.
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         raise RuntimeError(f"{name}, seed {seed}: the trainer failed, see above; the same command goes on from there")
     config.probe.enabled = True
     device, log, work = choose_device(config), read_log(folder / "log.jsonl"), work_per_image(config)
