@@ -153,6 +153,8 @@ def test_nothing_is_left_running(photos):
 @pytest.mark.parametrize("ending", ["pass", "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), 2)"])
 def test_a_process_ends_with_a_loader_still_open(photos, ending):
     program = (
+        # A shell's background job ignores Ctrl-C, and so would the program.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from ijepa_fast.data.sources import open_source\n"
         "from ijepa_fast.data.dali import TrainLoader\n"
         f"loader = TrainLoader(open_source({photos.root!r}), batch_size=8, crop=32)\n"
