@@ -160,8 +160,10 @@ def test_a_process_ends_with_a_loader_still_open(photos, ending):
         f"loader = TrainLoader(open_source({photos.root!r}), batch_size=8, crop=32)\n"
         f"next(loader)\n{ending}\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True)
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True)
     assert (done.returncode == 0) == (ending == "pass")
+    assert time.monotonic() - begin < 40
 
 
 def test_without_dali_the_error_names_the_package(photos, monkeypatch):
@@ -312,6 +314,6 @@ def test_small_files_are_read_once_into_memory(photos, monkeypatch):
     read = photos.read
     monkeypatch.setattr(photos, "read", lambda index: reads.append(index) or read(index))
     take(photos, 15)
-    assert COUNT <= len(reads) < 1.5 * COUNT  # two threads may both be the first to want a sample
+    assert len(reads) == COUNT
     take(photos, 15, cache_bytes=0)
     assert len(reads) > 2 * COUNT

@@ -54,9 +54,15 @@ class _Reader:
     def __init__(self, source: Source, max_pixels: int, cache_bytes: int):
         self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
         self._cache: dict[int, tuple] = {}
+        # Reading threads may want one sample at once, at an epoch's end: the second waits for what the first reads.
+        self._locks = [threading.Lock() for _ in range(64)]
 
     def __call__(self, index: int) -> tuple[np.ndarray, int, int]:
         """The bytes, uint8 (n,), and the height and width. Raises BadImage."""
+        with self._locks[index % len(self._locks)]:
+            return self._row(index)
+
+    def _row(self, index: int) -> tuple[np.ndarray, int, int]:
         row = self._cache.get(index)
         if row is None:
             try:
