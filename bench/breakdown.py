@@ -12,7 +12,8 @@ import time
 import numpy as np
 import torch
 
-from bench.baselines.contenders import LR, Case, Contender
+from bench.baselines.case import Case
+from bench.baselines.contenders import LR, Contender
 from ijepa_fast import flops
 from ijepa_fast.flops import Transformer
 from ijepa_fast.kernels.target_loss import target_loss

@@ -23,7 +23,8 @@ if __package__ in (None, ""):
 import torch
 
 from bench import throughput
-from bench.baselines.contenders import Case, work_of
+from bench.baselines.case import Case
+from bench.baselines.contenders import work_of
 
 IMAGES = 1_281_167  # ImageNet-1k's training images
 SMALL = {"arch": "vit_tiny", "crop": 64, "patch": 8}

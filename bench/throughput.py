@@ -26,7 +26,9 @@ import numpy as np
 import torch
 
 from bench.baselines import ibot
-from bench.baselines.contenders import DTYPES, LR, Case, Contender, make_contenders
+from bench.baselines.case import Case
+from bench.baselines.contenders import LR, Contender, make_contenders
+from bench.baselines.steps import DTYPES
 from bench.timing import device_name, synchronise
 from ijepa_fast.flops import PEAKS
 from ijepa_fast.models.vit import ARCHITECTURES

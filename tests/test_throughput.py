@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import throughput
-from bench.baselines.contenders import Case, make_contenders
+from bench.baselines.case import Case
+from bench.baselines.contenders import make_contenders
 
 TINY = ["--model", "vit_tiny", "--crop", "64", "--patch", "8", "--batch", "2", "--device", "cpu"]
 QUICK = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--predictor-depth", "1"]

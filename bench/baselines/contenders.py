@@ -18,100 +18,24 @@ import torch
 from torch import nn
 
 from bench.baselines import ibot, mae, plain
-from bench.baselines.crops import LARGE, CropSampler
+from bench.baselines.case import Case
+from bench.baselines.crops import LARGE
 from bench.baselines.plain import PlainStep, load_published, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.plain_vit import normalise
+from bench.baselines.steps import BareStep, EngineStep
 from bench.baselines.strong import StrongStep
 from ijepa_fast import flops
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.flops import Head, Transformer
-from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
-from ijepa_fast.masks import Masks, make_sampler
+from ijepa_fast.masks import Masks
 from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import ARCHITECTURES, Encoder, compile_blocks
+from ijepa_fast.models.vit import Encoder
 from ijepa_fast.objective import IJEPA
-from ijepa_fast.optim import parameter_groups
 from ijepa_fast.packing import PackedBatch, pack
 
-PREDICTOR_DEPTHS = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 12, "vit_huge": 12, "vit_giant": 16}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR = 1e-4
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model at one size on one device."""
-
-    method: str = "ijepa"
-    arch: str = "vit_small"
-    widths: tuple | None = None  # (dim, depth, heads, MLP ratio, predictor's dim) of a model that has no name
-    crop: int = 224
-    patch: int = 16
-    batch: int = 16
-    device: str = "cpu"
-    precision: str = "fp32"
-    predictor_depth: int | None = None  # of MAE: the decoder's; None: as published
-    batches: int = 4  # distinct ones, taken in turn
-    seed: int = 0
-    compile: tuple[str, ...] = ()  # implementations that torch.compile may change
-    head: dict = field(default_factory=dict)  # iBOT's, where not as published
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return (self.crop // self.patch,) * 2
-
-    @property
-    def patches(self) -> int:
-        """Patches an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def low_precision(self) -> bool:
-        """Whether anything but fp32 is asked for."""
-        return self.precision != "fp32"
-
-    @property
-    def sizes(self) -> dict:
-        """Keyword arguments of an encoder."""
-        dim, depth, heads, ratio = self.widths[:4] if self.widths else ARCHITECTURES[self.arch]
-        sizes = {"image_size": self.crop, "patch": self.patch, "dim": dim, "depth": depth, "heads": heads}
-        return sizes | {"mlp_ratio": ratio}
-
-    @property
-    def predictor_sizes(self) -> dict:
-        """Keyword arguments of a predictor."""
-        dim = self.widths[4] if self.widths else 384
-        sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": dim, "heads": self.sizes["heads"]}
-        depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
-        return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
-
-    def images(self, i: int) -> torch.Tensor | list[torch.Tensor]:
-        """Random images of batch `i`, uint8 (B, H, W, 3); for iBOT a list of them, one a view."""
-        generator = torch.Generator().manual_seed(self.seed * 1000 + i)
-
-        def draw(side: int) -> torch.Tensor:
-            return torch.randint(256, (self.batch, side, side, 3), dtype=torch.uint8, generator=generator)
-
-        if self.method != "ibot":
-            return draw(self.crop)
-        small = ibot.small_crop_side(self.grid[0]) * self.patch
-        return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
-
-    def masks(self, i: int):
-        """The masks of batch `i`: Masks, for iBOT a CropBatch."""
-        if self.method == "ibot":
-            side, published = self.grid[0], ibot.Options
-            temperatures = published.first_temperature, published.temperature
-            sides = side, ibot.small_crop_side(side)
-            sampler = CropSampler(*sides, published.small_crops, self.sizes["depth"], temperatures)
-            return sampler(self.batch, self.seed, i)
-        if self.method == "mae":
-            return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
-        smallest = min(10, self.patches // 16)  # as published, but on grids too small for that
-        return make_sampler("multiblock-reference", self.grid, min_keep=smallest)(self.batch, self.seed, i)
 
 
 @dataclass
@@ -151,104 +75,6 @@ class Contender:
         (gradient,) = torch.autograd.grad(loss, weight)
         self.network.train()
         return loss.item(), gradient.float().norm().item()
-
-
-class BareStep:
-    """This project's step without DeepSpeed: objective, and AdamW with EMA in one pass.
-
-    Below fp32 the optimiser updates fp32 masters of weights and average, and writes both low-precision copies.
-    """
-
-    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False, fp8=False):
-        self.device, self.objective, self.betas, self.steps = torch.device(case.device), objective, betas, 0
-        dtype = DTYPES[case.precision]
-        objective.to(self.device, dtype)
-        objective.target_encoder.to(self.device, dtype)
-        targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
-        self.groups = []
-        for group in parameter_groups(objective.encoder, [objective.predictor]):
-            params = [p.data for p in group["params"]]
-            averages = [targets[name].data for name in group["names"]] if group["ema"] and average else None
-            masters = params if dtype == torch.float32 else [p.float() for p in params]
-            states = {
-                "params": masters,
-                "exp_avgs": [torch.zeros_like(p) for p in masters],
-                "exp_avg_sqs": [torch.zeros_like(p) for p in masters],
-                "emas": averages,
-            }
-            if dtype != torch.float32:
-                states["param_out"] = params
-                if averages is not None:
-                    states |= {"emas": [p.float() for p in averages], "ema_out": averages}
-            self.groups.append((group["params"], group["decay"], states))
-        if compile:
-            compile_blocks(objective, objective.target_encoder)
-        if fp8:
-            objective.use_fp8_targets()
-
-    def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
-        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
-        loss = self.loss(batch)
-        loss.backward()
-        self.update(lr, weight_decay, momentum)
-        return loss.detach()
-
-    def update(self, lr, weight_decay=0.04, momentum=0.996) -> None:
-        """Weights, averages and low-precision copies from the gradients, which are dropped."""
-        self.steps += 1
-        for params, decay, states in self.groups:
-            adamw_ema_multi_(
-                grads=[p.grad for p in params],
-                **states,
-                lr=lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                eps=1e-8,
-                weight_decay=weight_decay if decay else 0.0,
-                step=self.steps,
-                momentum=momentum,
-            )
-            for p in params:
-                p.grad = None
-        if hasattr(self.objective, "target_changed"):
-            self.objective.target_changed()
-
-    def loss(self, batch) -> torch.Tensor:
-        """The loss of `batch`."""
-        return self.objective(*(_move(x, self.device) for x in batch))
-
-
-class EngineStep:
-    """This project's step through DeepSpeed, as train.py runs it."""
-
-    def __init__(self, objective, case: Case, zero: int):
-        # These need OmegaConf and DeepSpeed; the other steps do not.
-        from ijepa_fast.config import Config, Data, Model, check
-        from ijepa_fast.config import Engine as EngineConfig
-        from ijepa_fast.engine import Engine, start
-
-        sizes, predictor = case.sizes, case.predictor_sizes
-        names = ("dim", "depth", "heads", "mlp_ratio", "patch")
-        narrow = {"predictor_dim": predictor["dim"], "predictor_depth": predictor["depth"]}
-        model = Model(**{name: sizes[name] for name in names}, **narrow)
-        settings = EngineConfig(device=torch.device(case.device).type, precision=case.precision, zero=zero)
-        data = Data(source="synthetic", crop=sizes["image_size"])
-        config = Config(name="throughput", batch_size=case.batch, data=data, model=model, engine=settings)
-        check(config)
-        self.device, self.objective = torch.device(case.device), objective
-        if not torch.distributed.is_initialized():
-            threads = torch.get_num_threads()
-            start(config, self.device)
-            torch.set_num_threads(threads)
-        self.engine = Engine(config, objective, self.device)
-
-    def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
-        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
-        loss = self.engine.backward(*(x.to(self.device, non_blocking=True) for x in batch))
-        self.engine.step(lr, weight_decay, momentum)
-        return loss
-
-    loss = BareStep.loss
 
 
 def published_networks(case: Case, path: str | Path):
@@ -306,13 +132,6 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
 def work_of(case: Case, context: str = "full") -> tuple[float, float, float]:
     """Tokens, work as published and as executed here, of an image; work in GFLOP. Only I-JEPA has a context to cut."""
     return METHODS[case.method][1](case, context)
-
-
-def _move(value, device: torch.device):
-    """`value`, or every tensor of a list of them, on `device`."""
-    if isinstance(value, list):
-        return [_move(x, device) for x in value]
-    return value.to(device, non_blocking=True)
 
 
 def _pin(value, device: str):

@@ -1,0 +1,88 @@
+"""A case of bench/throughput.py: one model of a method at one size, with its random images and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.baselines import ibot, mae
+from bench.baselines.crops import LARGE, CropSampler
+from ijepa_fast.masks import make_sampler
+from ijepa_fast.models.vit import ARCHITECTURES
+
+PREDICTOR_DEPTHS = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 12, "vit_huge": 12, "vit_giant": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size on one device."""
+
+    method: str = "ijepa"
+    arch: str = "vit_small"
+    widths: tuple | None = None  # (dim, depth, heads, MLP ratio, predictor's dim) of a model that has no name
+    crop: int = 224
+    patch: int = 16
+    batch: int = 16
+    device: str = "cpu"
+    precision: str = "fp32"
+    predictor_depth: int | None = None  # of MAE: the decoder's; None: as published
+    batches: int = 4  # distinct ones, taken in turn
+    seed: int = 0
+    compile: tuple[str, ...] = ()  # implementations that torch.compile may change
+    head: dict = field(default_factory=dict)  # iBOT's, where not as published
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return (self.crop // self.patch,) * 2
+
+    @property
+    def patches(self) -> int:
+        """Patches an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether anything but fp32 is asked for."""
+        return self.precision != "fp32"
+
+    @property
+    def sizes(self) -> dict:
+        """Keyword arguments of an encoder."""
+        dim, depth, heads, ratio = self.widths[:4] if self.widths else ARCHITECTURES[self.arch]
+        sizes = {"image_size": self.crop, "patch": self.patch, "dim": dim, "depth": depth, "heads": heads}
+        return sizes | {"mlp_ratio": ratio}
+
+    @property
+    def predictor_sizes(self) -> dict:
+        """Keyword arguments of a predictor."""
+        dim = self.widths[4] if self.widths else 384
+        sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": dim, "heads": self.sizes["heads"]}
+        depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
+        return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
+
+    def images(self, i: int) -> torch.Tensor | list[torch.Tensor]:
+        """Random images of batch `i`, uint8 (B, H, W, 3); for iBOT a list of them, one a view."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + i)
+
+        def draw(side: int) -> torch.Tensor:
+            return torch.randint(256, (self.batch, side, side, 3), dtype=torch.uint8, generator=generator)
+
+        if self.method != "ibot":
+            return draw(self.crop)
+        small = ibot.small_crop_side(self.grid[0]) * self.patch
+        return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
+
+    def masks(self, i: int):
+        """The masks of batch `i`: Masks, for iBOT a CropBatch."""
+        if self.method == "ibot":
+            side, published = self.grid[0], ibot.Options
+            temperatures = published.first_temperature, published.temperature
+            sides = side, ibot.small_crop_side(side)
+            sampler = CropSampler(*sides, published.small_crops, self.sizes["depth"], temperatures)
+            return sampler(self.batch, self.seed, i)
+        if self.method == "mae":
+            return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
+        smallest = min(10, self.patches // 16)  # as published, but on grids too small for that
+        return make_sampler("multiblock-reference", self.grid, min_keep=smallest)(self.batch, self.seed, i)
