@@ -32,7 +32,7 @@ def broken_folder(folder, good: int, bad: int):
 def test_half_a_percent_of_broken_files_ends_with_the_right_counts(tmp_path):
     images = broken_folder(tmp_path / "images", 398, 2)
     options = (f"data.source={images}", "batch_size=40", "optim.epochs=1")
-    folder = run(tmp_path / "runs", *options)
+    folder = run(tmp_path / "runs", *options, ranks=2)
     assert len(losses(folder)) == 10  # all the steps of an epoch of 400
     lines = (folder / "bad_files.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == sorted(str(p) for p in images.glob("class0/?[a-z]*.*"))

@@ -144,3 +144,17 @@ def test_a_runs_configuration_names_the_model(tmp_path):
     assert result["case"]["widths"] == (32, 1, 2, 4.0, 16)
     assert {row["impl"] for row in result["rows"]} == {"fast", "fast, ZeRO 1", "strong", "plain"}
     assert len(result["stages"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model", [["--model", "vit_small", "--batch", "16"], ["--config", "configs/quickstart.yaml", "--batch", "64"]]
+)
+def test_faster_than_the_plain_step_on_a_cpu(model):
+    """Interleaved, equal tokens, equal losses. Well under what a machine at rest shows: other tests may run beside."""
+    path = throughput.__file__.rsplit("/bench/", 1)[0]
+    model = [m.replace("configs/", f"{path}/configs/") for m in model]
+    options = ["--impl", "fast,plain", "--device", "cpu", "--rounds", "5", "--steps", "1", "--warmup", "1"]
+    result = throughput.run([*model, *options])
+    fast = next(row for row in result["rows"] if row["impl"] == "fast")
+    assert fast["speedup_over_plain"] > 1.1, fast
