@@ -5,6 +5,7 @@ The extension ijepa_fast._C (csrc/) is optional. It is built when torch can be i
 CUDA build of torch and nvcc.
 """
 
+import glob
 import os
 import shutil
 
@@ -29,8 +30,8 @@ def extensions():
     return [
         Extension(
             "ijepa_fast._C",
-            sources=["csrc/module.cpp", "csrc/adamw_ema.cpp", "csrc/adamw_ema_cpu.cpp", "csrc/mask_sampler.cpp"],
-            depends=["csrc/adamw_ema.h", "csrc/adamw_ema_cuda.cu"],
+            sources=sorted(glob.glob("csrc/*.cpp")),
+            depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cu")),
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["c10", "torch_cpu", "torch"],

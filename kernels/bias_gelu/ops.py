@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.kernels.bias_gelu import reference
+from ijepa_fast.kernels.bias_gelu import native, reference
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
+from ijepa_fast.kernels.common.native import runs_loops
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -26,20 +27,23 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """
     check_tensor("bias_gelu", "x", x, (None, None))
     check_tensor("bias_gelu", "bias", bias, (x.shape[1],), device=x.device)
-    if not runs_triton("bias_gelu", x):
-        return reference.bias_gelu(x, bias)
-    return _BiasGelu.apply(x, bias)
+    if runs_triton("bias_gelu", x):
+        return _BiasGelu.apply(x, bias, "triton")
+    if bias.dtype == x.dtype and runs_loops("bias_gelu", x):
+        return _BiasGelu.apply(x, bias, "native")
+    return reference.bias_gelu(x, bias)
 
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx, x, bias, kernels):
+        ctx.kernels = kernels
         ctx.save_for_backward(x, bias)
-        return _fwd(x, bias)
+        return _KERNELS[kernels][0](x, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        return _bwd(dy.contiguous(), *ctx.saved_tensors)
+        return *_KERNELS[ctx.kernels][1](dy.contiguous(), *ctx.saved_tensors), None
 
 
 def _bwd_cpu(dy, x, bias):
@@ -59,3 +63,4 @@ _bwd = register(
     cpu=_bwd_cpu,
     fake=lambda dy, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
 )
+_KERNELS = {"triton": (_fwd, _bwd), "native": (native.bias_gelu_fwd, native.bias_gelu_bwd)}

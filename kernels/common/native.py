@@ -10,7 +10,11 @@ from collections.abc import Callable
 
 import torch
 
+from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.library import NAMESPACE
+
+# csrc's loops take rows and heads of multiples of this many values.
+WIDTH = 16
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -31,6 +35,34 @@ def available() -> bool:
         )
         return False
     return True
+
+
+def unsupported(x: torch.Tensor) -> str | None:
+    """Why csrc's fp32 loops for the CPU cannot take tensors like `x`, or None if they can."""
+    if x.is_cuda:
+        return f"needs CPU tensors, got one on {x.device}"
+    if not available():
+        return "needs the extension ijepa_fast._C, which is not built"
+    if x.dtype != torch.float32:
+        return f"takes float32, got {x.dtype}"
+    if x.shape[-1] % WIDTH:
+        return f"takes a last dimension that is a multiple of {WIDTH}, got {x.shape[-1]}"
+    if torch.compiler.is_compiling():
+        return "is not for torch.compile, which makes loops of its own"
+    return None
+
+
+def runs_loops(op: str, x: torch.Tensor) -> bool:
+    """Whether `op` is to run csrc's loops on `x`: where it can and is not set otherwise."""
+    return choice(op) == "auto" and unsupported(x) is None
+
+
+def define(schema: str) -> Callable | None:
+    """Define the op `schema`, which csrc implements for CPU tensors alone; -> it, or None without the extension."""
+    if not available():
+        return None
+    _library.define(schema)
+    return getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
 
 
 def register(schema: str, cpu: Callable, cuda: Callable) -> Callable:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.layer_norm import reference
+from ijepa_fast.kernels.common.native import runs_loops
+from ijepa_fast.kernels.layer_norm import native, reference
 
 
 def layer_norm(
@@ -34,21 +38,24 @@ def layer_norm(
     check_tensor("layer_norm", "bias", bias, (x.shape[1],), weight.dtype, x.device)
     if residual is not None:
         check_tensor("layer_norm", "residual", residual, (x.shape[0], x.shape[1]), x.dtype, x.device)
-    if not runs_triton("layer_norm", x):
-        return reference.layer_norm(x, weight, bias, eps, residual)
-    return _LayerNorm.apply(x, residual, weight, bias, eps)
+    if runs_triton("layer_norm", x):
+        return _LayerNorm.apply(x, residual, weight, bias, eps, "triton")
+    if weight.dtype == x.dtype and runs_loops("layer_norm", x):
+        return _LayerNorm.apply(x, residual, weight, bias, eps, "native")
+    return reference.layer_norm(x, weight, bias, eps, residual)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps):
+    def forward(ctx, x, residual, weight, bias, eps, kernels):
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         if residual is None:
-            y, mean, rstd = _fwd(x, weight, bias, eps)
+            y, mean, rstd = KERNELS[kernels].fwd(x, weight, bias, eps)
             ctx.save_for_backward(x, weight, mean, rstd)
             ctx.fused = False
             return y
-        y, total, mean, rstd = _add_fwd(x, residual, weight, bias, eps)
+        y, total, mean, rstd = KERNELS[kernels].add_fwd(x, residual, weight, bias, eps)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.fused = True
         return y, total
@@ -57,9 +64,10 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy, ds=None):
         total, weight, mean, rstd = ctx.saved_tensors
         dy = torch.zeros_like(total) if dy is None else dy.contiguous()
-        dx, dparameters = _bwd(dy, None if ds is None else ds.contiguous(), total, weight, mean, rstd)
+        ds = None if ds is None else ds.contiguous()
+        dx, dparameters = KERNELS[ctx.kernels].bwd(dy, ds, total, weight, mean, rstd)
         # One tensor is the gradient of both summands; autograd copies it before it would write into it.
-        return dx, dx if ctx.fused else None, dparameters[0], dparameters[1], None
+        return dx, dx if ctx.fused else None, dparameters[0], dparameters[1], None, None
 
 
 def _fwd_cpu(x, weight, bias, eps):
@@ -110,3 +118,17 @@ _bwd = register(
     cpu=_bwd_cpu,
     fake=lambda dy, ds, s, weight, mean, rstd: (torch.empty_like(s), weight.new_empty(2, weight.shape[0])),
 )
+
+
+class Kernels(NamedTuple):
+    """Forward without and with a residual, and backward, of one of this project's implementations."""
+
+    fwd: Callable
+    add_fwd: Callable
+    bwd: Callable
+
+
+KERNELS = {
+    "triton": Kernels(_fwd, _add_fwd, _bwd),
+    "native": Kernels(native.layer_norm_fwd, native.add_layer_norm_fwd, native.layer_norm_bwd),
+}

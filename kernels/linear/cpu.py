@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.kernels.bias_gelu import bias_gelu
+
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -32,9 +34,11 @@ def linear(x, weight, bias):
 
 
 def linear_gelu(x, weight, bias):
-    """As `reference.linear_gelu`; without a gradient GELU is part of the product."""
+    """As `reference.linear_gelu`; without a gradient GELU is part of the product, with one the bias is part of GELU."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return F.gelu(_Linear.apply(x, weight, bias))
+        if bias is None:
+            return F.gelu(_Linear.apply(x, weight, None))
+        return bias_gelu(_Linear.apply(x, weight, None), bias)
     return _product(x, weight, bias, "gelu", [], "none")
 
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 
+from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.common.dispatch import interpreted
 from ijepa_fast.kernels.varlen_attention import cpu, reference
 from ijepa_fast.kernels.varlen_attention.tiles import MAX_HEAD_DIM
 
-NAMES = ("auto", "triton", "torch", "flash2", "flash4", "xformers", "sdpa", "reference")
+NAMES = ("auto", "triton", "native", "torch", "flash2", "flash4", "xformers", "sdpa", "reference")
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,9 +40,12 @@ NOT_MEASURED = "triton"
 
 
 def choose(q: torch.Tensor, max_seqlen_k: int, training: bool) -> str:
-    """The backend `auto` stands for: a row of MEASURED, else NOT_MEASURED; on the CPU, sdpa. Announced once a case."""
+    """The backend `auto` stands for: a row of MEASURED, else NOT_MEASURED. Announced once a case.
+
+    On the CPU it is native, or sdpa where that cannot be had.
+    """
     if not q.is_cuda:
-        return "sdpa"
+        return "sdpa" if native.unsupported(q) else "native"
     capability = _capability(q.device)
     for row in MEASURED:
         fits = row.capability == capability and q.shape[2] in row.head_dims and max_seqlen_k <= row.max_seqlen
@@ -87,6 +91,8 @@ def require(name: str, q: torch.Tensor) -> None:
             reason = "computes in float32; q is float64"
         elif q.shape[2] > MAX_HEAD_DIM:
             reason = f"takes head dims up to {MAX_HEAD_DIM}, got {q.shape[2]}"
+    elif name == "native":
+        reason = native.unsupported(q)
     elif name in ("torch", "flash2", "flash4", "xformers"):
         if not q.is_cuda:
             reason = f"needs a CUDA device, q is on {q.device}"
@@ -158,7 +164,7 @@ def _reference(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 
     return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
 
 
-# (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale) -> out; triton is this package's own op.
+# (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale) -> out; the other two are our own.
 FUNCTIONS = {
     "torch": _torch,
     "flash2": _flash2,

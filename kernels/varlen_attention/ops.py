@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from ijepa_fast.kernels.common.checks import check_sequences, check_tensor
 from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.varlen_attention import backends, reference
+from ijepa_fast.kernels.common.native import runs_loops
+from ijepa_fast.kernels.varlen_attention import backends, native, reference
 
 
 def varlen_attention(
@@ -34,16 +38,17 @@ def varlen_attention(
         max_seqlen_q: no query sequence is longer.
         max_seqlen_k: no key sequence is longer.
         scale: factor of the scores; default 1/sqrt(d).
-        backend: "triton" (this project's kernel), "torch" (torch.nn.attention.varlen), "flash2", "flash4", "xformers",
-            "sdpa" (on CUDA for equal lengths only), "reference", or "auto": what the op is set to with
-            `ijepa_fast.kernels.use`, else the fastest measured one for the device and shape (see backends.py).
+        backend: "triton" (this project's kernel), "native" (its loops for fp32 on a CPU), "torch"
+            (torch.nn.attention.varlen), "flash2", "flash4", "xformers", "sdpa" (on CUDA for equal lengths only),
+            "reference", or "auto": what the op is set to with `ijepa_fast.kernels.use`, else the fastest measured one
+            for the device and shape (see backends.py). "native" wants a positive scale.
 
     Returns:
         (Tq, H, d) in q's dtype; zeros for queries whose key sequence is empty.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device or layout; for cu_seqlens that are not in order, do not end at the
-            row count or exceed max_seqlen (checked on the CPU, and in debug mode).
+        ValueError: for a wrong dtype, shape, device or layout; for cu_seqlens that are not in order, do not end
+            at the row count or exceed max_seqlen (checked on the CPU, and in debug mode).
         RuntimeError: for a backend that cannot be had, with the reason.
     """
     check_tensor("varlen_attention", "q", q, (None, None, None), contiguous=False)
@@ -60,9 +65,10 @@ def varlen_attention(
         )
     scale = q.shape[2] ** -0.5 if scale is None else scale
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    name = _resolve(backend, q, max_seqlen_k, training=q.requires_grad or k.requires_grad or v.requires_grad)
-    if name == "triton":
-        return _Attention.apply(q, k, v, *lengths, scale)
+    training = q.requires_grad or k.requires_grad or v.requires_grad
+    name = _resolve(backend, q, max_seqlen_k, scale, training)
+    if name in KERNELS:
+        return _Attention.apply(q, k, v, *lengths, scale, name)
     return backends.FUNCTIONS[name](q, k, v, *lengths, scale)
 
 
@@ -88,9 +94,9 @@ def varlen_attention_qkv(
     _check_sequences("cu_seqlens", cu_seqlens, qkv, "max_seqlen", max_seqlen)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(1)
-    name = _resolve(backend, q, max_seqlen, training=qkv.requires_grad)
-    if name == "triton":
-        return _AttentionQKV.apply(qkv, cu_seqlens, max_seqlen, scale)
+    name = _resolve(backend, q, max_seqlen, scale, qkv.requires_grad)
+    if name in KERNELS:
+        return _AttentionQKV.apply(qkv, cu_seqlens, max_seqlen, scale, name)
     return backends.FUNCTIONS[name](q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
 
 
@@ -99,7 +105,8 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
 
     Args:
         qkv: (B, N, 3, H, d) floating point.
-        backend: as for `varlen_attention`; "auto" is "sdpa", PyTorch's scaled_dot_product_attention.
+        backend: as for `varlen_attention`; "auto" is "native" where that can be had, else "sdpa", PyTorch's
+            scaled_dot_product_attention.
 
     Returns:
         (B, N, H, d) in qkv's dtype.
@@ -108,6 +115,8 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         ValueError, RuntimeError: as `varlen_attention`.
     """
     check_tensor("dense_attention", "qkv", qkv, (None, None, 3, None, None))
+    if backend == "auto" and runs_loops("varlen_attention", qkv):
+        backend = "native"
     if backend in ("auto", "sdpa"):
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -116,14 +125,18 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     return varlen_attention_qkv(qkv.flatten(0, 1), cu_seqlens, tokens, backend=backend).unflatten(0, (images, tokens))
 
 
-def _resolve(backend: str, q: torch.Tensor, max_seqlen_k: int, training: bool) -> str:
+def _resolve(backend: str, q: torch.Tensor, max_seqlen_k: int, scale: float, training: bool) -> str:
     """The name of the backend that runs, `auto` resolved."""
     if backend not in backends.NAMES:
         raise ValueError(f"varlen_attention: backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if backend == "auto":
         setting = choice("varlen_attention")
         backend = backends.choose(q, max_seqlen_k, training) if setting == "auto" else setting
+        if backend == "native" and scale <= 0:
+            backend = "sdpa"
     backends.require(backend, q)
+    if backend == "native" and scale <= 0:
+        raise RuntimeError(f"varlen_attention: backend='native' needs a positive scale, got {scale}")
     return backend
 
 
@@ -142,28 +155,29 @@ def _check_sequences(name: str, cu_seqlens: torch.Tensor, x: torch.Tensor, max_n
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-        out, lse = _fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, kernels):
+        ctx.kernels, ctx.rest = kernels, (max_seqlen_q, max_seqlen_k, scale)
+        out, lse = KERNELS[kernels].fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.rest)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-        ctx.rest = (max_seqlen_q, max_seqlen_k, scale)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        return *_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+        gradients = KERNELS[ctx.kernels].bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest)
+        return *gradients, None, None, None, None, None, None
 
 
 class _AttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale):
-        out, lse = _fwd(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
+    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale, kernels):
+        ctx.kernels, ctx.rest = kernels, (max_seqlen, scale)
+        out, lse = KERNELS[kernels].fwd(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
-        ctx.rest = (max_seqlen, scale)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        return _qkv_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None
+        return KERNELS[ctx.kernels].qkv_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 def _qkv_bwd_cpu(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale):
@@ -200,3 +214,17 @@ _qkv_bwd = register(
     cpu=_qkv_bwd_cpu,
     fake=lambda dout, qkv, *_: _packed(qkv),
 )
+
+
+class Kernels(NamedTuple):
+    """Forward and backward of one of this project's implementations."""
+
+    fwd: Callable
+    bwd: Callable
+    qkv_bwd: Callable
+
+
+KERNELS = {
+    "triton": Kernels(_fwd, _bwd, _qkv_bwd),
+    "native": Kernels(native.varlen_attention_fwd, native.varlen_attention_bwd, native.varlen_attention_qkv_bwd),
+}

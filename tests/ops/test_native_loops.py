@@ -1,0 +1,161 @@
+"""csrc's loops for fp32 on the CPU: values and gradients against the references, every generation of x86, bad input."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ijepa_fast.kernels.bias_gelu import bias_gelu
+from ijepa_fast.kernels.bias_gelu import reference as bias_gelu_reference
+from ijepa_fast.kernels.common import dispatch, native
+from ijepa_fast.kernels.layer_norm import layer_norm
+from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
+from ijepa_fast.kernels.varlen_attention import dense_attention, reference, varlen_attention, varlen_attention_qkv
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="ijepa_fast._C is not built")
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("lengths", [[5, 0, 63, 1, 64], [97, 15, 17, 200], [1], [0, 0], [96, 192]], ids=str)
+def test_self_attention(poisoned, lengths, head_dim):
+    cu, longest = cu_seqlens(lengths), max(lengths)
+    oracle.check_against_reference(
+        lambda qkv: varlen_attention_qkv(qkv, cu, longest, backend="native"),
+        lambda qkv: reference.varlen_attention(*qkv.unbind(1), cu, cu),
+        (torch.randn(sum(lengths), 3, 2, head_dim),),
+        names=("qkv",),
+    )
+
+
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5, 9, 0, 70], [40, 0, 7, 20]), ([3, 101], [260, 1])])
+def test_queries_of_other_lengths(poisoned, lengths_q, lengths_k):
+    """Also queries without keys, and keys without queries; views of wider tensors, as the models give them."""
+    cu = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+    oracle.check_against_reference(
+        lambda q, kv: varlen_attention(q, *kv.unbind(1), *cu, max(lengths_q), max(lengths_k), backend="native"),
+        lambda q, kv: reference.varlen_attention(q, *kv.unbind(1), *cu),
+        (torch.randn(sum(lengths_q), 3, 32), torch.randn(sum(lengths_k), 2, 3, 32)),
+        names=("q", "kv"),
+    )
+
+
+def test_large_scores_and_another_scale(poisoned):
+    cu, qkv = cu_seqlens([40, 9]), 20 * torch.randn(49, 3, 1, 32)
+    oracle.check_against_reference(
+        lambda qkv: varlen_attention_qkv(qkv, cu, 40, 0.5, "native"),
+        lambda qkv: reference.varlen_attention(*qkv.unbind(1), cu, cu, 0.5),
+        (qkv,),
+    )
+
+
+def test_auto_gives_other_scales_to_pytorch():
+    cu, qkv = cu_seqlens([40, 9]), torch.randn(49, 3, 1, 32)
+    for scale in (-0.5, 0.0):
+        expected = varlen_attention_qkv(qkv, cu, 40, scale, "reference")
+        torch.testing.assert_close(varlen_attention_qkv(qkv, cu, 40, scale), expected)
+
+
+def test_not_a_number_stays_in_its_sequence():
+    qkv = torch.randn(50, 3, 1, 16)
+    whole = varlen_attention_qkv(qkv, cu_seqlens([20, 30]), 30, backend="native")
+    qkv[25, 1] = float("nan")
+    spoiled = varlen_attention_qkv(qkv, cu_seqlens([20, 30]), 30, backend="native")
+    assert torch.equal(whole[:20], spoiled[:20])
+    assert spoiled[20:].isnan().all()
+
+
+def test_dense_attention_is_that_of_each_image():
+    qkv = torch.randn(3, 21, 3, 2, 16)
+    expected = dense_attention(qkv, "reference")
+    torch.testing.assert_close(dense_attention(qkv, "native"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 32), (1, 16), (7, 1408), (301, 192)])
+def test_layer_norm(poisoned, tokens, width):
+    x, residual, weight, bias = (
+        torch.randn(tokens, width),
+        torch.randn(tokens, width),
+        torch.randn(width),
+        torch.randn(width),
+    )
+    assert native.runs_loops("layer_norm", x)
+    for extra in ((), (residual,)):
+        oracle.check_against_reference(
+            lambda x, weight, bias, *residual: layer_norm(x, weight, bias, 1e-6, *residual),
+            lambda x, weight, bias, *residual: layer_norm_reference.layer_norm(
+                x, weight, bias, 1e-6, residual[0] if residual else None
+            ),
+            (3 * x + 5, weight, bias, *extra),
+        )
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 32), (1, 16), (301, 192), (1000, 64)])
+def test_bias_gelu(poisoned, tokens, width):
+    x, bias = 3 * torch.randn(tokens, width), torch.randn(width)
+    assert native.runs_loops("bias_gelu", x)
+    oracle.check_against_reference(bias_gelu, bias_gelu_reference.bias_gelu, (x, bias), names=("x", "bias"))
+
+
+def test_bias_gelu_is_exact_over_the_whole_range():
+    x = torch.linspace(-12, 12, 64 * 256).view(64, 256)
+    x[0, 0], x[0, 1] = -1e4, 1e4
+    zero, upstream = torch.zeros(256), (torch.ones_like(x),)
+    (y,), (dx, _) = oracle.differentiate(bias_gelu, (x, zero), upstream)
+    (exact,), (dexact, _) = oracle.differentiate(bias_gelu_reference.bias_gelu, (x.double(), zero.double()), upstream)
+    assert ((y - exact).abs() / x.abs().clamp(min=1)).max() < 2e-7
+    assert (dx - dexact).abs().max() < 5e-7
+    assert (y[0, 0], y[0, 1]) == (0, 1e4)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_generations_of_processors(capability):
+    """The same tests with the loops of an older processor, as PyTorch's variable asks for."""
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("this is such a run")
+    tests = ["attention and not generations", "layer_norm", "bias_gelu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
+    done = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_results_do_not_depend_on_what_else_runs():
+    """Same threads, same bits: sums over rows are added in the order of the rows."""
+    x, bias, dy = torch.randn(3000, 64), torch.randn(64), (torch.randn(3000, 64),)
+    first = oracle.differentiate(bias_gelu, (x, bias), dy)[1]
+    for _ in range(5):
+        again = oracle.differentiate(bias_gelu, (x, bias), dy)[1]
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_which_tensors_take_the_loops():
+    assert native.runs_loops("layer_norm", torch.zeros(2, 32))
+    for x, reason in ((torch.zeros(2, 32).double(), "float32"), (torch.zeros(2, 24), "a multiple of 16, got 24")):
+        assert reason in native.unsupported(x)
+        assert not native.runs_loops("layer_norm", x)
+    before = dispatch.choice("layer_norm")
+    dispatch.use({"layer_norm": "reference"})
+    assert not native.runs_loops("layer_norm", torch.zeros(2, 32))
+    dispatch.use({"layer_norm": before})
+
+
+def test_wrong_input_is_refused():
+    qkv, cu = torch.randn(5, 3, 1, 24), cu_seqlens([5])
+    with pytest.raises(RuntimeError, match="backend='native' takes a last dimension that is a multiple of 16, got 24"):
+        varlen_attention_qkv(qkv, cu, 5, backend="native")
+    with pytest.raises(RuntimeError, match="backend='native' takes float32"):
+        varlen_attention_qkv(torch.randn(5, 3, 1, 16).bfloat16(), cu, 5, backend="native")
+    with pytest.raises(RuntimeError, match="backend='native' needs a positive scale, got -1"):
+        varlen_attention_qkv(torch.randn(5, 3, 1, 16), cu, 5, -1.0, "native")
+    q, out = torch.randn(5, 1, 16), torch.empty(5, 1, 16)
+    op = torch.ops.ijepa_fast.varlen_attention_cpu_
+    with pytest.raises(ValueError, match="cu_seqlens in order"):
+        op(q, q, q, cu_seqlens([9]), cu_seqlens([9]), 1.0, out, torch.empty(2, 1, 5))
+    with pytest.raises(ValueError, match="contiguous float32 tensors of 32 values"):
+        torch.ops.ijepa_fast.bias_gelu_cpu_(torch.randn(2, 16), torch.randn(16), torch.empty(1, 16))
