@@ -175,7 +175,7 @@ def _attention(b: Batch, part: str, cu_seqlens: torch.Tensor, longest: int, head
         eager=_padded(cu_seqlens, longest, _written_out),
         libraries={"SDPA, padded": _padded(cu_seqlens, longest, F.scaled_dot_product_attention)}
         | {name: of(backend) for name, backend in backends.items() if b.on_gpu},
-        own=_triton(b, of("triton")) or {"cpu": of("sdpa")},
+        own=_own(b, head_dim, of("triton" if b.on_gpu else "native")) or {"cpu": of("sdpa")},
         bytes=(4 * size, 8 * size),
         flops=(work, work * 5 // 2),
     )
@@ -218,7 +218,7 @@ def _layer_norm(b: Batch, part: str, tokens: int, width: int) -> Case:
         f"{tokens} x {width}",
         (b.random(tokens, width), b.random(tokens, width), b.random(width), b.random(width)),
         eager=lambda x, residual, weight, bias: layer_norm_reference.layer_norm(x, weight, bias, 1e-6, residual),
-        own=_triton(b, lambda x, residual, weight, bias: layer_norm_op(x, weight, bias, 1e-6, residual)),
+        own=_own(b, width, lambda x, residual, weight, bias: layer_norm_op(x, weight, bias, 1e-6, residual)),
         libraries=libraries,
         bytes=(4 * size, 4 * size),
     )
@@ -240,7 +240,7 @@ def bias_gelu(b: Batch) -> list[Case]:
             f"{b.tokens} x {width}",
             (b.random(b.tokens, width), b.random(width)),
             eager=bias_gelu_reference.bias_gelu,
-            own=_triton(b, bias_gelu_op),
+            own=_own(b, width, bias_gelu_op),
             bytes=(2 * size, 3 * size),
         )
     ]
@@ -414,6 +414,12 @@ def fp8(b: Batch) -> list[Case]:
 
 def _triton(b: Batch, function: Callable) -> dict[str, Callable]:
     return {"triton": function} if b.on_gpu else {}
+
+
+def _own(b: Batch, width: int, function: Callable) -> dict[str, Callable]:
+    """An op that csrc has loops for, too, on a CPU: for fp32 and some widths."""
+    loops = not b.on_gpu and native.unsupported(torch.empty(0, width, dtype=b.dtype)) is None
+    return {"csrc": function} if loops else _triton(b, function)
 
 
 # In the order in which they matter to a step; the names are those of the folders in kernels/.

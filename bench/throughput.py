@@ -30,6 +30,7 @@ from bench.baselines.case import Case
 from bench.baselines.contenders import LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
 from bench.timing import device_name, synchronise
+from ijepa_fast.engine import keep_freed_memory
 from ijepa_fast.flops import PEAKS
 from ijepa_fast.models.vit import ARCHITECTURES
 
@@ -297,6 +298,8 @@ def run(argv: list[str] | None = None) -> dict:
     about = {"case": asdict(case), "device": device_name(args.device), "torch": torch.__version__}
     if args.max_batch:
         return about | {"max_batch": {context: largest_batch(case, context) for context in args.context}}
+    if args.device == "cpu":
+        keep_freed_memory()  # for all contenders
     contenders = make_contenders(case, args.impl, args.context, args.external, args.engine)
     if not contenders:
         raise ValueError(f"--impl {','.join(args.impl)}: nothing to measure with --context {','.join(args.context)}")

@@ -1,4 +1,4 @@
-// Binding of the CPU's attention to the schemas that kernels/varlen_attention/cpu.py defines.
+// Binding of the CPU's attention to the schemas that kernels/varlen_attention/native.py defines.
 #include "loops.h"
 
 #include <ATen/Parallel.h>

