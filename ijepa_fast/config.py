@@ -65,6 +65,7 @@ class Model:
     heads: int | None = None
     mlp_ratio: float | None = None
     patch: int = 16
+    patch_std: float = 0.02  # of the patch embedding's weights at the start; small patches want more than the published
     predictor_dim: int = 384
     predictor_depth: int = 12
     recompute: bool = False  # activation checkpointing by block
@@ -213,6 +214,8 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         if flat[key] < 1:
             raise ConfigError(f"{key}: expected at least 1, got {flat[key]}")
+    if not config.model.patch_std > 0:
+        raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {config.model.patch_std}")
     _check_model(config.model)
     if config.data.crop % config.model.patch:
         raise ConfigError(

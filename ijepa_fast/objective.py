@@ -18,7 +18,7 @@ from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks import make_sampler
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import Encoder, init_weights
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 from ijepa_fast.packing import PackedBatch, pack
 
 TARGETS = ("features", "pixels")
@@ -35,9 +35,22 @@ class IJEPA(nn.Module):
         loss: "l2" (paper) or "smooth_l1" (published code), the mean over all predicted values.
         target: "features" of the target encoder, or "pixels" (the paper's ablation: patches normalised one by one).
         mean, std: (3,) normalisation of the images, in units of 0..1.
+        patch_std: standard deviation of the patch embedding's weights at the start. What a patch adds to its position
+            grows with it and with the root of its number of values; the published one was chosen for patches of 14 and
+            16 pixels, and at 4 leaves the targets little but their positions.
     """
 
-    def __init__(self, encoder: Encoder, predictor: Predictor, *, loss="l2", target="features", mean, std):
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: Predictor,
+        *,
+        loss="l2",
+        target="features",
+        mean,
+        std,
+        patch_std: float = INIT_STD,
+    ):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
         self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
@@ -45,6 +58,8 @@ class IJEPA(nn.Module):
         self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8_targets`
         self.watch: Callable | None = None  # called with every batch's target features (U, D) and PackedBatch
         self.apply(init_weights)
+        with torch.no_grad():
+            encoder.patch_embed.proj.weight.mul_(patch_std / INIT_STD)
         nn.init.trunc_normal_(predictor.mask_token, std=0.02)
         self._target_encoder = (copy.deepcopy(encoder).requires_grad_(False).eval(),)
 
@@ -120,6 +135,7 @@ def build(config) -> IJEPA:
         target=config.objective.target,
         mean=data.mean,
         std=data.std,
+        patch_std=model.patch_std,
     )
 
 

@@ -84,6 +84,7 @@ def test_every_config_loads_and_names_its_command(path):
         ("mask.budget=9", ["mask.budget", "policy"]),
         ("data.scale=[0.5]", ["data.scale", "two numbers"]),
         ("data.scale=[0.5,2]", ["data.scale", "at most 1"]),
+        ("model.patch_std=0", ["model.patch_std", "more than 0"]),
         ("optim.warmup_epochs=99", ["optim.warmup_epochs", "optim.epochs"]),
         ("objective.loss=l1", ["objective.loss", "smooth_l1"]),
         ("nonsense", ["nonsense", "key=value"]),

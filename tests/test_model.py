@@ -114,6 +114,21 @@ def test_initialisation_is_the_published_one():
     assert torch.equal(encoder.norm.weight, torch.ones(192))
 
 
+def test_the_patch_embedding_can_start_larger():
+    models = []
+    for patch_std in (0.02, 0.09):
+        torch.manual_seed(0)
+        encoder = Encoder(64, PATCH, 192, 2, 3)
+        predictor = Predictor(encoder.grid, 192, 96, 1, 3)
+        models.append(IJEPA(encoder, predictor, mean=(0.5,) * 3, std=(0.25,) * 3, patch_std=patch_std))
+    small, large = (dict(model.named_parameters()) for model in models)
+    for name, parameter in small.items():
+        factor = 4.5 if name == "encoder.patch_embed.proj.weight" else 1
+        torch.testing.assert_close(large[name], factor * parameter)
+    weight = models[1].target_encoder.patch_embed.proj.weight
+    assert torch.equal(weight, large["encoder.patch_embed.proj.weight"])
+
+
 def test_positions():
     table = sincos_2d(16, (2, 3))
     # The first half encodes the column, the second the row, each as sines then cosines.

@@ -272,10 +272,13 @@ class Encoder(nn.Module):
         return x.view(-1, self.dim), None
 
 
+INIT_STD = 0.02
+
+
 def init_weights(module: nn.Module) -> None:
     """Published initialisation: truncated normal .02 for every weight matrix, biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
