@@ -41,8 +41,8 @@ def unsupported(x: torch.Tensor) -> str | None:
     """Why csrc's fp32 loops for the CPU cannot take tensors like `x`, or None if they can."""
     if x.is_cuda:
         return f"needs CPU tensors, got one on {x.device}"
-    if not available():
-        return "needs the extension ijepa_fast._C, which is not built"
+    if not _has_loops():
+        return "needs the extension ijepa_fast._C, which is not built, or not from this version"
     if x.dtype != torch.float32:
         return f"takes float32, got {x.dtype}"
     if x.shape[-1] % WIDTH:
@@ -57,10 +57,13 @@ def runs_loops(op: str, x: torch.Tensor) -> bool:
     return choice(op) == "auto" and unsupported(x) is None
 
 
-def define(schema: str) -> Callable | None:
-    """Define the op `schema`, which csrc implements for CPU tensors alone; -> it, or None without the extension."""
-    if not available():
-        return None
+@functools.cache
+def _has_loops() -> bool:
+    return available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::layer_norm_cpu_", "CPU")
+
+
+def define(schema: str) -> Callable:
+    """Define the op `schema`, which csrc implements for CPU tensors alone, and return it. See `unsupported`."""
     _library.define(schema)
     return getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
 
