@@ -30,8 +30,8 @@ from bench.baselines.case import Case
 from bench.baselines.contenders import LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
 from bench.timing import device_name, synchronise
-from ijepa_fast.engine import keep_freed_memory
 from ijepa_fast.flops import PEAKS
+from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import logging
 import os
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.models.vit import compile_blocks
 from ijepa_fast.optim import AdamWEMA, parameter_groups
 from ijepa_fast.partitions import LAYOUTS
@@ -65,18 +65,6 @@ def start(config: Config, device: torch.device) -> tuple[int, int]:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
         keep_freed_memory()
     return rank, ranks
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what this process frees, where that is glibc.
-
-    A step on the CPU frees its activations and takes as much again; given back to the system in between, every page of
-    it is cleared anew: some thousand page faults a step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes: larger tensors are mapped one by one
 
 
 class Engine:
