@@ -39,7 +39,7 @@ def available() -> bool:
 
 def unsupported(x: torch.Tensor) -> str | None:
     """Why csrc's fp32 loops for the CPU cannot take tensors like `x`, or None if they can."""
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return f"needs CPU tensors, got one on {x.device}"
     if not _has_loops():
         return "needs the extension ijepa_fast._C, which is not built, or not from this version"
@@ -63,21 +63,22 @@ def _has_loops() -> bool:
 
 
 def define(schema: str) -> Callable:
-    """Define the op `schema`, which csrc implements for CPU tensors alone, and return it. See `unsupported`."""
-    _library.define(schema)
-    return getattr(getattr(torch.ops, NAMESPACE), schema.partition("(")[0]).default
-
-
-def register(schema: str, cpu: Callable, cuda: Callable) -> Callable:
     """Define the op `schema`, which writes into its arguments and returns nothing, and return it.
 
-    Whatever the extension does not implement, `cpu` and `cuda` do; they take the schema's arguments in its order.
+    csrc implements it, at least for CPU tensors; see `unsupported` for one that nothing else does.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register(schema: str, cpu: Callable, cuda: Callable) -> Callable:
+    """As `define`; whatever the extension does not implement, `cpu` and `cuda` do, with the schema's arguments."""
+    op = define(schema)
+    name = schema.partition("(")[0]
     available()
     for key, implementation in (("CPU", cpu), ("CUDA", cuda)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
             _library.impl(name, implementation, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op

@@ -136,6 +136,7 @@ def test_the_results_do_not_depend_on_what_else_runs():
 
 def test_which_tensors_take_the_loops():
     assert native.runs_loops("layer_norm", torch.zeros(2, 32))
+    assert "got one on meta" in native.unsupported(torch.zeros(2, 32, device="meta"))
     for x, reason in ((torch.zeros(2, 32).double(), "float32"), (torch.zeros(2, 24), "a multiple of 16, got 24")):
         assert reason in native.unsupported(x)
         assert not native.runs_loops("layer_norm", x)
