@@ -115,12 +115,13 @@ class Process:
     """A command in a process group of its own, so that what it started ends with it."""
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None):
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         # A file, not a pipe: nobody reads while it runs.
         self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed in wait
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+            env=os.environ | {"PYTHONPATH": path} | (environment or {}),
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

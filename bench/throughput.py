@@ -229,7 +229,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--engine", type=int, metavar="ZERO", help="also time `fast` through DeepSpeed at this ZeRO stage"
     )
     parser.add_argument("--external", metavar="PATH", help="also time a checkout of the published I-JEPA code")
-    parser.add_argument("--compile", default=None, help="of fast, strong, none; default: both on a GPU, none on a CPU")
+    parser.add_argument(
+        "--compile",
+        help="of fast, strong (one graph), strong-blocks, none; default: fast,strong on a GPU, none on a CPU",
+    )
     parser.add_argument("--data", metavar="FOLDER", help="also measure with images decoded from this folder")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
     parser.add_argument(

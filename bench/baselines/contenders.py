@@ -177,7 +177,7 @@ def _opponent(case: Case, impl: str, external: str | None):
     networks = plain.Encoder(**case.sizes), plain.Predictor(**case.predictor_sizes)
     if impl == "plain":
         return PlainStep(*networks, case.device, case.low_precision)
-    compile = "strong" in case.compile
+    compile = "blocks" if "strong-blocks" in case.compile else "whole" if "strong" in case.compile else None
     step = StrongStep(*networks, IMAGENET_MEAN, IMAGENET_STD, case.device, case.low_precision, compile)
     step.use_fastest_attention(case.batch, case.patches, case.sizes["dim"])
     return step

@@ -312,13 +312,16 @@ def make_views(config):
 def views_of(crop: int, patch: int, scale=(0.25, 1.0), small_crops: int = Options.small_crops):
     """The published views for large crops of `crop` pixels and `scale`, shares of the image's area.
 
-    Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time.
+    Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time, and
+    blurred by the same share of a crop as published, where it is of 224 pixels.
     """
     from ijepa_fast.data.views import IBOT_VIEWS
 
-    small = {"crop": small_crop_side(crop // patch) * patch, "scale": (min(0.05, scale[0]), scale[0])}
-    views = [replace(view, crop=crop, scale=tuple(scale)) for view in IBOT_VIEWS[:LARGE]]
-    return views + [replace(IBOT_VIEWS[LARGE], **small)] * small_crops
+    large, small = IBOT_VIEWS[0], IBOT_VIEWS[LARGE]
+    sigma = tuple(bound * crop / large.crop for bound in large.sigma)
+    views = [replace(view, crop=crop, scale=tuple(scale), sigma=sigma) for view in IBOT_VIEWS[:LARGE]]
+    side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
+    return views + [replace(small, crop=side, scale=share, sigma=sigma)] * small_crops
 
 
 def work(config, batch: CropBatch) -> flops.Work:

@@ -23,12 +23,16 @@ MAE_VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}
 
 @dataclass(frozen=True)
 class View:
-    """One view: its side in pixels, share of the image's area, and the chances of blur and of solarisation."""
+    """One view: its side in pixels, share of the image's area, and the chances of blur and of solarisation.
+
+    sigma: the blur's standard deviation in pixels of the view, drawn from this range.
+    """
 
     crop: int
     scale: tuple[float, float]
     blur: float
     solarise: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
 
 
 IBOT_VIEWS = (
@@ -37,11 +41,10 @@ IBOT_VIEWS = (
     *[View(96, (0.05, 0.25), blur=0.5)] * 10,
 )
 
-# Of every view: chance of colour jitter and its strengths, chance of grey, blur's standard deviation in pixels.
+# Of every view: chance of colour jitter and its strengths, chance of grey.
 _JITTER, _GREY = 0.8, 0.2
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 36.0  # hue in degrees
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
-_SIGMA = (0.1, 2.0)
 _NO_BLUR = 0.05  # a standard deviation in pixels that changes nothing; DALI's filter needs one above 0
 
 _STREAM = 1 << 32  # the views' counter streams; the loader's own are the first few
@@ -135,7 +138,7 @@ def _draw(view: View, sizes: np.ndarray, uniform: np.ndarray, ratio: tuple[float
         1 + strength * _CONTRAST * (2 * contrast - 1),
         np.where(grey < _GREY, 0, 1 + strength * _SATURATION * (2 * saturation - 1)),
         strength * _HUE * (2 * hue - 1),
-        np.where(blur < view.blur, _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * sigma, _NO_BLUR),
+        np.where(blur < view.blur, view.sigma[0] + (view.sigma[1] - view.sigma[0]) * sigma, _NO_BLUR),
         solarise < view.solarise,
     ]
     return np.stack(columns, axis=1).astype(np.float32)
