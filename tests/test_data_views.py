@@ -9,6 +9,7 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
+from bench.baselines.ibot import views_of
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.data.views import IBOT_VIEWS, MAE_VIEW, View, ViewLoader
@@ -106,3 +107,10 @@ def test_mae_gets_bicubic_crops_and_flips(photos):
     assert next(loader).images.shape == (8, 32, 32, 3)
     loader.close()
     assert len(IBOT_VIEWS) == 12
+
+
+def test_ibots_blur_follows_the_size_of_the_image():
+    """As published at 224 pixels; at 32, where it would leave nothing, the same share of the image."""
+    assert {view.sigma for view in views_of(224, 16)} == {(0.1, 2.0)}
+    for view in views_of(32, 4):
+        assert view.sigma == pytest.approx((0.1 / 7, 2 / 7))

@@ -137,9 +137,9 @@ def adamw_ema_multi_(
 
 
 def _choose(tensor, registered, triton, plain):
-    """The registered op serves CUDA and csrc; Triton's interpreter is called directly, as csrc may be the CPU's."""
+    """The registered op serves csrc, on both devices; where Triton was asked for, it is called directly."""
     if runs_triton("adamw_ema", tensor):
-        return registered if tensor.is_cuda else triton
+        return registered if choice("adamw_ema") == "auto" else triton
     return registered if choice("adamw_ema") == "auto" and native.available() else plain
 
 

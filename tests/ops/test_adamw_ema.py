@@ -202,7 +202,7 @@ def test_choice_of_the_implementation(monkeypatch):
         for setting in ("auto", "reference", "triton"):
             dispatch.use({"adamw_ema": setting})
             monkeypatch.setattr(native, "available", lambda: True)
-            step(make((3,), "fp32"))
+            step(make((3,), "fp32", DEVICE if setting == "triton" else "cpu"))
         dispatch.use({"adamw_ema": "auto"})
         monkeypatch.setattr(native, "available", lambda: False)
         step(make((3,), "fp32"))

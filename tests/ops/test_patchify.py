@@ -77,7 +77,7 @@ def test_compiles_once(triton_everywhere):
 
 
 def test_bad_input(triton_everywhere):
-    images = make(1, 2, 2, 14)
+    images = make(1, 2, 2, 14, triton_everywhere)
     cases = {
         "images: expected dtype torch.uint8": (images.float(), 14, MEAN, STD),
         "images: expected shape": (images[0], 14, MEAN, STD),

@@ -20,6 +20,8 @@ from ijepa_fast.kernels.varlen_attention import (
 from tests import oracle
 
 HEAD_DIMS = [24, 32, 64, 80, 88]
+# Where the Triton kernels run: on the GPU if there is one, in the interpreter otherwise.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Both sides of the tiles' edges, length 1, empty.
 LENGTHS = {"short": [5, 0, 63, 1, 64], "two tiles": [65, 128], "mixed": [129, 3]}
 
@@ -164,8 +166,9 @@ def test_any_lengths():
         q = torch.randn(sum(lengths_q), 1, 24)
         kv = torch.randn(sum(lengths_k), 2, 1, 24)
         expected = cross_reference(lengths_q, lengths_k)
-        for backend in ("triton", "sdpa"):
-            oracle.check_against_reference(cross_attention(lengths_q, lengths_k, backend), expected, (q, kv))
+        for backend, device in (("triton", DEVICE), ("sdpa", "cpu")):
+            inputs = q.to(device), kv.to(device)
+            oracle.check_against_reference(cross_attention(lengths_q, lengths_k, backend), expected, inputs)
 
     check_one()
 
@@ -203,7 +206,8 @@ def test_dense_attention():
     qkv = torch.randn(2, 19, 3, 2, 24)
     expected = self_reference([19, 19])(qkv.flatten(0, 1)).unflatten(0, (2, 19))
     for backend in ("auto", "sdpa", "triton", "reference"):
-        torch.testing.assert_close(dense_attention(qkv, backend), expected, rtol=1e-4, atol=1e-5)
+        actual = dense_attention(qkv.to(DEVICE if backend == "triton" else "cpu"), backend)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, check_device=False)
 
 
 def test_reference_is_attention_of_each_sequence():
@@ -327,7 +331,7 @@ def test_reasons_for_refusal(monkeypatch):
     }
     for reason, x in reasons.items():
         with pytest.raises(RuntimeError, match=f"backend='triton' {reason}"):
-            varlen_attention_qkv(x, cu, 5, backend="triton")
+            varlen_attention_qkv(x.to(DEVICE), cu.to(DEVICE), 5, backend="triton")
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match="backend='triton' needs a CUDA device or"):
         varlen_attention_qkv(qkv, cu, 5, backend="triton")
