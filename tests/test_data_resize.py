@@ -1,4 +1,4 @@
-"""The CPU loader's resize: csrc against PyTorch and Pillow, up and down, odd sizes, bad input, without the extension."""
+"""The CPU loader's resize: csrc against PyTorch and Pillow, up and down, odd sizes, and without the extension."""
 
 import numpy as np
 import pytest
