@@ -59,9 +59,8 @@ def choose(q: torch.Tensor, max_seqlen_k: int, training: bool) -> str:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device)  # not cached here: torch.compile warns of functools' caches
 
 
 def _announce(backend: str, capability: tuple[int, int], head_dim: int, training: bool, why: str) -> None:

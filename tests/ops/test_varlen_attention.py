@@ -1,6 +1,7 @@
 """varlen_attention: kernels and CPU path against the reference, backends, registration, compilation, bad input."""
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -314,6 +315,20 @@ def test_dispatch_setting_decides_what_auto_is(triton_everywhere, monkeypatch):
         dispatch.use({"varlen_attention": setting})
         varlen_attention_qkv(qkv, cu, 5)
     assert used == ["triton", "reference"]
+
+
+def test_the_choice_is_traced_without_a_warning(monkeypatch):
+    """Under torch.compile the device's capability is a constant; with it, the measured case is found."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    measured = backends.MEASURED[0]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def function(x):
+        return x + (1 if backends._capability(x.device) == measured.capability else 2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert function(torch.zeros(1)) == 1
 
 
 @pytest.mark.parametrize("name", ["torch", "flash2", "flash4", "xformers"])
