@@ -45,7 +45,7 @@ RUNS = {
     "ijepa": ("cifar10", []),
     "mae": ("mae_cifar10", []),
     "pixels": ("cifar10", ["objective.target=pixels", "objective.loss=l2"]),
-    "ibot": ("ibot_cifar10", []),
+    "ibot": ("ibot_cifar10", ["model.patch=4"]),  # as the others have
 } | {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
 GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels")}
 BATCHES = 20  # whose work is averaged

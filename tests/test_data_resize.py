@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+pytest.importorskip("PIL")
 from PIL import Image
 
 from ijepa_fast.data import resize
