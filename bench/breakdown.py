@@ -90,7 +90,7 @@ def predict(contender: Contender, case: Case, rate: float, speed: float) -> list
             predictor,
             patch=case.patch,
             patches=case.patches,
-            context=packed.context_cu_seqlens.diff().tolist(),
+            context=packed.context_lengths.tolist(),
             targets=packed.targets,
             target_size=packed.target_size,
             images=packed.images,

@@ -43,14 +43,18 @@ STEP_SECONDS = 120
 KEPT = 6000  # characters of the output of what failed
 # Whole steps, most important first: (name, arguments of bench/throughput.py, packages needed).
 STEPS = (
-    ("ijepa-h14", "--model vit_huge --patch 14 --batch 32 --impl fast,strong,plain --context truncate,full", ()),
-    ("ijepa-s16", "--model vit_small --batch 128 --impl fast,strong,plain", ()),
+    (
+        "ijepa-h14",
+        "--model vit_huge --patch 14 --batch 32 --impl fast,fast-graphs,strong,plain --context truncate,full",
+        (),
+    ),
+    ("ijepa-s16", "--model vit_small --batch 128 --impl fast,fast-graphs,strong,plain", ()),
     ("mae-h14", "--method mae --model vit_huge --patch 14 --batch 32 --impl fast,plain", ()),
     ("ijepa-h14-engine", "--model vit_huge --patch 14 --batch 32 --impl fast --engine 1", ("omegaconf", "deepspeed")),
     ("ijepa-h14-fp8", "--model vit_huge --patch 14 --batch 32 --impl fast,fast-fp8 --breakdown", ()),
     ("ibot-s16", "--method ibot --model vit_small --batch 32 --impl fast,plain", ()),
-    ("ijepa-b16", "--model vit_base --batch 128 --impl fast,strong,plain", ()),
-    ("ijepa-l16", "--model vit_large --batch 64 --impl fast,strong,plain", ()),
+    ("ijepa-b16", "--model vit_base --batch 128 --impl fast,fast-graphs,strong,plain", ()),
+    ("ijepa-l16", "--model vit_large --batch 64 --impl fast,fast-graphs,strong,plain", ()),
 )
 
 

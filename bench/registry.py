@@ -249,8 +249,8 @@ def bias_gelu(b: Batch) -> list[Case]:
 def predictor_ops(b: Batch) -> list[Case]:
     """The predictor's input, and the read-out of its mask tokens."""
     p, width = b.packed, PREDICTOR_DIM
-    layout = p.context_index, p.context_cu_seqlens, p.target_index
-    readout = p.context_cu_seqlens, p.targets, p.target_size
+    layout = p.context_index, p.context_cu_seqlens, p.target_index, p.sequences
+    readout = p.context_cu_seqlens, p.targets, p.sequences, p.target_size
     positions = b.random(b.patches, width, grad=False)
     masked = p.target_index.numel() * p.contexts
     row = width * b.item

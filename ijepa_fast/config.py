@@ -108,7 +108,7 @@ class Engine:
     accumulation: int = 1  # micro-batches a step
     bucket: int = 50_000_000  # elements reduced and gathered at once
     compile: bool | None = None  # torch.compile by block; None: on a GPU, below ZeRO 3
-    cuda_graphs: bool = False  # blocks as CUDA graphs too; needs the static shapes of mask.policy=budget
+    cuda_graphs: bool = False  # forward and backward as CUDA graphs, one for every shape of batch (graphs.py)
     target_stream: bool = False  # target encoder on a CUDA stream of its own, beside the context encoder
     timeout: int = 1800  # seconds after which a silent rank ends the run
 
@@ -250,10 +250,16 @@ def check(config: Config) -> None:
         )
     if config.engine.target_stream and config.engine.device == "cpu":
         raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if config.engine.cuda_graphs and (config.mask.policy != "budget" or config.engine.compile is False):
+    if config.engine.cuda_graphs and (config.objective.method != "ijepa" or config.engine.target_precision == "fp8"):
         raise ConfigError(
-            f"engine.cuda_graphs=true needs static shapes and compiled blocks, got mask.policy={config.mask.policy} "
-            f"and engine.compile={config.engine.compile}; set mask.policy=budget, or engine.cuda_graphs=false"
+            "engine.cuda_graphs=true is for objective.method=ijepa, without engine.target_precision=fp8, whose weights "
+            "move with every step; set it to false"
+        )
+    if config.engine.cuda_graphs and (config.engine.zero == 3 or not config.mask.ladder):
+        raise ConfigError(
+            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
+            f"{config.engine.zero} and mask.ladder={str(config.mask.ladder).lower()}; set engine.zero to at most 2 and "
+            f"mask.ladder=true, or engine.cuda_graphs=false"
         )
     if config.objective.method == "ijepa" and config.objective.options:
         raise ConfigError("objective.options: objective.method=ijepa has none; its settings are in mask and model")

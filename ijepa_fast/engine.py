@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.graphs import Graphs
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.models.vit import compile_blocks
 from ijepa_fast.optim import AdamWEMA, parameter_groups
@@ -108,6 +109,8 @@ class Engine:
         self.layout.tie(targets)
         if config.engine.target_precision == "fp8":
             objective.use_fp8_targets()
+        if config.engine.cuda_graphs and device.type == "cuda":
+            objective.forward = Graphs(objective)
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
@@ -151,12 +154,10 @@ class Engine:
 
 
 def compile_for(config: Config, device: torch.device, objective: nn.Module) -> None:
-    """Compile the blocks of all three networks where `engine.compile` says so, as CUDA graphs where asked for."""
+    """Compile the blocks of all three networks where `engine.compile` says so."""
     engine = config.engine
-    wanted = device.type == "cuda" and engine.zero < 3 if engine.compile is None else engine.compile
-    if wanted or engine.cuda_graphs:
-        options = {"mode": "reduce-overhead", "dynamic": False} if engine.cuda_graphs else {}
-        compile_blocks(objective.encoder, objective.predictor, objective.target_encoder, **options)
+    if device.type == "cuda" and engine.zero < 3 if engine.compile is None else engine.compile:
+        compile_blocks(objective.encoder, objective.predictor, objective.target_encoder)
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict:

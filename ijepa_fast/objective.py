@@ -156,7 +156,7 @@ def work(config, packed: PackedBatch) -> flops.Work:
         flops.Transformer(model.predictor_dim, model.predictor_depth),
         patch=model.patch,
         patches=packed.patches,
-        context=packed.context_cu_seqlens.diff().tolist(),
+        context=packed.context_lengths.tolist(),
         targets=packed.targets,
         target_size=packed.target_size,
         images=packed.images,

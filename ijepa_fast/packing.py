@@ -20,6 +20,10 @@ class PackedBatch:
     Flat patch rows are image * N + patch. Context sequences are ordered (c, b), predictor sequences (m, c, b); a
     predictor sequence is the context tokens of (c, b) followed by the K mask tokens of (m, b), so predictions are
     ordered (m, c, b, k) as in the published code.
+
+    On the ladder (see `pack`) there are E further context sequences, of which nothing comes: their rows are in
+    context_index and, without mask tokens, behind each target block's sequences in the predictor; and the union holds
+    a few rows that are no target. E is 0 otherwise.
     """
 
     images: int
@@ -27,38 +31,57 @@ class PackedBatch:
     targets: int
     patches: int
     target_size: int
+    context_tokens: int  # of the images' contexts, without padding
     context_index: torch.Tensor  # (T,) flat rows; patch order within a sequence is the mask's, row-major
-    context_cu_seqlens: torch.Tensor  # (C*B + 1,)
+    context_cu_seqlens: torch.Tensor  # (C*B + E + 1,)
     context_max_seqlen: int
     target_index: torch.Tensor  # (M, B, K) flat rows
-    union_index: torch.Tensor  # (U,) sorted unique flat rows that are a target of any block
+    union_index: torch.Tensor  # (U,) sorted unique flat rows, among them all that are a target of any block
     union_cu_seqlens: torch.Tensor  # (B + 1,)
     union_max_seqlen: int
     target_in_union: torch.Tensor  # (M, B, K) position of each target row in union_index
-    predictor_cu_seqlens: torch.Tensor  # (M*C*B + 1,)
+    predictor_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,)
     predictor_max_seqlen: int
-    ladder: bool = False  # the networks pad their token counts up to a rung, see `climb`
+
+    @property
+    def sequences(self) -> int:
+        """Context sequences of the images, C*B: those behind them are padding."""
+        return self.contexts * self.images
+
+    @property
+    def context_lengths(self) -> torch.Tensor:
+        """(C*B,) tokens of each context."""
+        return self.context_cu_seqlens[: self.sequences + 1].diff()
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through a network: target encoder, context encoder, predictor."""
-        context = self.context_index.numel()
+        """Tokens that pass through a network, without padding: target encoder, context encoder, predictor."""
         masked = self.target_index.numel() * self.contexts
-        return self.images * self.patches + context + self.targets * context + masked
+        return self.images * self.patches + (1 + self.targets) * self.context_tokens + masked
 
-    def _map(self, change) -> PackedBatch:
-        tensors = {
-            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+    @property
+    def shape(self) -> tuple:
+        """All that the step's kernels are launched with, apart from values in tensors."""
+        values = (getattr(self, f.name) for f in fields(self) if f.name != "context_tokens")
+        return tuple(x.shape if isinstance(x, torch.Tensor) else x for x in values)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The index tensors by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def map(self, change) -> PackedBatch:
+        """The same batch with `change` made to every tensor."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch with its tensors in pinned host memory."""
-        return self._map(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
 
 def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: bool = False) -> PackedBatch:
@@ -71,8 +94,9 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: 
               static shapes (K still takes the few sizes of the sampler). The choice is a function of the masks' key, so
               a resumed run makes it again.
 
-    With `ladder` the networks round their token counts up, at most by 0.8 %, so that few different ones occur and a
-    caching allocator finds every size again after the first steps. Nothing else changes.
+    With `ladder` token counts are rounded up, at most by 0.8 % where they cost much, and greatest lengths to a multiple
+    of LENGTHS, so that few different shapes occur: a caching allocator finds every size again after the first steps,
+    and a CUDA graph is captured once for many batches. No loss and no gradient changes.
 
     Raises ValueError for an unknown policy, a missing budget, and a batch of fewer than C * B * budget context patches.
     """
@@ -92,25 +116,26 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: 
     rows = np.flatnonzero(context).astype(np.int32)
     if contexts > 1:
         rows %= images * patches
-    packed = _assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches)
-    return replace(packed, ladder=ladder)
+    rungs = None
+    if ladder:
+        rungs = (0 if policy == "budget" else TOKEN_BITS), UNION_BITS
+    return _assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, rungs)
 
 
-def rung(tokens: int) -> int:
-    """`tokens` rounded up to eight significant bits, so by less than one in 128; there are 128 rungs a doubling."""
-    step = 1 << max(0, tokens.bit_length() - 8)
+# The ladder: significant bits of the context's and the union's size. The target encoder's last block alone sees the
+# union, so that its rungs may be wider.
+TOKEN_BITS, UNION_BITS = 8, 5
+LENGTHS = 64  # a multiple of the kernels' tiles
+
+
+def rung(tokens: int, bits: int = TOKEN_BITS) -> int:
+    """`tokens` rounded up to that many significant bits: with eight, by less than one in 128."""
+    step = _step(tokens, bits)
     return -(-tokens // step) * step
 
 
-def climb(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> tuple[torch.Tensor, int]:
-    """What brings `tokens` packed rows up to their rung: cu_seqlens with further sequences, and how many rows to add.
-
-    The sequences are none longer than `max_seqlen`. No row of the others attends to them, so their content is free and
-    what comes of them is dropped. Made from host integers alone: nothing waits for the device.
-    """
-    missing = rung(tokens) - tokens
-    ends = torch.arange(1, -(-missing // max_seqlen) + 1, dtype=torch.int32, device=cu_seqlens.device)
-    return torch.cat([cu_seqlens, tokens + (ends * max_seqlen).clamp_(max=missing)]), missing
+def _step(tokens: int, bits: int) -> int:
+    return 1 << max(0, tokens.bit_length() - bits) if bits else 1
 
 
 def from_masks(context: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray, patches: int) -> PackedBatch:
@@ -153,33 +178,63 @@ def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
     return np.stack([random_subset(masks.key, masks.context[c], counts[c], c).numpy() for c in range(contexts)])
 
 
-def _assemble(context_rows: np.ndarray, lengths: np.ndarray, target: np.ndarray, patches: int) -> PackedBatch:
-    """Flat context rows (T,) int32 in (c, b) order, their number a sequence (C, B), targets (M, B, K) patch numbers."""
+def _assemble(context_rows, lengths, target, patches: int, rungs: tuple[int, int] | None = None) -> PackedBatch:
+    """Flat context rows (T,) int32 in (c, b) order, their number a sequence (C, B), targets (M, B, K) patch numbers.
+
+    rungs: significant bits (0: all) of the context's and of the union's size; without them nothing is padded.
+    """
     contexts, images = lengths.shape
     targets, _, size = target.shape
     target_rows = (target + np.arange(images, dtype=np.int32)[:, None] * patches).astype(np.int32)
     in_union = np.zeros(images * patches, dtype=bool)
     in_union[target_rows] = True
+    longest, tokens, padding = int(lengths.max()), len(context_rows), np.zeros(0, dtype=int)
+    if rungs is not None:
+        longest = min(_round_up(longest), patches)
+        _widen(in_union, rungs[1])
+        padding = _padding(tokens, longest, rungs[0])
+        context_rows = np.pad(context_rows, (0, padding.sum()))
     union_lengths = np.count_nonzero(in_union.reshape(images, patches), axis=1)
+    union_longest = int(union_lengths.max())
     position = np.cumsum(in_union, dtype=np.int32) - 1
-    sequences = np.tile(lengths.ravel() + size, targets)
     return PackedBatch(
         images=images,
         contexts=contexts,
         targets=targets,
         patches=patches,
         target_size=size,
+        context_tokens=tokens,
         context_index=torch.from_numpy(context_rows),
-        context_cu_seqlens=_cu_seqlens(lengths),
-        context_max_seqlen=int(lengths.max()),
+        context_cu_seqlens=_cu_seqlens(np.concatenate([lengths.ravel(), padding])),
+        context_max_seqlen=longest,
         target_index=torch.from_numpy(target_rows),
         union_index=torch.from_numpy(np.flatnonzero(in_union).astype(np.int32)),
         union_cu_seqlens=_cu_seqlens(union_lengths),
-        union_max_seqlen=int(union_lengths.max()),
+        union_max_seqlen=union_longest if rungs is None else min(_round_up(union_longest), patches),
         target_in_union=torch.from_numpy(position[target_rows]),
-        predictor_cu_seqlens=_cu_seqlens(sequences),
-        predictor_max_seqlen=int(sequences.max()),
+        predictor_cu_seqlens=_cu_seqlens(np.tile(np.concatenate([lengths.ravel() + size, padding]), targets)),
+        predictor_max_seqlen=longest + size,
     )
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTHS) * LENGTHS
+
+
+def _padding(tokens: int, longest: int, bits: int) -> np.ndarray:
+    """(E,) lengths, some 0, of sequences that bring `tokens` to their rung; E is the same for all of one rung."""
+    total = rung(tokens, bits)
+    most = _step(total, bits) - 1
+    ends = np.minimum(np.arange(-(-most // longest) + 1) * longest, total - tokens)
+    return np.diff(ends)
+
+
+def _widen(in_union: np.ndarray, bits: int) -> None:
+    """Add rows from all over the batch until there are a rung's number of them."""
+    size = int(np.count_nonzero(in_union))
+    others = np.flatnonzero(~in_union)
+    missing = min(rung(size, bits) - size, len(others))
+    in_union[others[np.arange(missing) * len(others) // max(missing, 1)]] = True
 
 
 def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ijepa_fast.graphs import Graphs
 from ijepa_fast.masks import make_sampler
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder, compile_blocks
 from ijepa_fast.objective import IJEPA
 from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.packing import climb, pack, rung
+from ijepa_fast.packing import LENGTHS, pack, rung
 
 SAMPLER = make_sampler("multiblock", (8, 8), min_keep=3)
 
@@ -38,14 +39,27 @@ def test_rungs_waste_under_one_percent_and_are_few():
     assert len([n for n in rungs if 4096 <= n < 8192]) == 128
 
 
-@pytest.mark.parametrize(("tokens", "longest"), [(1000, 7), (1000, 900), (256, 9), (257, 1)])
-def test_climb_adds_sequences_none_too_long(tokens, longest):
-    cu_seqlens = torch.tensor([0, tokens - 1, tokens], dtype=torch.int32)
-    ends, missing = climb(cu_seqlens, tokens, longest)
-    assert ends.dtype == torch.int32
-    assert torch.equal(ends[:3], cu_seqlens)
-    assert ends[-1] == tokens + missing == rung(tokens)
-    assert ((ends[2:].diff() > 0) & (ends[2:].diff() <= longest)).all()
+@pytest.mark.parametrize("policy", ["full", "truncate", "budget"])
+def test_the_ladder_pads_with_sequences_of_their_own(policy):
+    for step in range(4):
+        masks, options = SAMPLER(43, 0, step, 0), {"policy": policy, "budget": 12 if policy == "budget" else None}
+        plain, padded = pack(masks, **options), pack(masks, **options, ladder=True)
+        tokens, sequences = plain.context_tokens, plain.sequences
+        assert padded.context_tokens == tokens == plain.context_index.numel()
+        assert padded.context_index.numel() == (tokens if policy == "budget" else rung(tokens))
+        assert torch.equal(padded.context_index[:tokens], plain.context_index)
+        assert torch.equal(padded.context_lengths, plain.context_lengths)
+        blocks = padded.predictor_cu_seqlens.diff().view(padded.targets, -1)
+        assert torch.equal(blocks[:, :sequences].flatten(), plain.predictor_cu_seqlens.diff())
+        assert (blocks[:, sequences:] == padded.context_cu_seqlens.diff()[sequences:]).all()
+        assert padded.context_cu_seqlens.diff().max() <= padded.context_max_seqlen
+        assert padded.predictor_cu_seqlens.diff().max() <= padded.predictor_max_seqlen
+        assert padded.union_cu_seqlens.diff().max() <= padded.union_max_seqlen
+        assert padded.context_max_seqlen in (LENGTHS, padded.patches)
+        assert torch.equal(padded.union_index, padded.union_index.unique())
+        assert padded.union_cu_seqlens[-1] == padded.union_index.numel()
+        assert torch.equal(padded.union_index[padded.target_in_union], padded.target_index)
+        assert padded.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("policy", ["full", "truncate"])
@@ -57,22 +71,21 @@ def test_the_ladder_changes_no_loss_and_no_gradient(policy):
         images, masks = images_of(43), SAMPLER(43, 0, step, 0)
         plain = loss_and_gradients(model, images, pack(masks, policy))
         packed = pack(masks, policy, ladder=True)
-        padded += rung(packed.context_index.numel()) > packed.context_index.numel()
+        padded += packed.context_index.numel() > packed.context_tokens
         for a, b in zip(plain, loss_and_gradients(model, images, packed), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     assert padded
 
 
-def test_the_ladder_makes_sizes_come_again():
-    """Sizes (T, S) of 60 batches: nearly all differ, and few do on the ladder."""
+def test_the_ladder_makes_shapes_come_again():
+    """All that kernels are launched with, of 60 batches: it never comes again, and on the ladder mostly does."""
     plain, padded = set(), set()
     for step in range(60):
-        packed = pack(SAMPLER(256, 0, step, 0))
-        sizes = packed.context_index.numel(), int(packed.predictor_cu_seqlens[-1])
-        plain.add(sizes)
-        padded.add(tuple(map(rung, sizes)))
-    assert len(plain) > 50
-    assert len(padded) < 40
+        masks = SAMPLER(256, 0, step, 0)
+        plain.add(pack(masks).shape)
+        padded.add(pack(masks, ladder=True).shape)
+    assert len(plain) > 55
+    assert len(padded) < 30
 
 
 @pytest.mark.slow
@@ -117,7 +130,7 @@ def test_no_operation_of_the_step_reads_the_device(triton_everywhere, monkeypatc
     with FakeTensorMode() as mode:
         model = tiny()
         model._target_encoder = (tiny().encoder.requires_grad_(False),)  # a deep copy would have a fake mode of its own
-        loss = model(images_of(4), packed._map(mode.from_tensor))
+        loss = model(images_of(4), packed.map(mode.from_tensor))
         loss.backward()
         assert loss.shape == ()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
@@ -143,3 +156,34 @@ def test_an_optimiser_step_follows_the_ladder_too():
         ends.append([*model.parameters(), *model.target_encoder.parameters()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_loss_and_no_gradient():
+    """Batches of shapes that come again: run, captured, replayed; with what `watch` is given, and into full memory."""
+    model, eager = (tiny().to("cuda") for _ in range(2))
+    for either in (model, eager):
+        either.target_encoder.to("cuda")
+    graphs = model.forward = Graphs(model)
+    watched = {}
+    for name, either in (("graphs", model), ("eager", eager)):
+        either.watch = lambda features, packed, name=name: watched.__setitem__(name, features.clone())
+    for step in range(12):
+        images, packed = images_of(43).cuda(), pack(SAMPLER(43, 0, step % 3, 0), ladder=True).to("cuda")
+        found, expected = (loss_and_gradients(either, images, packed) for either in (model, eager))
+        for a, b in zip([*found, watched["graphs"]], [*expected, watched["eager"]], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for a, b in zip(model.parameters(), eager.parameters()):
+                a.add_(0.01)
+                b.add_(0.01)
+    assert 1 <= len(graphs.pairs) <= 3
+
+
+def test_graphs_hand_out_gradients_in_their_parameters_shapes():
+    graphs = Graphs(tiny())
+    flat = torch.arange(sum(-(-p.numel() // 64) * 64 for p in graphs.params), dtype=torch.float32)
+    parts = graphs.parts(flat)
+    assert [x.shape for x in parts] == [p.shape for p in graphs.params]
+    assert all(int(x.flatten()[0]) % 64 == 0 for x in parts)
+    assert len({int(value) for x in parts for value in x.flatten()}) == sum(p.numel() for p in graphs.params)

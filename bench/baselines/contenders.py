@@ -117,7 +117,8 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
 
     Args:
         case: what is trained.
-        impls: of fast, fast-fp8 (with the target encoder in fp8), strong, plain, published.
+        impls: of fast, fast-fp8 (with the target encoder in fp8), fast-graphs (forward and backward as CUDA graphs),
+            strong, plain, published.
         contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
         external: checkout of the published code, for `published`.
         engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
@@ -150,11 +151,13 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     for context in contexts:
         facts = work_of(case, context)
         prepare = partial(_packed_batch, context=context, case=case)
-        for impl in ("fast", "fast-fp8"):
+        for impl in ("fast", "fast-fp8", "fast-graphs"):
             if impl in impls:
-                options = {"compile": "fast" in case.compile, "fp8": impl == "fast-fp8"}
+                graphs = impl == "fast-graphs"
+                options = {"compile": "fast" in case.compile, "fp8": impl == "fast-fp8", "graphs": graphs}
                 step = BareStep(_ijepa_objective(case, weights), case, **options)
-                contenders.append(Contender(impl, context, prepare, step, step.loss, step.objective, *facts))
+                made = partial(prepare, ladder=graphs)
+                contenders.append(Contender(impl, context, made, step, step.loss, step.objective, *facts))
         if engine is not None:
             step = EngineStep(_ijepa_objective(case, weights), case, engine)
             contenders.append(Contender(f"fast, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
@@ -183,13 +186,13 @@ def _opponent(case: Case, impl: str, external: str | None):
     return step
 
 
-def _pack(masks: Masks, context: str, case: Case) -> PackedBatch:
+def _pack(masks: Masks, context: str, case: Case, ladder: bool = False) -> PackedBatch:
     """`budget` keeps a quarter of the patches, a number every batch has."""
-    return pack(masks, context, budget=case.patches // 4 if context == "budget" else None)
+    return pack(masks, context, budget=case.patches // 4 if context == "budget" else None, ladder=ladder)
 
 
-def _packed_batch(images, masks, context, case):
-    return images, _pack(masks, context, case)
+def _packed_batch(images, masks, context, case, ladder=False):
+    return images, _pack(masks, context, case, ladder)
 
 
 def _strong_batch(images, masks):
@@ -227,7 +230,7 @@ def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
         sizes = {
             "patch": case.patch,
             "patches": case.patches,
-            "context": packed.context_cu_seqlens.diff().tolist(),
+            "context": packed.context_lengths.tolist(),
             "targets": packed.targets,
             "target_size": packed.target_size,
             "images": packed.images,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.baselines.case import Case
+from ijepa_fast.graphs import Graphs
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.models.vit import compile_blocks
 from ijepa_fast.optim import parameter_groups
@@ -18,7 +19,7 @@ class BareStep:
     Below fp32 the optimiser updates fp32 masters of weights and average, and writes both low-precision copies.
     """
 
-    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False, fp8=False):
+    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False, fp8=False, graphs=False):
         self.device, self.objective, self.betas, self.steps = torch.device(case.device), objective, betas, 0
         dtype = DTYPES[case.precision]
         objective.to(self.device, dtype)
@@ -44,6 +45,8 @@ class BareStep:
             compile_blocks(objective, objective.target_encoder)
         if fp8:
             objective.use_fp8_targets()
+        if graphs:
+            objective.forward = Graphs(objective)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
         """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import Block, LayerNorm, Linear, Sequences, run_blocks
-from ijepa_fast.packing import PackedBatch, climb
+from ijepa_fast.packing import PackedBatch
 
 
 class Predictor(nn.Module):
@@ -48,28 +47,20 @@ class Predictor(nn.Module):
         """
         positions = self.positions.to(context.dtype)
         tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, packed)
-        cu_seqlens, select = packed.predictor_cu_seqlens, partial(predictor_readout, packed=packed)
-        blocks, rows = cu_seqlens.shape[0] - 1, tokens.shape[0]
-        ends = torch.arange(blocks + 1, dtype=torch.int32, device=tokens.device)
-        if packed.ladder:
-            cu_seqlens, missing = climb(cu_seqlens, rows, packed.predictor_max_seqlen)
-            tokens = F.pad(tokens, (0, 0, 0, missing))
-            ends = F.pad(ends, (0, cu_seqlens.shape[0] - ends.shape[0]), value=blocks)  # no queries in the padding
-            select = partial(_readout_of, rows=rows, packed=packed)
-        sequences = Sequences(cu_seqlens, packed.predictor_max_seqlen)
+        cu_seqlens = packed.predictor_cu_seqlens
+        # Queries of the last block: K a sequence, none in those of padding behind each target block's.
+        place = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=tokens.device)
+        block = (cu_seqlens.shape[0] - 1) // packed.targets
+        ends = place // block * packed.sequences + (place % block).clamp(max=packed.sequences)
         last = Sequences(
             cu_seqlens,
             packed.predictor_max_seqlen,
-            select=select,
+            select=partial(predictor_readout, packed=packed),
             query_cu_seqlens=ends * packed.target_size,
             query_max_seqlen=packed.target_size,
         )
+        sequences = Sequences(cu_seqlens, packed.predictor_max_seqlen)
         x = run_blocks(
             self.predictor_blocks, self.predictor_norm, tokens, None, sequences, last=last, recompute=self.recompute
         )
         return self.predictor_proj(x)
-
-
-def _readout_of(tokens: torch.Tensor, rows: int, packed: PackedBatch) -> torch.Tensor:
-    """`predictor_readout` of the first `rows`: those behind are padding."""
-    return predictor_readout(tokens[:rows], packed)

@@ -24,7 +24,7 @@ from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.packing import PackedBatch, climb
+from ijepa_fast.packing import PackedBatch
 
 # name: (width, depth, heads, MLP ratio), as published
 ARCHITECTURES = {
@@ -155,7 +155,8 @@ def run_blocks(blocks, norm, x, branch, sequences, last=None, recompute=False) -
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
         if recompute and torch.is_grad_enabled():
-            x, branch = checkpoint(block, x, branch, layout, use_reentrant=False)
+            # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
+            x, branch = checkpoint(block, x, branch, layout, use_reentrant=False, preserve_rng_state=False)
         else:
             x, branch = block(x, branch, layout)
     return norm(x, branch)[0]
@@ -228,14 +229,10 @@ class Encoder(nn.Module):
 
     def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied."""
-        index, cu_seqlens, tokens = packed.context_index, packed.context_cu_seqlens, packed.context_index.shape[0]
-        if packed.ladder:
-            cu_seqlens, missing = climb(cu_seqlens, tokens, packed.context_max_seqlen)
-            index = F.pad(index, (0, missing))
-        x = self.patch_embed(masked_gather(patches, index))
-        positions = masked_gather(self.positions.to(x.dtype), index % self.patches)
-        sequences = Sequences(cu_seqlens, packed.context_max_seqlen)
-        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)[:tokens]
+        x = self.patch_embed(masked_gather(patches, packed.context_index))
+        positions = masked_gather(self.positions.to(x.dtype), packed.context_index % self.patches)
+        sequences = Sequences(packed.context_cu_seqlens, packed.context_max_seqlen)
+        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
 
     def targets(self, patches: torch.Tensor, packed: PackedBatch, inner=None) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.

@@ -20,8 +20,8 @@ def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions:
         packed: PackedBatch on context's device.
 
     Returns:
-        (S, D) in context's dtype, S = M*(T + C*B*K), laid out by `packed.predictor_cu_seqlens`. The backward sums the M
-        copies of each context row, and all mask rows, in a fixed order.
+        (S, D) in context's dtype, S = M*(T + C*B*K), laid out by `packed.predictor_cu_seqlens`; T counts padding. The
+        backward sums the M copies of each context row, and all mask rows, in a fixed order.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or layout, or positions that require a gradient; on the CPU and in
@@ -36,7 +36,7 @@ def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions:
             "predictor_tokens: positions: expected a fixed table, got a tensor that requires a gradient; detach it"
         )
     _check_packed("predictor_tokens", packed, device)
-    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences)
     if not runs_triton("predictor_tokens", context):
         return reference.predictor_tokens(context, mask_token, positions, *layout, packed.patches)
     return _Tokens.apply(context, mask_token, positions, *layout, packed.context_max_seqlen, packed.patches)
@@ -55,21 +55,24 @@ def predictor_readout(tokens: torch.Tensor, packed) -> torch.Tensor:
     Raises:
         ValueError: for a wrong dtype, shape, device or layout.
     """
-    sequences = packed.contexts * packed.images
-    rows = packed.targets * (packed.context_index.shape[0] + sequences * packed.target_size)
+    rows = packed.targets * (packed.context_index.shape[0] + packed.sequences * packed.target_size)
     check_tensor("predictor_readout", "tokens", tokens, (rows, None))
     _check_packed("predictor_readout", packed, tokens.device)
-    layout = (packed.context_cu_seqlens, packed.targets, packed.target_size)
+    layout = (packed.context_cu_seqlens, packed.targets, packed.sequences, packed.target_size)
     if not runs_triton("predictor_tokens", tokens):
         return reference.predictor_readout(tokens, *layout)
     return _Readout.apply(tokens, *layout, packed.context_max_seqlen)
 
 
 def _check_packed(op: str, packed, device: torch.device) -> None:
-    sequences = packed.contexts * packed.images
     target_shape = (packed.targets, packed.images, packed.target_size)
     check_tensor(op, "packed.context_index", packed.context_index, (None,), torch.int32, device)
-    check_tensor(op, "packed.context_cu_seqlens", packed.context_cu_seqlens, (sequences + 1,), torch.int32, device)
+    check_tensor(op, "packed.context_cu_seqlens", packed.context_cu_seqlens, (None,), torch.int32, device)
+    if packed.context_cu_seqlens.shape[0] <= packed.sequences:
+        raise ValueError(
+            f"{op}: packed.context_cu_seqlens: expected at least {packed.sequences + 1} values, got "
+            f"{packed.context_cu_seqlens.shape[0]}"
+        )
     check_tensor(op, "packed.target_index", packed.target_index, target_shape, torch.int32, device)
     check_index(op, "packed.context_index", packed.context_index, packed.images * packed.patches)
     check_index(op, "packed.target_index", packed.target_index, packed.images * packed.patches)
@@ -85,63 +88,64 @@ def _check_packed(op: str, packed, device: torch.device) -> None:
 
 class _Tokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
+    def forward(ctx, context, mask_token, positions, context_index, cu_seqlens, target_index, *sizes):
         ctx.save_for_backward(mask_token, cu_seqlens)
         targets, _, size = target_index.shape
-        ctx.sizes = (context.shape[0], targets, size, max_seqlen)
-        return _fwd(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches)
+        sequences, max_seqlen, _ = sizes
+        ctx.sizes = (context.shape[0], targets, sequences, size, max_seqlen)
+        return _fwd(context, mask_token, positions, context_index, cu_seqlens, target_index, *sizes)
 
     @staticmethod
     def backward(ctx, dtokens):
         gradients = _bwd(dtokens.contiguous(), *ctx.saved_tensors, *ctx.sizes)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 class _Readout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, cu_seqlens, targets, size, max_seqlen):
+    def forward(ctx, tokens, cu_seqlens, targets, sequences, size, max_seqlen):
         ctx.save_for_backward(cu_seqlens)
-        ctx.sizes = (tokens.shape[0], targets, size, max_seqlen)
-        return _readout_fwd(tokens, cu_seqlens, targets, size)
+        ctx.sizes = (tokens.shape[0], targets, sequences, size, max_seqlen)
+        return _readout_fwd(tokens, cu_seqlens, targets, sequences, size)
 
     @staticmethod
     def backward(ctx, dout):
-        return _readout_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+        return _readout_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None, None, None
 
 
-def _fwd_cpu(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
-    layout = (context_index, cu_seqlens, target_index)
+def _fwd_cpu(context, mask_token, positions, context_index, cu_seqlens, target_index, sequences, max_seqlen, patches):
+    layout = (context_index, cu_seqlens, target_index, sequences)
     return reference.predictor_tokens(context, mask_token, positions, *layout, patches)
 
 
-def _bwd_cpu(dtokens, mask_token, cu_seqlens, tokens, targets, size, max_seqlen):
+def _bwd_cpu(dtokens, mask_token, cu_seqlens, tokens, targets, sequences, size, max_seqlen):
     total = dtokens.unflatten(0, (targets, -1)).float().sum(0)
-    dcontext = total[reference.context_rows(cu_seqlens, tokens, size)]
-    return dcontext.to(dtokens.dtype), total[reference.mask_rows(cu_seqlens, size)].sum(0).to(mask_token.dtype)
+    dcontext = total[reference.context_rows(cu_seqlens, tokens, sequences, size)]
+    dmask_token = total[reference.mask_rows(cu_seqlens, sequences, size)].sum(0)
+    return dcontext.to(dtokens.dtype), dmask_token.to(mask_token.dtype)
 
 
-def _readout_bwd_cpu(dout, cu_seqlens, rows, targets, size, max_seqlen):
+def _readout_bwd_cpu(dout, cu_seqlens, rows, targets, sequences, size, max_seqlen):
     dtokens = dout.new_zeros((targets, rows // targets, dout.shape[1]))
-    dtokens[:, reference.mask_rows(cu_seqlens, size)] = dout.unflatten(0, (targets, -1))
+    dtokens[:, reference.mask_rows(cu_seqlens, sequences, size)] = dout.unflatten(0, (targets, -1))
     return dtokens.flatten(0, 1)
 
 
-def _fwd_fake(context, mask_token, positions, context_index, cu_seqlens, target_index, max_seqlen, patches):
+def _fwd_fake(context, mask_token, positions, context_index, cu_seqlens, target_index, sequences, *_):
     targets, _, size = target_index.shape
-    rows = context.shape[0] + (cu_seqlens.shape[0] - 1) * size
-    return context.new_empty((targets * rows, context.shape[1]))
+    return context.new_empty((targets * (context.shape[0] + sequences * size), context.shape[1]))
 
 
 _fwd = register(
     "predictor_tokens_fwd(Tensor context, Tensor mask_token, Tensor positions, Tensor context_index, Tensor cu_seqlens,"
-    " Tensor target_index, SymInt max_seqlen, SymInt patches) -> Tensor",
+    " Tensor target_index, SymInt sequences, SymInt max_seqlen, SymInt patches) -> Tensor",
     folder="predictor_tokens",
     cpu=_fwd_cpu,
     fake=_fwd_fake,
 )
 _bwd = register(
     "predictor_tokens_bwd(Tensor dtokens, Tensor mask_token, Tensor cu_seqlens, SymInt tokens, SymInt targets, "
-    "SymInt size, SymInt max_seqlen) -> (Tensor dcontext, Tensor dmask_token)",
+    "SymInt sequences, SymInt size, SymInt max_seqlen) -> (Tensor dcontext, Tensor dmask_token)",
     folder="predictor_tokens",
     cpu=_bwd_cpu,
     fake=lambda dtokens, mask_token, cu_seqlens, tokens, *_: (
@@ -150,16 +154,16 @@ _bwd = register(
     ),
 )
 _readout_fwd = register(
-    "predictor_readout_fwd(Tensor tokens, Tensor cu_seqlens, SymInt targets, SymInt size) -> Tensor",
+    "predictor_readout_fwd(Tensor tokens, Tensor cu_seqlens, SymInt targets, SymInt sequences, SymInt size) -> Tensor",
     folder="predictor_tokens",
     cpu=reference.predictor_readout,
-    fake=lambda tokens, cu_seqlens, targets, size: tokens.new_empty(
-        (targets * (cu_seqlens.shape[0] - 1) * size, tokens.shape[1])
+    fake=lambda tokens, cu_seqlens, targets, sequences, size: tokens.new_empty(
+        (targets * sequences * size, tokens.shape[1])
     ),
 )
 _readout_bwd = register(
-    "predictor_readout_bwd(Tensor dout, Tensor cu_seqlens, SymInt rows, SymInt targets, SymInt size, SymInt max_seqlen)"
-    " -> Tensor",
+    "predictor_readout_bwd(Tensor dout, Tensor cu_seqlens, SymInt rows, SymInt targets, SymInt sequences, SymInt size, "
+    "SymInt max_seqlen) -> Tensor",
     folder="predictor_tokens",
     cpu=_readout_bwd_cpu,
     fake=lambda dout, cu_seqlens, rows, *_: dout.new_empty((rows, dout.shape[1])),

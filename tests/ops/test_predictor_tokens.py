@@ -12,18 +12,19 @@ from ijepa_fast.packing import PackedBatch
 from tests import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (context lengths (C, B), targets, patches a target, patches an image)
+# (context lengths (C, B), targets, patches a target, patches an image, and of some: seed, padding)
 LAYOUTS = {
     "one token": ([[1]], 1, 1, 4),
     "ragged": ([[17, 3, 40]], 4, 5, 49),
     "two contexts": ([[5, 0, 33], [1, 16, 7]], 2, 18, 50),
     "no context": ([[0, 0]], 3, 4, 9),
     "uniform": ([[16, 16]], 4, 16, 64),
+    "padded": ([[17, 3], [21, 9]], 3, 5, 49, 0, (7, 0, 20)),
 }
 
 
-def pack(lengths, targets, size, patches, seed=0):
-    """A PackedBatch with random patches; targets overlap."""
+def pack(lengths, targets, size, patches, seed=0, padding=()):
+    """A PackedBatch with random patches; targets overlap. padding: lengths of further context sequences."""
     generator = np.random.default_rng(seed)
     lengths = np.array(lengths)
     contexts, images = lengths.shape
@@ -35,16 +36,18 @@ def pack(lengths, targets, size, patches, seed=0):
     target = np.stack([generator.permutation(patches)[:size] for _ in range(targets * images)])
     target = target.reshape(targets, images, size) + np.arange(images)[:, None] * patches
     union, position = np.unique(target, return_inverse=True)
-    predictor = np.tile(lengths.ravel() + size, targets)
+    predictor = np.tile([*(lengths.ravel() + size), *padding], targets)
+    longest = max(int(lengths.max()), *padding, 0)
     return PackedBatch(
         images=images,
         contexts=contexts,
         targets=targets,
         patches=patches,
         target_size=size,
-        context_index=int32(np.concatenate(rows)),
-        context_cu_seqlens=cu_seqlens(lengths.ravel()),
-        context_max_seqlen=int(lengths.max()),
+        context_tokens=int(lengths.sum()),
+        context_index=int32(np.concatenate([*rows, np.zeros(sum(padding))])),
+        context_cu_seqlens=cu_seqlens([*lengths.ravel(), *padding]),
+        context_max_seqlen=longest,
         target_index=int32(target),
         union_index=int32(union),
         union_cu_seqlens=cu_seqlens(np.bincount(union // patches, minlength=images)),
@@ -74,14 +77,14 @@ def tokens_of(function, packed, positions):
     """The tokens as a function of context and mask token, by the op or its reference."""
     if function is predictor_tokens:
         return lambda context, mask_token: predictor_tokens(context, mask_token, positions, packed)
-    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.patches)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences, packed.patches)
     return lambda context, mask_token: reference.predictor_tokens(context, mask_token, positions, *layout)
 
 
 def readout_of(function, packed):
     if function is predictor_readout:
         return lambda tokens: predictor_readout(tokens, packed)
-    layout = (packed.context_cu_seqlens, packed.targets, packed.target_size)
+    layout = (packed.context_cu_seqlens, packed.targets, packed.sequences, packed.target_size)
     return lambda tokens: reference.predictor_readout(tokens, *layout)
 
 
@@ -90,10 +93,10 @@ def row_by_row(context, mask_token, positions, packed):
     tokens, masks = [], []
     bounds = packed.context_cu_seqlens.tolist()
     for m in range(packed.targets):
-        for s in range(packed.contexts * packed.images):
+        for s in range(len(bounds) - 1):
             for t in range(bounds[s], bounds[s + 1]):
                 tokens.append(context[t] + positions[packed.context_index[t] % packed.patches])
-            for patch in packed.target_index[m, s % packed.images]:
+            for patch in packed.target_index[m, s % packed.images] if s < packed.sequences else ():
                 masks.append(mask_token + positions[patch % packed.patches])
                 tokens.append(masks[-1])
     return torch.stack(tokens), torch.stack(masks)
@@ -107,7 +110,9 @@ def test_large_on_gpu(triton_everywhere):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("layout", "width"), [(name, width) for name, width in zip(LAYOUTS, (24, 130, 96, 40, 384))])
+@pytest.mark.parametrize(
+    ("layout", "width"), [(name, width) for name, width in zip(LAYOUTS, (24, 130, 96, 40, 384, 64))]
+)
 def test_matches_reference(triton_everywhere, poisoned, layout, width, dtype):
     check(pack(*LAYOUTS[layout]).to(triton_everywhere), width, dtype, triton_everywhere)
 
@@ -160,20 +165,21 @@ def test_any_layout():
         length = st.lists(st.integers(0, patches), min_size=images, max_size=images)
         lengths = data.draw(st.lists(length, min_size=contexts, max_size=contexts))
         size, targets = data.draw(st.integers(1, patches)), data.draw(st.integers(1, 3))
-        packed = pack(lengths, targets, size, patches, data.draw(st.integers(0, 99)))
+        padding = data.draw(st.lists(st.integers(0, 20), max_size=3))
+        packed = pack(lengths, targets, size, patches, data.draw(st.integers(0, 99)), padding)
         context, mask_token, positions = make(packed, 12, torch.float32, "cpu")
         tokens, masks = row_by_row(context, mask_token, positions, packed)
-        layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+        layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences)
         maximum = packed.context_max_seqlen
         assert torch.equal(ops._fwd(context, mask_token, positions, *layout, maximum, patches), tokens)
-        assert torch.equal(ops._readout_fwd(tokens, packed.context_cu_seqlens, targets, size), masks)
+        assert torch.equal(ops._readout_fwd(tokens, packed.context_cu_seqlens, targets, packed.sequences, size), masks)
 
         dtokens = torch.randn_like(tokens)
-        sizes = (packed.context_index.shape[0], targets, size, maximum)
+        sizes = (packed.context_index.shape[0], targets, packed.sequences, size, maximum)
         arguments = (dtokens, mask_token, packed.context_cu_seqlens, *sizes)
         for actual, expected in zip(ops._bwd(*arguments), ops._bwd_cpu(*arguments)):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-        arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], targets, size, maximum)
+        arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], *sizes[1:])
         assert torch.equal(ops._readout_bwd(*arguments), ops._readout_bwd_cpu(*arguments))
 
     check_one()
@@ -186,15 +192,15 @@ def test_plain_implementation_of_the_ops():
     function = tokens_of(reference, packed, positions)
     upstream = oracle.random_upstream(function, (context, mask_token))
     (tokens,), gradients = oracle.differentiate(function, (context, mask_token), upstream)
-    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index)
+    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences)
     assert torch.equal(ops._fwd_cpu(context, mask_token, positions, *layout, 33, packed.patches), tokens)
-    sizes = (context.shape[0], packed.targets, packed.target_size, 33)
+    sizes = (context.shape[0], packed.targets, packed.sequences, packed.target_size, 33)
     actual = ops._bwd_cpu(*upstream, mask_token, packed.context_cu_seqlens, *sizes)
     torch.testing.assert_close(actual, gradients)
 
     upstream = oracle.random_upstream(readout_of(reference, packed), (tokens,))
     _, (gradient,) = oracle.differentiate(readout_of(reference, packed), (tokens,), upstream)
-    sizes = (tokens.shape[0], packed.targets, packed.target_size, 33)
+    sizes = (tokens.shape[0], *sizes[1:])
     assert torch.equal(ops._readout_bwd_cpu(*upstream, packed.context_cu_seqlens, *sizes), gradient)
 
 
@@ -222,14 +228,13 @@ def test_opcheck(triton_everywhere):
     tokens = predictor_tokens(context, mask_token, positions, packed)
     masks = predictor_readout(tokens, packed)
     cu, size, maximum = packed.context_cu_seqlens, packed.target_size, packed.context_max_seqlen
-    layout = (packed.context_index, cu, packed.target_index, maximum, packed.patches)
+    layout = (packed.context_index, cu, packed.target_index, packed.sequences, maximum, packed.patches)
+    sizes = (packed.targets, packed.sequences, size)
     library = torch.ops.ijepa_fast
     oracle.opcheck(library.predictor_tokens_fwd, context, mask_token, positions, *layout)
-    oracle.opcheck(
-        library.predictor_tokens_bwd, tokens, mask_token, cu, context.shape[0], packed.targets, size, maximum
-    )
-    oracle.opcheck(library.predictor_readout_fwd, tokens, cu, packed.targets, size)
-    oracle.opcheck(library.predictor_readout_bwd, masks, cu, tokens.shape[0], packed.targets, size, maximum)
+    oracle.opcheck(library.predictor_tokens_bwd, tokens, mask_token, cu, context.shape[0], *sizes, maximum)
+    oracle.opcheck(library.predictor_readout_fwd, tokens, cu, *sizes)
+    oracle.opcheck(library.predictor_readout_bwd, masks, cu, tokens.shape[0], *sizes, maximum)
 
 
 def test_compiles_once(triton_everywhere):
@@ -257,6 +262,12 @@ def test_bad_input(monkeypatch):
         "positions: expected shape": (context, mask_token, positions[1:], packed),
         "positions: expected a fixed table": (context, mask_token, positions.clone().requires_grad_(), packed),
         "packed.target_index: expected shape": (context, mask_token, positions, replace(packed, targets=3)),
+        "packed.context_cu_seqlens: expected at least 4 values": (
+            context,
+            mask_token,
+            positions,
+            replace(packed, context_cu_seqlens=packed.context_cu_seqlens[:2]),
+        ),
         "packed.context_index: expected dtype": (
             context,
             mask_token,

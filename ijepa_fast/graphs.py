@@ -1,0 +1,133 @@
+"""An objective's forward and backward as CUDA graphs: one pair for every shape of batch that comes again.
+
+A step launches two thousand kernels, and from Python that takes longer than they run. A graph launches them at once,
+but only for the shapes it was captured with; so token counts come from a ladder (packing.py), the first batch of a
+shape runs as it is, which compiles and warms up, the second is captured, and all later ones are replayed.
+
+Captured graphs share one pool of memory, so that all of them need no more than the largest. What one leaves there is
+gone with the next replay: gradients are therefore copied into a buffer of their own, and what `watch` is given too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ijepa_fast.packing import PackedBatch
+
+MOST = 512  # graphs kept; further shapes run without
+ALIGNMENT = 64  # elements
+
+
+@dataclass
+class Pair:
+    """The graphs of one shape of batch, and the memory they read and write."""
+
+    images: torch.Tensor
+    packed: PackedBatch
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    loss: torch.Tensor
+    watched: torch.Tensor | None  # (U, D) of the buffer that holds what `watch` is given
+
+    def load(self, images: torch.Tensor, packed: PackedBatch) -> None:
+        """Bring a batch to where the graphs read it."""
+        self.images.copy_(images, non_blocking=True)
+        torch._foreach_copy_([*self.packed.tensors.values()], [*packed.tensors.values()], non_blocking=True)
+
+
+class Graphs:
+    """Stands in for the `forward` of an I-JEPA objective on a GPU: (images, packed) -> scalar loss.
+
+    Every backward pass must follow its forward pass, before the next one. The objective's parameters and the target
+    encoder's must be of one dtype and stay where they are.
+    """
+
+    def __init__(self, objective: nn.Module):
+        self.objective, self.run = objective, objective.forward
+        self.params = [p for p in objective.parameters() if p.requires_grad]
+        self.pairs: dict[tuple, Pair] = {}
+        self._seen: set[tuple] = set()
+        self._pool = self._stream = self._images = self._features = self._flat = self._seed = None
+
+    def __call__(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """The loss, with a gradient where gradients are on; see the class."""
+        shape = (images.shape, *packed.shape)
+        if not torch.is_grad_enabled():
+            return self.run(images, packed)
+        if shape not in self.pairs:
+            if shape not in self._seen or len(self.pairs) >= MOST:
+                self._seen.add(shape)
+                return self.run(images, packed)
+            self.pairs[shape] = self._capture(images, packed)
+        pair = self.pairs[shape]
+        pair.load(images, packed)
+        loss = _Replay.apply(self, pair, *self.params)
+        if pair.watched is not None and self.objective.watch is not None:
+            self.objective.watch(pair.watched, packed)
+        return loss
+
+    def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Of all gradients side by side, each in its parameter's shape."""
+        pieces = flat.split([*map(_room, self.params)])
+        return [piece[: p.numel()].view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+
+    def backward(self, pair: Pair, dloss: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the parameters, in memory of their own."""
+        self._seed.copy_(dloss)
+        pair.backward.replay()
+        return self.parts(self._flat.clone())
+
+    def _capture(self, images: torch.Tensor, packed: PackedBatch) -> Pair:
+        device = images.device
+        if self._stream is None:
+            self._stream, self._images = torch.cuda.Stream(device), torch.empty_like(images)
+            self._flat = self.params[0].new_empty(sum(map(_room, self.params)))
+            self._seed = torch.ones((), device=device)
+        packed = packed.map(torch.clone)
+        self._images.copy_(images)
+        watch, rows = self.objective.watch, len(packed.union_index)
+        if watch is not None and self._features is None:
+            width = self.objective.target_encoder.dim
+            dtype = self.objective.target_encoder.norm.weight.dtype
+            self._features = torch.empty((packed.images * packed.patches, width), device=device, dtype=dtype)
+        watched = self._features[:rows] if watch is not None else None
+        self.objective.watch = None if watch is None else lambda features, _: watched.copy_(features)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
+        options = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):  # the libraries make their workspaces for the stream
+                torch.autograd.grad(self.run(self._images, packed), self.params)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with torch.cuda.graph(forward, pool=self._pool, **options):
+                loss = self.run(self._images, packed)
+            self._pool = forward.pool()
+            with torch.cuda.graph(backward, pool=self._pool, **options):
+                gradients = torch.autograd.grad(loss, self.params, self._seed)
+                torch._foreach_copy_(self.parts(self._flat), gradients)
+        finally:
+            self.objective.watch = watch
+        return Pair(self._images, packed, forward, backward, loss.detach(), watched)
+
+
+def _room(param: torch.Tensor) -> int:
+    """Elements from one gradient's first to the next one's, so that all are aligned."""
+    return -(-param.numel() // ALIGNMENT) * ALIGNMENT
+
+
+class _Replay(torch.autograd.Function):
+    """So that gradients arrive at the parameters as from any backward pass, and DeepSpeed's hooks run."""
+
+    @staticmethod
+    def forward(ctx, graphs: Graphs, pair: Pair, *params):
+        ctx.graphs, ctx.pair = graphs, pair
+        pair.forward.replay()
+        return pair.loss.clone()
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return None, None, *ctx.graphs.backward(ctx.pair, dloss)
