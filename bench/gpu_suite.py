@@ -237,6 +237,7 @@ def step_tasks(out: Path, device: str) -> list[Task]:
             f"steps {name}",
             [
                 *(sys.executable, "bench/throughput.py", *arguments.split(), "--device", "cuda", "--rounds", "3"),
+                *("--compile", "fast,strong-blocks"),  # as one graph, 76 blocks would compile for minutes
                 *("--json", str(out / f"steps-{device}-{name}.json")),
             ],
             STEP_SECONDS,

@@ -46,8 +46,8 @@ def predictor_tokens(
     masks = mask_token.to(context.dtype) + positions.index_select(0, target_index.flatten() % patches)
     masks = masks.view(targets, 1, -1, width).expand(-1, sequences // target_index.shape[1], -1, -1).flatten(1, 2)
 
-    layout = context_cu_seqlens, sequences, size
-    rows = torch.cat([context_rows(context_cu_seqlens, tokens, sequences, size), mask_rows(*layout)])
+    mask_tokens = mask_rows(context_cu_seqlens, sequences, size)
+    rows = torch.cat([context_rows(context_cu_seqlens, tokens, sequences, size), mask_tokens])
     block = torch.cat([context.expand(targets, -1, -1), masks], 1)
     return block.index_select(1, _inverse(rows)).flatten(0, 1)
 
