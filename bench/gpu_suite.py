@@ -51,7 +51,11 @@ STEPS = (
     ("ijepa-s16", "--model vit_small --batch 128 --impl fast,fast-graphs,strong,plain", ()),
     ("mae-h14", "--method mae --model vit_huge --patch 14 --batch 32 --impl fast,plain", ()),
     ("ijepa-h14-engine", "--model vit_huge --patch 14 --batch 32 --impl fast --engine 1", ("omegaconf", "deepspeed")),
-    ("ijepa-h14-fp8", "--model vit_huge --patch 14 --batch 32 --impl fast,fast-fp8 --breakdown", ()),
+    (
+        "ijepa-h14-fp8",
+        "--model vit_huge --patch 14 --batch 32 --impl fast,fast-fp8,fast-graphs,fast-graphs-fp8 --breakdown",
+        (),
+    ),
     ("ibot-s16", "--method ibot --model vit_small --batch 32 --impl fast,plain", ()),
     ("ijepa-b16", "--model vit_base --batch 128 --impl fast,fast-graphs,strong,plain", ()),
     ("ijepa-l16", "--model vit_large --batch 64 --impl fast,fast-graphs,strong,plain", ()),

@@ -27,7 +27,7 @@ import torch
 
 from bench.baselines import ibot
 from bench.baselines.case import Case
-from bench.baselines.contenders import LR, Contender, make_contenders
+from bench.baselines.contenders import FAST, LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
 from bench.timing import device_name, synchronise
 from ijepa_fast.flops import PEAKS
@@ -35,7 +35,7 @@ from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")
-IMPLS = ("fast", "fast-fp8", "fast-graphs", "strong", "plain", "published")
+IMPLS = (*FAST, "strong", "plain", "published")
 CONTEXTS = ("truncate", "full", "budget")
 # Relative differences of loss and gradient norm by rounding: fp32, and low precision whose casts differ.
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1)}
@@ -265,10 +265,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = args.device.startswith("cuda")
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("fast,strong" if cuda else "none")
-    if "fast-graphs" in args.impl and (args.method != "ijepa" or not cuda):
-        parser.error("--impl fast-graphs: expected --method ijepa and --device cuda")
-    if "fast-fp8" in args.impl and (args.method != "ijepa" or args.precision != "bf16"):
-        parser.error("--impl fast-fp8: expected --method ijepa and --precision bf16, which it is compared with")
+    for impl in args.impl:
+        if "graphs" in impl and (args.method != "ijepa" or not cuda):
+            parser.error(f"--impl {impl}: expected --method ijepa and --device cuda")
+        if "fp8" in impl and (args.method != "ijepa" or args.precision != "bf16"):
+            parser.error(f"--impl {impl}: expected --method ijepa and --precision bf16, which it is compared with")
     return args
 
 
@@ -310,7 +311,7 @@ def run(argv: list[str] | None = None) -> dict:
         raise ValueError(f"--impl {','.join(args.impl)}: nothing to measure with --context {','.join(args.context)}")
     check_agreement(contenders, case.precision)
     # Every batch runs once and is captured once before it is replayed.
-    warmup = max(args.warmup, 2 * case.batches) if "fast-graphs" in args.impl else args.warmup
+    warmup = max(args.warmup, 2 * case.batches) if any("graphs" in impl for impl in args.impl) else args.warmup
     schedule = {"rounds": args.rounds, "steps": args.steps, "warmup": warmup}
     measured = measure(contenders, case, **schedule)
     rows = rows_of(contenders, case, measured, data=False)

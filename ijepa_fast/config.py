@@ -250,11 +250,8 @@ def check(config: Config) -> None:
         )
     if config.engine.target_stream and config.engine.device == "cpu":
         raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if config.engine.cuda_graphs and (config.objective.method != "ijepa" or config.engine.target_precision == "fp8"):
-        raise ConfigError(
-            "engine.cuda_graphs=true is for objective.method=ijepa, without engine.target_precision=fp8, whose weights "
-            "move with every step; set it to false"
-        )
+    if config.engine.cuda_graphs and config.objective.method != "ijepa":
+        raise ConfigError("engine.cuda_graphs=true is for objective.method=ijepa; set it to false")
     if config.engine.cuda_graphs and (config.engine.zero == 3 or not config.mask.ladder):
         raise ConfigError(
             f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="

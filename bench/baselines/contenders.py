@@ -36,6 +36,7 @@ from ijepa_fast.objective import IJEPA
 from ijepa_fast.packing import PackedBatch, pack
 
 LR = 1e-4
+FAST = ("fast", "fast-fp8", "fast-graphs", "fast-graphs-fp8")
 
 
 @dataclass
@@ -117,8 +118,8 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
 
     Args:
         case: what is trained.
-        impls: of fast, fast-fp8 (with the target encoder in fp8), fast-graphs (forward and backward as CUDA graphs),
-            strong, plain, published.
+        impls: of fast (fp8: with the target encoder in fp8; graphs: forward and backward as CUDA graphs), strong,
+            plain, published.
         contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
         external: checkout of the published code, for `published`.
         engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
@@ -151,10 +152,10 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     for context in contexts:
         facts = work_of(case, context)
         prepare = partial(_packed_batch, context=context, case=case)
-        for impl in ("fast", "fast-fp8", "fast-graphs"):
+        for impl in FAST:
             if impl in impls:
-                graphs = impl == "fast-graphs"
-                options = {"compile": "fast" in case.compile, "fp8": impl == "fast-fp8", "graphs": graphs}
+                graphs = "graphs" in impl
+                options = {"compile": "fast" in case.compile, "fp8": "fp8" in impl, "graphs": graphs}
                 step = BareStep(_ijepa_objective(case, weights), case, **options)
                 made = partial(prepare, ladder=graphs)
                 contenders.append(Contender(impl, context, made, step, step.loss, step.objective, *facts))

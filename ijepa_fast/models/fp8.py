@@ -20,24 +20,27 @@ class FP8Block:
 
     def __init__(self, block: Block):
         self.block = block
-        self.refresh()
+        self.layers = block.attn.qkv, block.mlp.fc1, block.mlp.fc2
+        with torch.no_grad():
+            self.weights = [quantise(layer.weight) for layer in self.layers]
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Quantise the weights again, after they changed."""
-        attention, mlp = self.block.attn, self.block.mlp
-        self.qkv, self.fc1, self.fc2 = (quantise(layer.weight) for layer in (attention.qkv, mlp.fc1, mlp.fc2))
+        """Quantise the weights again, after they changed; in place, as a CUDA graph reads them."""
+        for layer, quantised in zip(self.layers, self.weights, strict=True):
+            quantise(layer.weight, out=quantised)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
         """As `Block.forward`: residual stream (T, D) and the branch to add to it (T, D) -> the same two."""
         attention, mlp = self.block.attn, self.block.mlp
         norm1, norm2, dtype = self.block.norm1, self.block.norm2, x.dtype
+        qkv_weight, fc1_weight, fc2_weight = self.weights
         *rows, x = layer_norm_quantise(x, branch, norm1.weight, norm1.bias, norm1.eps)
-        qkv = scaled_linear(rows, self.qkv, attention.qkv.bias, dtype)
+        qkv = scaled_linear(rows, qkv_weight, attention.qkv.bias, dtype)
         head_dim = x.shape[1] // attention.heads
         out = dense_attention(qkv.view(sequences.images, -1, 3, attention.heads, head_dim))
         branch = attention.proj(out.reshape(-1, x.shape[1]))
         *rows, x = layer_norm_quantise(x, branch, norm2.weight, norm2.bias, norm2.eps)
-        hidden = scaled_linear(rows, self.fc1, None, dtype)
-        return x, scaled_linear(bias_gelu_quantise(hidden, mlp.fc1.bias), self.fc2, mlp.fc2.bias, dtype)
+        hidden = scaled_linear(rows, fc1_weight, None, dtype)
+        return x, scaled_linear(bias_gelu_quantise(hidden, mlp.fc1.bias), fc2_weight, mlp.fc2.bias, dtype)

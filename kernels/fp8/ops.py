@@ -16,20 +16,25 @@ from ijepa_fast.kernels.fp8.reference import FP8
 Quantised = tuple[torch.Tensor, torch.Tensor]
 
 
-def quantise(x: torch.Tensor) -> Quantised:
+def quantise(x: torch.Tensor, out: Quantised | None = None) -> Quantised:
     """Rows in fp8, each with its scale.
 
     Args:
         x: (T, D) floating point.
+        out: written and returned, where given: memory of an earlier result's shapes, dtypes and device.
 
     Returns:
         (values (T, D) float8_e4m3fn, scale (T,) fp32), x ~ scale * values; a row's largest magnitude becomes 448.
 
     Raises:
-        ValueError: for a wrong dtype, shape or layout.
+        ValueError: for a wrong dtype, shape, device or layout.
     """
     check_tensor("fp8.quantise", "x", x, (None, None))
-    return _quantise(x) if runs_triton("fp8", x) else reference.quantise(x)
+    values, scale = out or _empty(x)
+    check_tensor("fp8.quantise", "out's values", values, tuple(x.shape), FP8, x.device)
+    check_tensor("fp8.quantise", "out's scale", scale, (x.shape[0],), torch.float32, x.device)
+    (_quantise if runs_triton("fp8", x) else _quantise_reference)(x, values, scale)
+    return values, scale
 
 
 def layer_norm_quantise(
@@ -104,29 +109,37 @@ def scaled_linear(
     )
 
 
-def _fakes(x):
+def _empty(x):
     return torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _quantise_reference(x, values, scale):
+    for destination, found in zip((values, scale), reference.quantise(x), strict=True):
+        destination.copy_(found)
+
+
 _quantise = register(
-    "fp8_quantise(Tensor x) -> (Tensor values, Tensor scale)", folder="fp8", cpu=reference.quantise, fake=_fakes
+    "fp8_quantise(Tensor x, Tensor(a!) values, Tensor(b!) scale) -> ()",
+    folder="fp8",
+    cpu=_quantise_reference,
+    fake=lambda x, values, scale: None,
 )
 _bias_gelu = register(
     "fp8_bias_gelu(Tensor x, Tensor bias) -> (Tensor values, Tensor scale)",
     folder="fp8",
     cpu=reference.bias_gelu_quantise,
-    fake=lambda x, bias: _fakes(x),
+    fake=lambda x, bias: _empty(x),
 )
 _layer_norm = register(
     "fp8_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor values, Tensor scale)",
     folder="fp8",
     cpu=lambda x, weight, bias, eps: reference.layer_norm_quantise(x, None, weight, bias, eps)[:2],
-    fake=lambda x, weight, bias, eps: _fakes(x),
+    fake=lambda x, weight, bias, eps: _empty(x),
 )
 _add_layer_norm = register(
     "fp8_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor values, Tensor scale, Tensor s)",
     folder="fp8",
     cpu=reference.layer_norm_quantise,
-    fake=lambda x, residual, weight, bias, eps: (*_fakes(x), torch.empty_like(x)),
+    fake=lambda x, residual, weight, bias, eps: (*_empty(x), torch.empty_like(x)),
 )
