@@ -49,6 +49,8 @@ class Run:
     crop: int = 224
 
 
+# Epochs of iBOT L/16: table 1 of I-JEPA's paper; of B/16: iBOT's paper, 1,600 effective ones, of which multi-crop makes
+# four of one.
 RUNS = (
     Run("I-JEPA H/14", "ijepa", "vit_huge", 14, 300, 2048, 128, 16 * 72, "A100"),
     Run("I-JEPA L/16", "ijepa", "vit_large", 16, 600, 2048, 128),

@@ -64,7 +64,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(1500, 32, 3, 4000, (0, 1)),  # half an hour on two cores for I-JEPA, MAE and pixels
+    "cpu": Preset(1000, 32, 3, 4000, (0, 1)),  # twenty minutes on two cores for I-JEPA, MAE and pixels
     "gpu": Preset(1500, 512, 5, 10_000, (0, 1, 2), ("engine.precision=bf16",)),
 }
 

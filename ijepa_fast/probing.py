@@ -42,11 +42,12 @@ def probe_folders(config: Config) -> tuple[str, str] | None:
 
 
 def encode_with(objective: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """images (b, H, W, 3) uint8 -> the target encoder's features (b, N, D)."""
+    """images (b, H, W, 3) uint8 -> the target encoder's features (b, N, D); of a class token, N is 1."""
     encoder = objective.target_encoder
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        return encoder(objective.patchify(images), len(images)).view(len(images), encoder.patches, -1)
+        features = encoder(objective.patchify(images), len(images))
+        return features.view(len(images), -1, features.shape[1])
 
     return encode
 

@@ -16,6 +16,7 @@ from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
 from ijepa_fast.masks import make_sampler
 from ijepa_fast.packing import pack
+from ijepa_fast.probing import encode_with
 from tests.parity import relative_error
 from tests.parity_baselines import parity_ibot, parity_mae
 
@@ -149,6 +150,18 @@ def test_mae_features_come_without_the_class_token():
 
 def small_ibot(drop=0.0):
     return IBOT(Network(Backbone(32, 8, 32, 2, 2, drop=drop), Head(32, 32, 16, 48)), mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def test_ibot_is_probed_by_its_class_token():
+    """An image at a time or several, and of what the losses train."""
+    model, images = small_ibot(), torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+    teacher, patches = model.target_encoder, model.patchify(images)
+    features = teacher(patches, 3)
+    torch.testing.assert_close(encode_with(model)(images), features[:, None])
+    torch.testing.assert_close(features[1:2], teacher(patches[16:32], 1))
+    logits = teacher.head.last_layer(teacher.head.bottleneck(features))
+    batch = crop_sampler(0)(3, seed=0, step=0)
+    torch.testing.assert_close(teacher.teacher(patches.repeat(2, 1), batch)[0], logits.repeat(2, 1))
 
 
 def crop_sampler(small, **settings):

@@ -169,15 +169,10 @@ class Network(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    @property
-    def patches(self) -> int:
-        """Patches of a large crop, N."""
-        return self.backbone.side**2
-
     def forward(self, patches: torch.Tensor, images: int) -> torch.Tensor:
-        """Whole images, `patches` (B*N, W) -> (B*N, D): features of the patches, without the class token's."""
+        """Whole images, `patches` (B*N, W) -> class tokens (B, D), which iBOT's own probes read too."""
         x = self.backbone(self.backbone.embed(patches, self.backbone.side), Sequences(images=images))
-        return x.view(images, -1, self.backbone.dim)[:, 1:].reshape(-1, self.backbone.dim)
+        return x.view(images, -1, self.backbone.dim)[:, 0].contiguous()
 
     def student(self, large: torch.Tensor, small: torch.Tensor, batch: CropBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches of the crops, (2*B*N, W) and (L*B*n, W) -> logits of the class tokens ((2 + L)*B, Q) and masked
