@@ -6,8 +6,9 @@
 
 Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
 augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations and its averaged encoder is
-probed, linear and k-NN, on frozen, average-pooled features. Results are in --out: learning.json, learning.md and
-learning.png, of the runs that are named; one that was finished is not run again, its checkpoints are gone by then.
+probed, linear and k-NN, on frozen features, the average over patches or iBOT's class token. Results are in --out:
+learning.json, learning.md and learning.png, of the runs that are named; one that was finished is not run again, its
+checkpoints are gone by then.
 """
 
 from __future__ import annotations

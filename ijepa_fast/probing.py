@@ -1,4 +1,4 @@
-"""The probes of a run: frozen, average-pooled features of the target encoder before and after training."""
+"""The probes of a run: frozen features of the target encoder, averaged over patches, before and after training."""
 
 from __future__ import annotations
 
