@@ -16,7 +16,6 @@ from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
 from ijepa_fast.masks import make_sampler
 from ijepa_fast.packing import pack
-from ijepa_fast.probing import encode_with
 from tests.parity import relative_error
 from tests.parity_baselines import parity_ibot, parity_mae
 
@@ -154,6 +153,10 @@ def small_ibot(drop=0.0):
 
 def test_ibot_is_probed_by_its_class_token():
     """An image at a time or several, and of what the losses train."""
+    pytest.importorskip("omegaconf")
+    pytest.importorskip("tqdm")
+    from ijepa_fast.probing import encode_with
+
     model, images = small_ibot(), torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
     teacher, patches = model.target_encoder, model.patchify(images)
     features = teacher(patches, 3)
