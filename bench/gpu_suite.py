@@ -49,8 +49,12 @@ STEPS = (
         (),
     ),
     ("ijepa-s16", "--model vit_small --batch 128 --impl fast,fast-graphs,strong,plain", ()),
-    ("mae-h14", "--method mae --model vit_huge --patch 14 --batch 32 --impl fast,plain", ()),
-    ("ijepa-h14-engine", "--model vit_huge --patch 14 --batch 32 --impl fast --engine 1", ("omegaconf", "deepspeed")),
+    ("mae-h14", "--method mae --model vit_huge --patch 14 --batch 32 --impl fast,fast-graphs,plain", ()),
+    (
+        "ijepa-h14-engine",
+        "--model vit_huge --patch 14 --batch 32 --impl fast,fast-graphs --engine 1",
+        ("omegaconf", "deepspeed"),
+    ),
     (
         "ijepa-h14-fp8",
         "--model vit_huge --patch 14 --batch 32 --impl fast,fast-fp8,fast-graphs,fast-graphs-fp8 --breakdown",

@@ -226,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--context", default="truncate", help=f"of {', '.join(CONTEXTS)}, with commas")
     parser.add_argument(
-        "--engine", type=int, metavar="ZERO", help="also time `fast` through DeepSpeed at this ZeRO stage"
+        "--engine", type=int, metavar="ZERO", help="also time this project's steps through DeepSpeed at this stage"
     )
     parser.add_argument("--external", metavar="PATH", help="also time a checkout of the published I-JEPA code")
     parser.add_argument(
@@ -266,8 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("fast,strong" if cuda else "none")
     for impl in args.impl:
-        if "graphs" in impl and (args.method != "ijepa" or not cuda):
-            parser.error(f"--impl {impl}: expected --method ijepa and --device cuda")
+        if "graphs" in impl and (args.method == "ibot" or not cuda):
+            parser.error(f"--impl {impl}: expected --method ijepa or mae, and --device cuda")
         if "fp8" in impl and (args.method != "ijepa" or args.precision != "bf16"):
             parser.error(f"--impl {impl}: expected --method ijepa and --precision bf16, which it is compared with")
     return args

@@ -39,7 +39,7 @@ class Pair:
 
 
 class Graphs:
-    """Stands in for the `forward` of an I-JEPA objective on a GPU: (images, packed) -> scalar loss.
+    """Stands in for the `forward` of an objective on a GPU: (images, packed) -> scalar loss.
 
     Every backward pass must follow its forward pass, before the next one. The objective's parameters and the target
     encoder's must be of one dtype and stay where they are.
@@ -88,7 +88,7 @@ class Graphs:
             self._seed = torch.ones((), device=device)
         packed = packed.map(torch.clone)
         self._images.copy_(images)
-        watch, rows = self.objective.watch, len(packed.union_index)
+        watch, rows = getattr(self.objective, "watch", None), len(packed.union_index)
         if watch is not None and self._features is None:
             width = self.objective.target_encoder.dim
             dtype = self.objective.target_encoder.norm.weight.dtype

@@ -14,6 +14,7 @@ from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
+from ijepa_fast.graphs import Graphs
 from ijepa_fast.masks import make_sampler
 from ijepa_fast.packing import pack
 from tests.parity import relative_error
@@ -145,6 +146,27 @@ def test_mae_features_come_without_the_class_token():
     assert features.shape == (3 * 16, 32)
     alone = model.target_encoder(patches[16:32], 1)
     torch.testing.assert_close(features[16:32], alone)
+
+
+@pytest.mark.gpu
+def test_graphs_change_nothing_of_mae():
+    """Batches of one shape: run, captured, replayed."""
+    sampler, torch_state = make_sampler("random", (4, 4), target_scale=0.75), torch.get_rng_state()
+    losses = []
+    for graphs in (False, True):
+        torch.set_rng_state(torch_state)
+        model = small_mae().cuda()
+        if graphs:
+            model.forward = Graphs(model)
+        images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8).cuda()
+        for step in range(4):
+            loss = model(images, pack(sampler(4, 0, step, 0)).to("cuda"))
+            gradients = torch.autograd.grad(loss, [*model.parameters()])
+            losses.append([loss.detach(), *gradients])
+    assert len(model.forward.pairs) == 1
+    for eager, replayed in zip(losses[:4], losses[4:], strict=True):
+        for a, b in zip(eager, replayed, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def small_ibot(drop=0.0):

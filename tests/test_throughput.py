@@ -89,6 +89,8 @@ def test_with_data_loading_too(tmp_path, method):
         (["--method", "mae", "--breakdown"], "--breakdown"),
         (["--method", "ibot", "--config", "configs/quickstart.yaml"], "--config"),
         (["--impl", "fast-fp8", "--precision", "fp32"], "fast-fp8"),
+        (["--method", "ibot", "--impl", "fast-graphs", "--device", "cuda"], "--method ijepa or mae"),
+        (["--method", "mae", "--impl", "fast-graphs", "--device", "cpu"], "--device cuda"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys):

@@ -6,6 +6,7 @@ host memory (pinned for a GPU); the step's own time includes bringing them to th
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import sys
@@ -122,7 +123,7 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
             plain, published.
         contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
         external: checkout of the published code, for `published`.
-        engine: ZeRO stage of a further contender, `fast` through DeepSpeed.
+        engine: ZeRO stage; each of this project's steps is a further contender through DeepSpeed.
     """
     contenders = METHODS[case.method][0](case, impls, contexts, external, engine)
     drawn = [(case.images(i), case.masks(i)) for i in range(case.batches)]
@@ -159,9 +160,11 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
                 step = BareStep(_ijepa_objective(case, weights), case, **options)
                 made = partial(prepare, ladder=graphs)
                 contenders.append(Contender(impl, context, made, step, step.loss, step.objective, *facts))
-        if engine is not None:
-            step = EngineStep(_ijepa_objective(case, weights), case, engine)
-            contenders.append(Contender(f"fast, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
+                if engine is not None:
+                    options = {"fp8": "fp8" in impl, "graphs": graphs}
+                    step = EngineStep(_ijepa_objective(case, weights), case, engine, **options)
+                    name = f"{impl}, ZeRO {engine}"
+                    contenders.append(Contender(name, context, made, step, step.loss, None, *facts))
     if "truncate" not in contexts:
         return contenders
     count, work, _ = work_of(case, "truncate")
@@ -252,9 +255,12 @@ def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
     weights = {k: v.clone() for k, v in (encoder.state_dict() | decoder.state_dict()).items()}
     count, work, own = work_of(case)
     contenders = []
-    if "fast" in impls:
-        step = BareStep(objective, case, betas=(0.9, 0.95), average=False, compile="fast" in case.compile)
-        contenders.append(Contender("fast", "full", _mae_batch, step, step.loss, objective, count, work, own))
+    for impl in ("fast", "fast-graphs"):
+        if impl in impls:
+            options = {"compile": "fast" in case.compile, "graphs": "graphs" in impl}
+            own_objective = copy.deepcopy(objective)
+            step = BareStep(own_objective, case, betas=(0.9, 0.95), average=False, **options)
+            contenders.append(Contender(impl, "full", _mae_batch, step, step.loss, own_objective, count, work, own))
     if "plain" in impls:
         step = PlainMAEStep(case.sizes | {"decoder_depth": depth}, case.device, case.low_precision)
         step.model.load_state_dict(step.model.state_dict() | weights)

@@ -83,7 +83,7 @@ class BareStep:
 class EngineStep:
     """This project's step through DeepSpeed, as train.py runs it."""
 
-    def __init__(self, objective, case: Case, zero: int):
+    def __init__(self, objective, case: Case, zero: int, fp8=False, graphs=False):
         # These need OmegaConf and DeepSpeed; the other steps do not.
         from ijepa_fast.config import Config, Data, Model, check
         from ijepa_fast.config import Engine as EngineConfig
@@ -94,6 +94,7 @@ class EngineStep:
         narrow = {"predictor_dim": predictor["dim"], "predictor_depth": predictor["depth"]}
         model = Model(**{name: sizes[name] for name in names}, **narrow)
         settings = EngineConfig(device=torch.device(case.device).type, precision=case.precision, zero=zero)
+        settings.cuda_graphs, settings.target_precision = graphs, "fp8" if fp8 else None
         data = Data(source="synthetic", crop=sizes["image_size"])
         config = Config(name="throughput", batch_size=case.batch, data=data, model=model, engine=settings)
         check(config)
