@@ -53,6 +53,16 @@ struct LayerNormGradient {
   int64_t width;
 };
 
+// dweight (outputs, inputs) = dy^T x; dy (tokens, outputs), x (tokens, inputs), inputs a multiple of kLoopWidth.
+struct WeightGradient {
+  const float *dy, *x;
+  float* dweight;
+  int64_t tokens, outputs, inputs;
+};
+// Rows of dweight that one call may compute, tokens it takes at a time, and the widest panel of x: in floats, 192 KB of
+// dy, which the second cache holds, and 32 KB of x, which the first one does.
+constexpr int64_t kGradientRows = 384, kGradientDepth = 128, kGradientWidth = 64;
+
 // All on the calling thread.
 struct Loops {
   // One sequence and one head. statistics (2, heads, tokens): each row's largest score before scaling, and 1 over
@@ -67,6 +77,8 @@ struct Loops {
   void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* dbias);
   void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormGradient&, int64_t begin, int64_t end, float* dparameters);
+  // Rows [begin, end) of dweight; `scratch` holds weight_gradient_scratch() floats.
+  void (*weight_gradient)(const WeightGradient&, int64_t begin, int64_t end, float* scratch);
 };
 
 // Those for this machine's vectors.
@@ -74,5 +86,6 @@ const Loops& loops();
 
 // Floats that a thread needs for sequences of up to `keys` keys.
 int64_t attention_scratch(int64_t dim, int64_t keys);
+int64_t weight_gradient_scratch();
 
 }  // namespace ijepa_fast

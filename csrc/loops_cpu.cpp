@@ -10,12 +10,14 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kQueries = 96;  // rows of the score matrix held at a time
-#define LOOPS {attention, attention_backward, bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward}
+#define LOOPS {attention, attention_backward, bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward, \
+               weight_gradient}
 
 // Any machine: vectors of 4 floats, 16 registers.
 namespace any {
 constexpr int kWidth = 4, kRows = 4, kVectors = 2;
 #include "vectors.h"
+#include "product_loops.h"
 #include "attention_loops.h"
 #include "row_loops.h"
 constexpr Loops kLoops = LOOPS;
@@ -28,6 +30,7 @@ constexpr Loops kLoops = LOOPS;
 namespace v3 {
 constexpr int kWidth = 8, kRows = 6, kVectors = 2;
 #include "vectors.h"
+#include "product_loops.h"
 #include "attention_loops.h"
 #include "row_loops.h"
 constexpr Loops kLoops = LOOPS;
@@ -39,6 +42,7 @@ constexpr Loops kLoops = LOOPS;
 namespace v4 {
 constexpr int kWidth = 16, kRows = 6, kVectors = 4;
 #include "vectors.h"
+#include "product_loops.h"
 #include "attention_loops.h"
 #include "row_loops.h"
 constexpr Loops kLoops = LOOPS;
@@ -70,5 +74,7 @@ int64_t attention_scratch(int64_t dim, int64_t keys) {
   const int64_t width = (keys + kLoopWidth - 1) / kLoopWidth * kLoopWidth;
   return 2 * (dim + kQueries) * width;
 }
+
+int64_t weight_gradient_scratch() { return (kGradientRows + kGradientWidth) * kGradientDepth; }
 
 }  // namespace ijepa_fast

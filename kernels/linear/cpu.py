@@ -1,8 +1,8 @@
-"""fp32 products on the CPU by oneDNN, with bias and GELU in their epilogue.
+"""fp32 products on the CPU: oneDNN's, with bias and GELU in their epilogue, and csrc's for the weight's gradient.
 
 PyTorch gives fp32 products to MKL and adds a pass over the result for the bias. On AMD cores with AVX-512, MKL reaches
-85-90 % of the peak and oneDNN 97-100 %. The weight's gradient stays with MKL: oneDNN wants one of its operands
-transposed in memory, which costs what it gains.
+40 % (Zen 5) to 85-90 % (Zen 4) of the peak and oneDNN 90-100 %. For the weight's gradient oneDNN wants one of its
+operands transposed in memory, which costs much of what it gains; csrc's loops take both as they lie.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
+from ijepa_fast.kernels.common.native import unsupported
+from ijepa_fast.kernels.linear import native
 
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
@@ -53,5 +55,10 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
         dx = _product(dy, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        dweight = dy.t() @ x if ctx.needs_input_grad[1] else None
+        dweight = _dweight(dy, x) if ctx.needs_input_grad[1] else None
         return dx, dweight, dy.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _dweight(dy, x):
+    """dy^T x: (T, O), (T, I) -> (O, I)."""
+    return native.dweight(dy, x) if unsupported(x) is None else dy.t() @ x

@@ -15,6 +15,9 @@ one pass over q, k, v and dout, with delta = rowsum(p * dout v^T). Longer sequen
 a program a query tile (delta, dq), then a program a key tile (dk, dv). Each kernel leaves the sequences of the other
 kind alone.
 
+A score of several hundred has an error of 2^-16 in fp32, and so has p = 2^(s - lse), which matters unless p is 16-bit.
+For fp32 inputs s and lse are fp64, and scores in the backward are products of the same tiles, so rounded likewise.
+
 Shapes: Tq, Tk packed rows; H heads; HD head dim.
 """
 
@@ -24,9 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.varlen_attention.reference import lse_dtype
 from ijepa_fast.kernels.varlen_attention.tiles import Tile, bwd_tiles, fwd_tile, split, whole_tiles
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -65,6 +67,12 @@ def _dot_transposed(a0, a1, b0, b1, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _scores(q0, q1, k0, k1, in_k, scale, dtype: tl.constexpr, TAIL: tl.constexpr):
+    """scale q k^T, minus infinity for absent keys."""
+    return _dot_transposed(q0, q1, k0, k1, TAIL).to(dtype) * scale + tl.where(in_k, 0.0, float("-inf"))[None, :]
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     head = tl.zeros((ROWS, HEAD), tl.float32)
     tail = head
@@ -86,10 +94,10 @@ def _varlen_attention_fwd_kernel(
     k_ptr,  # (Tk, H, HD), rows K_STRIDE apart
     v_ptr,  # (Tk, H, HD), rows V_STRIDE apart
     out_ptr,  # (Tq, H, HD)
-    lse_ptr,  # (H, Tq) fp32, base 2
+    lse_ptr,  # (H, Tq), base 2; fp64 for fp32 inputs, else fp32
     cu_q_ptr,  # (S + 1,) int32
     cu_k_ptr,  # (S + 1,) int32
-    scale,  # softmax scale * log2(e)
+    scale,
     Tq,
     tiles,  # query tiles of the longest sequence
     H: tl.constexpr,
@@ -117,17 +125,18 @@ def _varlen_attention_fwd_kernel(
     rows = first + tl.arange(0, BLOCK_Q)
     in_q = rows < q_len
     q0, q1 = _load(q_ptr + q_start * Q_STRIDE + head * HD, rows, in_q, Q_STRIDE, HD, HEAD, TAIL)
-    maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    scale_2 = scale * 1.4426950408889634
+    maximum = tl.full((BLOCK_Q,), float("-inf"), lse_ptr.dtype.element_ty)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     out0, out1 = _zeros(BLOCK_Q, HEAD, TAIL)
     for start in range(0, k_len, BLOCK_K):
         keys = start + tl.arange(0, BLOCK_K)
         in_k = keys < k_len
         k0, k1 = _load(k_ptr, keys, in_k, K_STRIDE, HD, HEAD, TAIL)
-        s = _dot_transposed(q0, q1, k0, k1, TAIL) * scale + tl.where(in_k, 0.0, float("-inf"))[None, :]
+        s = _scores(q0, q1, k0, k1, in_k, scale_2, lse_ptr.dtype.element_ty, TAIL)
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
-        correction = tl.exp2(maximum - new_maximum)
-        p = tl.exp2(s - new_maximum[:, None])
+        correction = tl.exp2((maximum - new_maximum).to(tl.float32))
+        p = tl.exp2((s - new_maximum[:, None]).to(tl.float32))
         total = total * correction + tl.sum(p, 1)
         maximum = new_maximum
         v0, v1 = _load(v_ptr, keys, in_k, V_STRIDE, HD, HEAD, TAIL)
@@ -139,7 +148,7 @@ def _varlen_attention_fwd_kernel(
     # A sequence without keys: zeros, and an lse that keeps the backward finite.
     some = total > 0
     inverse = (1.0 / tl.where(some, total, 1.0))[:, None]
-    lse = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), 0.0)
+    lse = tl.where(some, maximum, 0.0) + tl.log2(tl.where(some, total, 1.0))
     tl.store(lse_ptr + head.to(tl.int64) * Tq + q_start + rows, lse, mask=in_q)
     out0 *= inverse
     if TAIL > 0:
@@ -154,7 +163,7 @@ def _varlen_attention_bwd_queries_kernel(
     k_ptr,  # (Tk, H, HD), rows K_STRIDE apart
     v_ptr,  # (Tk, H, HD), rows V_STRIDE apart
     out_ptr,  # (Tq, H, HD)
-    lse_ptr,  # (H, Tq) fp32, base 2
+    lse_ptr,  # (H, Tq), base 2; fp64 for fp32 inputs, else fp32
     delta_ptr,  # (H, Tq) fp32: written, for the key tiles
     dq_ptr,  # (Tq, H, HD), rows DQ_STRIDE apart
     cu_q_ptr,  # (S + 1,) int32
@@ -206,8 +215,8 @@ def _varlen_attention_bwd_queries_kernel(
         in_k = keys < k_len
         k0, k1 = _load(k_ptr, keys, in_k, K_STRIDE, HD, HEAD, TAIL)
         v0, v1 = _load(v_ptr, keys, in_k, V_STRIDE, HD, HEAD, TAIL)
-        s = _dot_transposed(q0, q1, k0, k1, TAIL) * scale_2 + tl.where(in_k, 0.0, float("-inf"))[None, :]
-        p = tl.exp2(s - lse[:, None])
+        s = _scores(q0, q1, k0, k1, in_k, scale_2, lse_ptr.dtype.element_ty, TAIL)
+        p = tl.exp2((s - lse[:, None]).to(tl.float32))
         ds = (p * (_dot_transposed(g0, g1, v0, v1, TAIL) - delta[:, None])).to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
         if TAIL > 0:
@@ -224,7 +233,7 @@ def _varlen_attention_bwd_keys_kernel(
     q_ptr,  # (Tq, H, HD), rows Q_STRIDE apart
     k_ptr,  # (Tk, H, HD), rows K_STRIDE apart
     v_ptr,  # (Tk, H, HD), rows V_STRIDE apart
-    lse_ptr,  # (H, Tq) fp32, base 2
+    lse_ptr,  # (H, Tq), base 2; fp64 for fp32 inputs, else fp32
     delta_ptr,  # (H, Tq) fp32; None where one tile holds all keys
     dq_ptr,  # (Tq, H, HD), rows DQ_STRIDE apart; written only where one tile holds all keys
     dk_ptr,  # (Tk, H, HD), rows DKV_STRIDE apart
@@ -281,7 +290,11 @@ def _varlen_attention_bwd_keys_kernel(
         g0, g1 = _load(dout_ptr, rows, in_q, H * HD, HD, HEAD, TAIL)
         lse = tl.load(lse_ptr + statistics + rows, mask=in_q, other=0.0)
         # Transposed, (keys, queries): p and ds are then left operands as they are. Absent queries have zero q and dout.
-        p = tl.exp2(_dot_transposed(k0, k1, q0, q1, TAIL) * scale_2 + (absent - lse[None, :]))
+        if q_ptr.dtype.element_ty == tl.float32:
+            s = _scores(q0, q1, k0, k1, in_k, scale_2, lse_ptr.dtype.element_ty, TAIL)
+            p = tl.trans(tl.exp2((s - lse[:, None]).to(tl.float32)))
+        else:
+            p = tl.exp2(_dot_transposed(k0, k1, q0, q1, TAIL) * scale_2 + (absent - lse[None, :]))
         p_low = p.to(g0.dtype)
         dv0 = tl.dot(p_low, g0, dv0, input_precision="ieee")
         if TAIL > 0:
@@ -328,13 +341,13 @@ def _launch(kernel, sequences: int, tiles: int, tile: Tile, constants: dict[str,
 
 
 def varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """(out (Tq, H, HD), lse (H, Tq) fp32 in base 2)."""
+    """(out (Tq, H, HD), lse (H, Tq) in base 2, of `reference.lse_dtype`)."""
     tokens, heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=lse_dtype(q.dtype), device=q.device)
     tile = fwd_tile(head_dim, q.element_size())
     sequences, tiles = cu_seqlens_q.shape[0] - 1, triton.cdiv(max_seqlen_q, tile.queries)
-    args = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale * LOG2_E, tokens)
+    args = (q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, tokens)
     _launch(_varlen_attention_fwd_kernel, sequences, tiles, tile, _constants(q, k, v), *args)
     return out, lse
 
@@ -362,7 +375,7 @@ def varlen_attention_bwd(
         _launch(_varlen_attention_bwd_keys_kernel, sequences, 1, whole, key_constants, *args)
     if max_seqlen_k > skip:
         query_tile, key_tile = bwd_tiles(*device)
-        delta = torch.empty_like(lse)
+        delta = torch.empty_like(lse, dtype=torch.float32)
         tiles = triton.cdiv(max_seqlen_q, query_tile.queries)
         args = (dout, q, k, v, out, lse, delta, dq, *sides)
         query_constants = {**constants, "SKIP": skip}

@@ -186,7 +186,7 @@ def _qkv_bwd_cpu(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale):
 
 
 def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    return _packed(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return _packed(q), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.lse_dtype(q.dtype))
 
 
 def _packed(x):

@@ -32,12 +32,17 @@ def varlen_attention(
     return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the softmax denominators' logarithms for inputs of `dtype`: one that holds large ones well enough for it."""
+    return torch.float64 if dtype.itemsize > 2 else torch.float32
+
+
 def varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """What the kernel returns: the output, and log2 of each row's softmax denominator, (H, Tq) fp32, 0 without keys."""
-    lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=torch.float32)
+    """What the kernel returns: the output, and log2 of each row's softmax denominator, (H, Tq), 0 without keys."""
+    lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=lse_dtype(q.dtype))
     for query, key in _sequences(cu_seqlens_q, cu_seqlens_k):
         if key.start < key.stop:
-            lse[:, query] = _scores(q[query], k[key], scale).logsumexp(-1).float() / math.log(2)
+            lse[:, query] = _scores(q[query], k[key], scale).to(lse.dtype).logsumexp(-1) / math.log(2)
     return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), lse
 
 

@@ -12,6 +12,8 @@ from ijepa_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from ijepa_fast.kernels.common import dispatch, native
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
+from ijepa_fast.kernels.linear import linear
+from ijepa_fast.kernels.linear import native as linear_native
 from ijepa_fast.kernels.varlen_attention import dense_attention, reference, varlen_attention, varlen_attention_qkv
 from tests import oracle
 
@@ -114,12 +116,28 @@ def test_bias_gelu_is_exact_over_the_whole_range():
     assert (y[0, 0], y[0, 1]) == (0, 1e4)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"),
+    [(0, 16, 5), (1, 16, 1), (7, 48, 6), (129, 80, 385), (300, 208, 800), (257, 192, 25)],
+)
+def test_weight_gradient(poisoned, tokens, inputs, outputs):
+    """Tokens and rows beyond one block, and panels, row tiles and chunks that are not full."""
+    dy, x = torch.randn(tokens, outputs), torch.randn(tokens, inputs)
+    oracle.assert_within_budget(linear_native.dweight(dy, x), dy.t() @ x, dy.double().t() @ x.double())
+
+
+def test_weight_gradient_is_what_linear_uses():
+    dy, x, weight = torch.randn(200, 30), torch.randn(200, 64), torch.randn(30, 64, requires_grad=True)
+    linear(x, weight, None).backward(dy)
+    assert torch.equal(weight.grad, linear_native.dweight(dy, x))
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_generations_of_processors(capability):
     """The same tests with the loops of an older processor, as PyTorch's variable asks for."""
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("this is such a run")
-    tests = ["attention and not generations", "layer_norm", "bias_gelu"]
+    tests = ["attention and not generations", "layer_norm", "bias_gelu", "weight_gradient"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
     done = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -132,6 +150,17 @@ def test_the_results_do_not_depend_on_what_else_runs():
     for _ in range(5):
         again = oracle.differentiate(bias_gelu, (x, bias), dy)[1]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_weight_gradient_does_not_depend_on_the_number_of_threads():
+    dy, x, before = torch.randn(500, 100), torch.randn(500, 96), torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(linear_native.dweight(dy, x))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_which_tensors_take_the_loops():
@@ -160,3 +189,9 @@ def test_wrong_input_is_refused():
         op(q, q, q, cu_seqlens([9]), cu_seqlens([9]), 1.0, out, torch.empty(2, 1, 5))
     with pytest.raises(ValueError, match="contiguous float32 tensors of 32 values"):
         torch.ops.ijepa_fast.bias_gelu_cpu_(torch.randn(2, 16), torch.randn(16), torch.empty(1, 16))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        torch.ops.ijepa_fast.linear_dweight_cpu_(torch.randn(2, 5), torch.randn(2, 24), torch.empty(5, 24))
+    with pytest.raises(ValueError, match="dy and x of equal length"):
+        torch.ops.ijepa_fast.linear_dweight_cpu_(torch.randn(2, 5), torch.randn(3, 16), torch.empty(5, 16))
+    with pytest.raises(ValueError, match="contiguous float32"):
+        torch.ops.ijepa_fast.linear_dweight_cpu_(torch.randn(5, 2).t(), torch.randn(2, 16), torch.empty(5, 16))
