@@ -18,6 +18,8 @@ from ijepa_fast.optim import AdamWEMA, parameter_groups
 from ijepa_fast.partitions import LAYOUTS
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
+# Buckets are allocated in every step; this many fp32 values are no more than keep_freed_memory can keep.
+CPU_BUCKET = 8_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -163,6 +165,8 @@ def compile_for(config: Config, device: torch.device, objective: nn.Module) -> N
 def deepspeed_config(config: Config, ranks: int) -> dict:
     """What DeepSpeed is told. bf16 keeps fp32 masters; nothing is scaled or checked for overflow (see the loop)."""
     engine = config.engine
+    on_gpu = torch.cuda.is_available() and engine.device != "cpu"
+    bucket = engine.bucket if on_gpu else min(engine.bucket, CPU_BUCKET)
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // (ranks * engine.accumulation),
         "gradient_accumulation_steps": engine.accumulation,
@@ -171,9 +175,9 @@ def deepspeed_config(config: Config, ranks: int) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": engine.zero,
-            "reduce_bucket_size": engine.bucket,
-            "allgather_bucket_size": engine.bucket,
-            "overlap_comm": engine.zero > 0 and torch.cuda.is_available() and engine.device != "cpu",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": engine.zero > 0 and on_gpu,
             "contiguous_gradients": True,
         },
         "steps_per_print": 1 << 60,
