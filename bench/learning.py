@@ -71,7 +71,7 @@ class Preset:
 # An encoder small enough for I-JEPA, MAE and pixels to see four epochs each, twice, in half an hour on two cores.
 SMALL = ("model.dim=128", "model.depth=4", "model.heads=4", "model.predictor_dim=64", "model.predictor_depth=2")
 PRESETS = {
-    "cpu": Preset(6000, 32, 4, 4000, (0, 1), SMALL, {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4}),
+    "cpu": Preset(6000, 32, 4, 4000, (0, 1), SMALL, {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4, "ibot": 2.5e-4}),
     "gpu": Preset(1500, 512, 5, 10_000, (0, 1, 2), ("engine.precision=bf16",)),
 }
 
