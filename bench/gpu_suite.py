@@ -63,6 +63,10 @@ STEPS = (
     ("ibot-s16", "--method ibot --model vit_small --batch 32 --impl fast,plain", ()),
     ("ijepa-b16", "--model vit_base --batch 128 --impl fast,fast-graphs,strong,plain", ()),
     ("ijepa-l16", "--model vit_large --batch 64 --impl fast,fast-graphs,strong,plain", ()),
+    ("ijepa-b16-engine", "--model vit_base --batch 128 --impl fast,fast-graphs --engine 1", ("omegaconf", "deepspeed")),
+    ("ijepa-h14-128", "--model vit_huge --patch 14 --batch 128 --impl fast,fast-graphs,strong,plain", ()),
+    ("ijepa-h16-448", "--model vit_huge --crop 448 --batch 16 --impl fast,fast-graphs,strong,plain", ()),
+    ("ijepa-g16", "--model vit_giant --batch 32 --impl fast,fast-graphs,strong,plain", ()),
 )
 
 

@@ -62,6 +62,7 @@ inline void product(Left a, const float* b, int64_t b_row, float* c, int64_t c_r
 // floats; end - begin <= kGradientRows.
 inline void weight_gradient(const WeightGradient& x, int64_t begin, int64_t end, float* scratch) {
   constexpr int64_t kPanel = kVectors * kWidth;
+  static_assert(kGradientRows % kRows == 0 && kPanel <= kGradientWidth, "the scratch memory's size follows from these");
   float* left = scratch;                                 // (row tiles, kGradientDepth, kRows)
   float* right = left + kGradientRows * kGradientDepth;  // (kGradientDepth, kPanel)
   for (int64_t t = 0; t < x.tokens; t += kGradientDepth) {

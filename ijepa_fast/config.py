@@ -106,7 +106,7 @@ class Engine:
     target_precision: str | None = None  # of the target encoder: fp8, or None, as `precision`
     zero: int = 1  # ZeRO stage, 0 to 3
     accumulation: int = 1  # micro-batches a step
-    bucket: int = 50_000_000  # elements reduced and gathered at once
+    bucket: int = 50_000_000  # elements reduced and gathered at once; on a CPU at most 8 million
     compile: bool | None = None  # torch.compile by block; None: on a GPU, below ZeRO 3
     cuda_graphs: bool = False  # forward and backward as CUDA graphs, one for every shape of batch (graphs.py)
     target_stream: bool = False  # target encoder on a CUDA stream of its own, beside the context encoder

@@ -59,7 +59,18 @@ def runs_loops(op: str, x: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_loops() -> bool:
-    return available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_dweight_cpu_", "CPU")
+    if not available():
+        return False
+    # The newest of them.
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_dweight_cpu_", "CPU"):
+        return True
+    warnings.warn(
+        "ijepa_fast._C is of an older version, so its loops for the CPU are not used; build it again with "
+        "`pip install --no-build-isolation -e .`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def define(schema: str) -> Callable:

@@ -1,14 +1,15 @@
 """fp32 products on the CPU: oneDNN's, with bias and GELU in their epilogue, and csrc's for the weight's gradient.
 
 PyTorch gives fp32 products to MKL and adds a pass over the result for the bias. On AMD cores with AVX-512, MKL reaches
-40 % (Zen 5) to 85-90 % (Zen 4) of the peak and oneDNN 90-100 %. For the weight's gradient oneDNN wants one of its
-operands transposed in memory, which costs much of what it gains; csrc's loops take both as they lie.
+40 % (Zen 5) to 85-90 % (Zen 4) of the peak and oneDNN up to all of it. For the weight's gradient oneDNN wants one
+operand transposed in memory, which costs much of what it gains; csrc's loops take both as they lie.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.common.native import unsupported
@@ -17,6 +18,9 @@ from ijepa_fast.kernels.linear import native
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+# Without them csrc's loops for any machine would run, which are slower than MKL.
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -51,6 +55,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias, "none", [], "")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
@@ -61,4 +66,5 @@ class _Linear(torch.autograd.Function):
 
 def _dweight(dy, x):
     """dy^T x: (T, O), (T, I) -> (O, I)."""
-    return native.dweight(dy, x) if unsupported(x) is None else dy.t() @ x
+    x = x.contiguous()
+    return native.dweight(dy, x) if WIDE_VECTORS and unsupported(x) is None else dy.t() @ x

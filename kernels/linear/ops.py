@@ -1,4 +1,4 @@
-"""linear and linear_gelu: checks and dispatch. Products are the vendor's library's on every device."""
+"""linear and linear_gelu: checks and dispatch. Products are cuBLAS's on a GPU; cpu.py has what a CPU takes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Which tiles the Triton kernels use: a table by device family and head dim, never by the number of tokens.
 
-The tiles are the largest that compile for the device without spilling registers. They have not been tuned on one yet.
+The tiles are the largest that compile for the device without spilling registers. fp32's is for checks only, and its
+backward spills. They have not been tuned on a device yet.
 """
 
 from __future__ import annotations

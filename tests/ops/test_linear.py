@@ -51,6 +51,13 @@ def test_only_the_gradients_asked_for():
     assert (bias.grad == 5).all()
 
 
+def test_second_derivatives_are_refused():
+    x, weight, _ = make(5, 16, 20)
+    (gradient,) = torch.autograd.grad(linear(x, weight.requires_grad_()).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_slices_of_a_weight_and_strided_upstream():
     """As QKV calls it for selected rows: a contiguous slice of a parameter; and a gradient with a stride."""
     x, weight, bias = make(9, 16, 48)
