@@ -8,7 +8,7 @@ A table stands between two comments of a Markdown file, the first of which says 
     <!-- end of table -->
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
-an H200 beside what was measured on one), steps (bench/throughput.py's JSON), data, claims, learning (bench/data.py's,
+an H200 beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's --breakdown), data, claims, learning (bench/data.py's,
 claims.py's, learning.py's). A file that is not there makes a table which says so. --check changes nothing and exits
 with 1 if a document is not what would be written.
 """
@@ -171,6 +171,13 @@ def steps(path: Path) -> list[str]:
     return [f"{result['device']}; torch {result['torch']}; {case}.", "", *steps_table(result["rows"]).splitlines()]
 
 
+def stages(path: Path) -> list[str]:
+    """The table of stages that bench/throughput.py prints with --breakdown."""
+    from bench.breakdown import table
+
+    return table(json.loads(path.read_text())["stages"]).splitlines() if path.is_file() else [_missing(path)]
+
+
 def data(path: Path) -> list[str]:
     """The table that bench/data.py prints."""
     return data_table(json.loads(path.read_text())) if path.is_file() else [f"Not measured: there is no `{path.name}`."]
@@ -218,6 +225,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "aims": aims,
     "aot": aot,
     "steps": steps,
+    "stages": stages,
     "claims": claims,
     "learning": learning,
     "data": data,

@@ -1,13 +1,12 @@
 // Binding of the CPU's attention to the schemas that kernels/varlen_attention/native.py defines.
 #include "loops.h"
+#include "scratch.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 namespace ijepa_fast {
 namespace {
@@ -51,12 +50,9 @@ void each(const AttentionShape& shape, int64_t sequences, const Run& run) {
   for (int64_t s = 0; s < sequences; ++s) {
     keys = std::max<int64_t>(keys, shape.cu_seqlens_k[s + 1] - shape.cu_seqlens_k[s]);
   }
-  const int64_t bytes = (attention_scratch(shape.dim, keys) * 4 + 63) / 64 * 64;
   at::parallel_for(0, sequences * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, std::max<int64_t>(bytes, 64)),
-                                                              &std::free);
-    TORCH_CHECK(scratch, "varlen_attention: no memory for ", bytes, " bytes");
-    for (int64_t i = begin; i < end; ++i) run(i / shape.heads, i % shape.heads, static_cast<float*>(scratch.get()));
+    const Scratch memory = scratch(attention_scratch(shape.dim, keys));
+    for (int64_t i = begin; i < end; ++i) run(i / shape.heads, i % shape.heads, memory.get());
   });
 }
 

@@ -1,13 +1,12 @@
 // Binding of the CPU's weight gradient to the schema that kernels/linear/native.py defines.
 #include "loops.h"
+#include "scratch.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 namespace ijepa_fast {
 namespace {
@@ -26,11 +25,9 @@ void weight_gradient_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Te
                             x.size(0),                  dy.size(1),                x.size(1)};
   constexpr int64_t kGrain = 24;  // rows
   at::parallel_for(0, args.outputs, kGrain, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = weight_gradient_scratch() * 4;
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), &std::free);
-    TORCH_CHECK(scratch, "linear: no memory for ", bytes, " bytes");
+    const Scratch memory = scratch(weight_gradient_scratch());
     for (int64_t row = begin; row < end; row += kGradientRows) {
-      loops().weight_gradient(args, row, std::min(end, row + kGradientRows), static_cast<float*>(scratch.get()));
+      loops().weight_gradient(args, row, std::min(end, row + kGradientRows), memory.get());
     }
   });
 }

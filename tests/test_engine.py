@@ -9,7 +9,7 @@ pytest.importorskip("deepspeed")
 
 from ijepa_fast.build import build_masks, build_objective
 from ijepa_fast.config import load_config
-from ijepa_fast.engine import Engine, choose_device, start
+from ijepa_fast.engine import CPU_BUCKET, Engine, choose_device, deepspeed_config, start
 from tests.launch import ROOT, TINY
 
 RATES = [(1e-2, 0.1, 0.9), (5e-3, 0.2, 0.99), (2e-2, 0.3, 0.999)]  # learning rate, weight decay, momentum of each step
@@ -71,3 +71,15 @@ def test_a_step_is_the_plain_loops(zero, accumulation, clip):
     for network, wanted in zip((objective.encoder, objective.predictor, objective.target_encoder), expected):
         for (name, p), q in zip(network.named_parameters(), wanted.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_buckets_fit_the_device(monkeypatch):
+    def bucket(*overrides):
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [*TINY, *overrides])
+        return deepspeed_config(config, 1)["zero_optimization"]["reduce_bucket_size"]
+
+    assert bucket("engine.device=cpu") == CPU_BUCKET
+    assert bucket("engine.device=cpu", "engine.bucket=1000") == 1000
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert bucket("engine.bucket=50000000", "engine.device=auto") == 50_000_000
+    assert bucket("engine.bucket=50000000", "engine.device=cpu") == CPU_BUCKET
