@@ -14,10 +14,10 @@ import torch
 
 from bench.baselines.case import Case
 from bench.baselines.contenders import LR, Contender
-from ijepa_fast import flops
-from ijepa_fast.flops import Transformer
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.objective import target_rows
+from ijepa_fast.methods.ijepa import target_rows
+from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Transformer
 
 STAGES = ("data", "target", "context", "predictor", "backward", "optimiser")
 

@@ -223,7 +223,7 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ijepa_fast.plots import COLOURS
+    from ijepa_fast.report.plots import COLOURS
 
     rows = result["rows"]
     places, names = range(len(rows)), [row["name"] for row in rows]

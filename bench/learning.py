@@ -30,12 +30,12 @@ import numpy as np
 import torch
 
 from bench.timing import device_name
-from ijepa_fast.build import build_masks, build_objective, method_of
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.sources import open_source
-from ijepa_fast.engine import choose_device
-from ijepa_fast.plots import COLOURS, read_log
-from ijepa_fast.probing import probe, probe_folders
+from ijepa_fast.engine.engine import choose_device
+from ijepa_fast.report.plots import COLOURS, read_log
+from ijepa_fast.run.build import build_masks, build_objective, method_of
+from ijepa_fast.run.probing import probe, probe_folders
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what says which job a process is of
 ROOT = Path(__file__).resolve().parents[1]

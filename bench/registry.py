@@ -34,10 +34,10 @@ from ijepa_fast.kernels.predictor_tokens import reference as predictor_reference
 from ijepa_fast.kernels.target_loss import reference as target_loss_reference
 from ijepa_fast.kernels.target_loss import target_loss as target_loss_op
 from ijepa_fast.kernels.varlen_attention import varlen_attention_qkv
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods.ijepa import target_rows
 from ijepa_fast.models.vit import ARCHITECTURES, Encoder
-from ijepa_fast.objective import target_rows
-from ijepa_fast.packing import pack
 
 # Names of this project's own implementations: on a GPU, in C++, in PyTorch on a CPU.
 OWN = ("triton", "csrc", "cpu")

@@ -8,9 +8,9 @@ A table stands between two comments of a Markdown file, the first of which says 
     <!-- end of table -->
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
-an H200 beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's --breakdown), data, claims, learning (bench/data.py's,
-claims.py's, learning.py's). A file that is not there makes a table which says so. --check changes nothing and exits
-with 1 if a document is not what would be written.
+an H200 beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's --breakdown), data,
+claims, learning (bench/data.py's, claims.py's, learning.py's). A file that is not there makes a table which says so.
+--check changes nothing and exits with 1 if a document is not what would be written.
 """
 
 from __future__ import annotations

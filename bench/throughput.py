@@ -25,13 +25,13 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
-from bench.baselines import ibot
 from bench.baselines.case import Case
 from bench.baselines.contenders import FAST, LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
 from bench.timing import device_name, synchronise
-from ijepa_fast.flops import PEAKS
 from ijepa_fast.kernels.common.memory import keep_freed_memory
+from ijepa_fast.methods import ibot
+from ijepa_fast.models.flops import PEAKS
 from ijepa_fast.models.vit import ARCHITECTURES
 
 METHODS = ("ijepa", "mae", "ibot")

@@ -73,7 +73,7 @@ class Model:
 
 @dataclass
 class Objective:
-    method: str = "ijepa"  # or the module of another, such as bench.baselines.mae; see build.method_of
+    method: str = "ijepa"  # or the module of another, such as ijepa_fast.methods.mae; see build.method_of
     options: dict[str, Any] = field(default_factory=dict)  # the other method's own settings; its module lists them
     loss: str = "l2"  # l2 (paper) | smooth_l1 (published code)
     target: str = "features"  # features | pixels

@@ -22,17 +22,18 @@ if __package__ in (None, ""):
 
 import torch
 
-from ijepa_fast import checkpoint, kernels
-from ijepa_fast import plan as planning
-from ijepa_fast.build import build_loader, build_objective, plan
+from ijepa_fast import kernels
 from ijepa_fast.config import Config, load_config, save_config
 from ijepa_fast.data.recover import TooManyBadFiles
-from ijepa_fast.engine import Engine, choose_device, start
+from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.interop.load import read
-from ijepa_fast.metrics import Meter, NonFiniteLoss, RunLog, check_loggers
-from ijepa_fast.probing import probe_folders, training_source
-from ijepa_fast.summary import finish
+from ijepa_fast.report.summary import finish
+from ijepa_fast.run import checkpoint
+from ijepa_fast.run import forecast as planning
+from ijepa_fast.run.build import build_loader, build_objective, plan
+from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
+from ijepa_fast.run.probing import probe_folders, training_source
 
 
 def train(config: Config) -> None:

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
+from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.kernels.target_loss import target_loss
+from ijepa_fast.masks.packing import from_masks
+from ijepa_fast.methods.ijepa import IJEPA, target_rows
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder
-from ijepa_fast.objective import IJEPA, target_rows
-from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.packing import from_masks
-from ijepa_fast.schedules import Schedule
 
 TOLERANCE = 1e-4
 STEPS = 3

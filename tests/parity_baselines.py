@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bench.baselines.crops import lay_out, teacher_temperature
-from bench.baselines.ibot import IBOT, Backbone, Head, Network, Options
-from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
-from ijepa_fast.packing import from_masks
+from ijepa_fast.masks.crops import lay_out, teacher_temperature
+from ijepa_fast.masks.packing import from_masks
+from ijepa_fast.methods.ibot import IBOT, Backbone, Head, Network, Options
+from ijepa_fast.methods.mae import MAE, ClassTokenEncoder, Decoder
 from tests.parity import patches_of, relative_error, weights
 
 

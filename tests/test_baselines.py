@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from bench.baselines.crops import CropSampler, draw_masks, lay_out
-from bench.baselines.ibot import IBOT, Backbone, Head, Network, StochasticSequences
-from bench.baselines.mae import MAE, ClassTokenEncoder, Decoder
 from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
-from ijepa_fast.graphs import Graphs
-from ijepa_fast.masks import make_sampler
-from ijepa_fast.packing import pack
+from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.masks.crops import CropSampler, draw_masks, lay_out
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods.ibot import IBOT, Backbone, Head, Network, StochasticSequences
+from ijepa_fast.methods.mae import MAE, ClassTokenEncoder, Decoder
 from tests.parity import relative_error
 from tests.parity_baselines import parity_ibot, parity_mae
 
@@ -177,7 +177,7 @@ def test_ibot_is_probed_by_its_class_token():
     """An image at a time or several, and of what the losses train."""
     pytest.importorskip("omegaconf")
     pytest.importorskip("tqdm")
-    from ijepa_fast.probing import encode_with
+    from ijepa_fast.run.probing import encode_with
 
     model, images = small_ibot(), torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
     teacher, patches = model.target_encoder, model.patchify(images)

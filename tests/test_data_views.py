@@ -9,10 +9,10 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from bench.baselines.ibot import views_of
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.data.views import IBOT_VIEWS, MAE_VIEW, View, ViewLoader
+from ijepa_fast.methods.ibot import views_of
 from tests.data_images import bad_kinds, write_photos
 
 

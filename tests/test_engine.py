@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from ijepa_fast.build import build_masks, build_objective
 from ijepa_fast.config import load_config
-from ijepa_fast.engine import CPU_BUCKET, Engine, choose_device, deepspeed_config, start
+from ijepa_fast.engine.engine import CPU_BUCKET, Engine, choose_device, deepspeed_config, start
+from ijepa_fast.run.build import build_masks, build_objective
 from tests.launch import ROOT, TINY
 
 RATES = [(1e-2, 0.1, 0.9), (5e-3, 0.2, 0.99), (2e-2, 0.3, 0.999)]  # learning rate, weight decay, momentum of each step

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.baselines.plain import Encoder, PlainStep, Predictor, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
-from ijepa_fast import flops
-from ijepa_fast.flops import Head, Transformer
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Head, Transformer
 from ijepa_fast.models.vit import ARCHITECTURES
-from ijepa_fast.packing import pack
 
 # GFLOP an image of the published recipes with the context truncated at the recipe's batch, and with all context; target
 # encoder; arch, patch, crop, predictor depth, batch a GPU.

@@ -19,7 +19,7 @@ import ijepa_fast
 from ijepa_fast.interop import export
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.weights import Weights, load_state, load_weights, mlp_ratio, save_weights
-from ijepa_fast.packing import from_masks
+from ijepa_fast.masks.packing import from_masks
 from tests.interop_files import DATA, HEADS, NETWORKS, golden_weights, images, normalised, published, write_published
 from tests.parity import STEP_KEYS, build, patches_of, relative_error, run_step
 

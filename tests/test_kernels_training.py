@@ -10,12 +10,12 @@ pytest.importorskip("triton")
 pytest.importorskip("omegaconf")
 
 from ijepa_fast import kernels
-from ijepa_fast.build import build_objective
 from ijepa_fast.config import load_config
+from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
 from ijepa_fast.kernels.common import dispatch
-from ijepa_fast.masks import make_sampler
-from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.packing import pack
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.run.build import build_objective
 from tests.launch import ROOT, TINY
 
 # An odd batch, head dims 16 and 8, patch rows of 75 values padded to 80: every op runs in every step.

@@ -13,8 +13,8 @@ from PIL import Image
 
 from bench import learning
 from bench.learning import PRESETS, RUNS, Preset
-from ijepa_fast.build import plan
 from ijepa_fast.config import load_config
+from ijepa_fast.run.build import plan
 from tests.launch import ROOT
 
 SMALL = Preset(steps=300, batch=64, probes=3, images=100, seeds=(0,))

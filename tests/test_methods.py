@@ -13,8 +13,8 @@ pytest.importorskip("PIL")
 
 from safetensors.torch import load_file
 
-from ijepa_fast.build import build_objective
 from ijepa_fast.config import ConfigError, load_config
+from ijepa_fast.run.build import build_objective
 from tests.data_images import write_photos
 
 TINY = {

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.packing import from_masks, pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods.ijepa import IJEPA, target_rows
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import ARCHITECTURES, Encoder, init_weights
-from ijepa_fast.objective import IJEPA, target_rows
-from ijepa_fast.packing import from_masks, pack
 
 IMAGES, PATCH = 3, 8
 

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("omegaconf")
 
-from ijepa_fast import plan
-from ijepa_fast.build import build_masks, build_objective
 from ijepa_fast.config import ConfigError, load_config
-from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
+from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
+from ijepa_fast.run import forecast as plan
+from ijepa_fast.run.build import build_masks, build_objective
 from ijepa_fast.train import main
 from tests.launch import ROOT, TINY
 
@@ -110,7 +110,7 @@ def test_the_command_starts_nothing(tmp_path, monkeypatch, capsys):
     [
         (["--gpu", "B9000"], ["--gpu", "H200", "B9000"]),
         (["--ranks", "3", "5"], ["--ranks", "batch_size=8"]),
-        (["objective.method=bench.baselines.mae", "mask={}"], ["objective.method"]),
+        (["objective.method=ijepa_fast.methods.mae", "mask={}"], ["objective.method"]),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, words, capsys):

@@ -16,10 +16,10 @@ from ijepa_fast.__main__ import main
 from ijepa_fast.eval.attentive import AttentiveProtocol
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
-from ijepa_fast.eval.probe import PROBES
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.interop.weights import Arch, Weights, save_weights
 from ijepa_fast.models.vit import Encoder, init_weights
+from ijepa_fast.probe import PROBES
 
 ARCH = Arch(image_size=32, patch=8, dim=32, depth=4, heads=2)
 CLASSES = {"dots": 2, "stripes": 8}
@@ -108,7 +108,7 @@ def test_every_probe_on_a_gpu(files, tmp_path):
 
 def test_networks_and_layers_are_the_ones_asked_for(files, tmp_path):
     """Features of the command against ijepa_fast.load's: last layer normalised, last four not; either encoder."""
-    from ijepa_fast.eval.probe import read_split
+    from ijepa_fast.probe import read_split
 
     part = open_labelled(files / "test")
     pixels = np.stack([np.asarray(Image.open(part.source.name(i))) for i in range(3)])

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("omegaconf")
 
-from ijepa_fast.build import build_objective
 from ijepa_fast.config import load_config
 from ijepa_fast.eval.online import OnlineProbe
-from ijepa_fast.objective import make_batches
+from ijepa_fast.methods.ijepa import make_batches
+from ijepa_fast.run.build import build_objective
 from tests.launch import ROOT, losses, run
 from tests.test_train import state
 

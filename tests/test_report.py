@@ -16,12 +16,12 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from ijepa_fast.build import build_objective
-from ijepa_fast.checkpoint import architecture
 from ijepa_fast.config import load_config, save_config
 from ijepa_fast.interop.weights import POSITIONS, Weights, save_weights
-from ijepa_fast.plots import mask_tiles, mask_views
 from ijepa_fast.report import charts, main, pictures, report
+from ijepa_fast.report.plots import mask_tiles, mask_views
+from ijepa_fast.run.build import build_objective
+from ijepa_fast.run.checkpoint import architecture
 from tests.launch import ROOT, TINY
 
 STEPS = 40

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ijepa_fast.schedules import Schedule
+from ijepa_fast.engine.schedules import Schedule
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ijepa_fast.graphs import Graphs
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
+from ijepa_fast.masks.packing import LENGTHS, pack, rung
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods.ijepa import IJEPA
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder, compile_blocks
-from ijepa_fast.objective import IJEPA
-from ijepa_fast.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.packing import LENGTHS, pack, rung
 
 SAMPLER = make_sampler("multiblock", (8, 8), min_keep=3)
 

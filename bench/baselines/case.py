@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.baselines import ibot, mae
-from bench.baselines.crops import LARGE, CropSampler
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.crops import LARGE, CropSampler
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods import ibot, mae
 from ijepa_fast.models.vit import ARCHITECTURES
 
 PREDICTOR_DEPTHS = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 12, "vit_huge": 12, "vit_giant": 16}

@@ -18,23 +18,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.baselines import ibot, mae, plain
+from bench.baselines import plain
 from bench.baselines.case import Case
-from bench.baselines.crops import LARGE
 from bench.baselines.plain import PlainStep, load_published, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.plain_vit import normalise
 from bench.baselines.steps import BareStep, EngineStep
 from bench.baselines.strong import StrongStep
-from ijepa_fast import flops
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.flops import Head, Transformer
-from ijepa_fast.masks import Masks
+from ijepa_fast.masks.crops import LARGE
+from ijepa_fast.masks.packing import PackedBatch, pack
+from ijepa_fast.masks.samplers import Masks
+from ijepa_fast.methods import ibot, mae
+from ijepa_fast.methods.ijepa import IJEPA
+from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Head, Transformer
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import Encoder
-from ijepa_fast.objective import IJEPA
-from ijepa_fast.packing import PackedBatch, pack
 
 LR = 1e-4
 FAST = ("fast", "fast-fp8", "fast-graphs", "fast-graphs-fp8")

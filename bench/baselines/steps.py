@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from bench.baselines.case import Case
-from ijepa_fast.graphs import Graphs
+from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.optim import parameter_groups
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.models.vit import compile_blocks
-from ijepa_fast.optim import parameter_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -87,7 +87,7 @@ class EngineStep:
         # These need OmegaConf and DeepSpeed; the other steps do not.
         from ijepa_fast.config import Config, Data, Model, check
         from ijepa_fast.config import Engine as EngineConfig
-        from ijepa_fast.engine import Engine, start
+        from ijepa_fast.engine.engine import Engine, start
 
         sizes, predictor = case.sizes, case.predictor_sizes
         names = ("dim", "depth", "heads", "mlp_ratio", "patch")

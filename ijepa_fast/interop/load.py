@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijepa_fast.checkpoint import latest
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
 from ijepa_fast.interop.weights import load_state, load_weights, read_json, with_image_size
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.models.vit import Encoder
+from ijepa_fast.run.checkpoint import latest
 
 KINDS = "a run's folder, a checkpoint's, a Hugging Face or timm folder, a .safetensors file, or a published .pth.tar"
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
+from ijepa_fast.masks.packing import PackedBatch
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import Block, LayerNorm, Linear, Sequences, run_blocks
-from ijepa_fast.packing import PackedBatch
 
 
 class Predictor(nn.Module):

@@ -23,8 +23,8 @@ from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
+from ijepa_fast.masks.packing import PackedBatch
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.packing import PackedBatch
 
 # name: (width, depth, heads, MLP ratio), as published
 ARCHITECTURES = {

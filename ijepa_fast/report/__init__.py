@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_fast.build import method_of
-from ijepa_fast.checkpoint import latest
 from ijepa_fast.config import load_config
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.interop.load import load
-from ijepa_fast.packing import PackedBatch
-from ijepa_fast.plots import read_log
-from ijepa_fast.probing import probe_folders, training_source
+from ijepa_fast.masks.packing import PackedBatch
 from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart, with_average
 from ijepa_fast.report.page import page, table, text
+from ijepa_fast.report.plots import read_log
+from ijepa_fast.run.build import method_of
+from ijepa_fast.run.checkpoint import latest
+from ijepa_fast.run.probing import probe_folders, training_source
 
 RANK = ("rankme", "target_variance")  # figures of the online probe that belong to the section of the rank
 TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from ijepa_fast.plots import smooth
+from ijepa_fast.report.plots import smooth
 
 WIDTH, HEIGHT, WIDE = 520, 220, 1080  # of a chart's drawing, and of one over both columns
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 34  # margins

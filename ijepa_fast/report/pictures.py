@@ -16,7 +16,7 @@ from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.eval.features import Standardiser, pool
 from ijepa_fast.eval.knn import nearest
 from ijepa_fast.eval.labels import Samples
-from ijepa_fast.plots import batch_masks, mask_views
+from ijepa_fast.report.plots import batch_masks, mask_views
 
 NEIGHBOURS = 6
 SHOWN = 8

@@ -11,8 +11,8 @@ from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.kernels.varlen_attention import varlen_attention, varlen_attention_qkv
-from ijepa_fast.masks import make_sampler
-from ijepa_fast.packing import pack
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
 
 GUARD, PATTERN = 4096, 0xA5  # bytes on either side, and what they hold
 

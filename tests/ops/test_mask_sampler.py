@@ -10,8 +10,8 @@ import torch
 
 from ijepa_fast.kernels.common import checks, dispatch, native
 from ijepa_fast.kernels.mask_sampler import Key, below, philox, random_subset, sample_blocks
-from ijepa_fast.masks import make_sampler
-from ijepa_fast.packing import pack
+from ijepa_fast.masks.packing import pack
+from ijepa_fast.masks.samplers import make_sampler
 from tests import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

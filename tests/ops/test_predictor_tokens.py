@@ -8,7 +8,7 @@ import torch
 
 from ijepa_fast.kernels.common import checks
 from ijepa_fast.kernels.predictor_tokens import ops, predictor_readout, predictor_tokens, reference
-from ijepa_fast.packing import PackedBatch
+from ijepa_fast.masks.packing import PackedBatch
 from tests import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

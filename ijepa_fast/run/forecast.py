@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ijepa_fast.build import SYNTHETIC_IMAGES, build_masks, build_objective, method_of
 from ijepa_fast.config import Config, ConfigError
-from ijepa_fast.flops import PEAKS
-from ijepa_fast.packing import PackedBatch
+from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.models.flops import PEAKS
+from ijepa_fast.run.build import SYNTHETIC_IMAGES, build_masks, build_objective, method_of
 
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines.crops import LARGE, CropBatch, CropSampler
-from ijepa_fast import flops
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.patchify import patchify
+from ijepa_fast.masks.crops import LARGE, CropBatch, CropSampler
+from ijepa_fast.models import flops
 from ijepa_fast.models.vit import Block, LayerNorm, LinearGELU, PatchEmbed, Sequences, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1

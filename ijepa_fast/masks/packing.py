@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.kernels.mask_sampler import random_subset
-from ijepa_fast.masks import Masks
+from ijepa_fast.masks.samplers import Masks
 
 POLICIES = ("full", "truncate", "budget")
 

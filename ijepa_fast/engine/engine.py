@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
-from ijepa_fast.graphs import Graphs
+from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
+from ijepa_fast.engine.partitions import LAYOUTS
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.models.vit import compile_blocks
-from ijepa_fast.optim import AdamWEMA, parameter_groups
-from ijepa_fast.partitions import LAYOUTS
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 # Buckets are allocated in every step; this many fp32 values are no more than keep_freed_memory can keep.

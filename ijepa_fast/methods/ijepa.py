@@ -12,14 +12,14 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from ijepa_fast import flops
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.packing import PackedBatch, pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.models import flops
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
-from ijepa_fast.packing import PackedBatch, pack
 
 TARGETS = ("features", "pixels")
 LOSSES = ("l2", "smooth_l1")

@@ -9,11 +9,11 @@ import sys
 import torch
 from torch import nn
 
-from ijepa_fast.build import build_loader, build_objective
 from ijepa_fast.config import Config
-from ijepa_fast.packing import PackedBatch
-from ijepa_fast.plots import plot_loss, plot_masks, read_log
-from ijepa_fast.probing import probe
+from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
+from ijepa_fast.run.build import build_loader, build_objective
+from ijepa_fast.run.probing import probe
 
 
 def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str] | None, device: torch.device) -> dict:

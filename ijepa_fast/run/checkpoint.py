@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ijepa_fast.config import Config, flatten
-from ijepa_fast.engine import Engine
+from ijepa_fast.engine.engine import Engine
+from ijepa_fast.engine.optim import STATES
 from ijepa_fast.interop.weights import POSITIONS, Arch, Weights, check_state, header, with_image_size
-from ijepa_fast.optim import STATES
 
 FORMAT = 1
 # A run resumed with another value of one of these would not be the run that was begun.

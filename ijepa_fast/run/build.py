@@ -16,7 +16,7 @@ from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
-from ijepa_fast.schedules import Schedule
+from ijepa_fast.engine.schedules import Schedule
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
 
@@ -64,7 +64,7 @@ def method_of(config: Config) -> ModuleType:
     """
     method = config.objective.method
     try:
-        return importlib.import_module("ijepa_fast.objective" if method == "ijepa" else method)
+        return importlib.import_module("ijepa_fast.methods.ijepa" if method == "ijepa" else method)
     except ImportError as error:
         raise ConfigError(
             f"objective.method: expected ijepa or the import path of a module, got {method!r} ({error}); "

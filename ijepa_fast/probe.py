@@ -29,7 +29,7 @@ from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING, FineTuning, draw
 from ijepa_fast.eval.results import over_seeds, table
 from ijepa_fast.eval.suite import PROTOCOLS, Outputs, fit_head, measure, probe_knn
 from ijepa_fast.interop.load import PretrainedEncoder, load
-from ijepa_fast.probing import probe_folders
+from ijepa_fast.run.probing import probe_folders
 
 LAST = 4  # layers that "last4" concatenates
 TUNINGS = {"paper": PAPER_TUNING, "small": SMALL_TUNING}

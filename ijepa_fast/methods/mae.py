@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast import flops
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks import make_sampler
+from ijepa_fast.masks.packing import PackedBatch, pack
+from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.models import flops
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import Block, Encoder, LayerNorm, Sequences, run_blocks
-from ijepa_fast.packing import PackedBatch, pack
 
 MASKED_SHARE = 0.75
 EPS = 1e-6  # beside the variance of a patch's pixels

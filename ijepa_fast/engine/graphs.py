@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ijepa_fast.packing import PackedBatch
+from ijepa_fast.masks.packing import PackedBatch
 
 MOST = 512  # graphs kept; further shapes run without
 ALIGNMENT = 64  # elements

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ijepa_fast.optim import AdamWEMA
+from ijepa_fast.engine.optim import AdamWEMA
 
 
 @dataclass(frozen=True)
