@@ -20,7 +20,7 @@ from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.reference import save_reference
 from ijepa_fast.interop.timm import save_timm
-from ijepa_fast.interop.weights import NETWORKS, save_weights, with_image_size
+from ijepa_fast.interop.weights import save_weights, with_image_size
 
 ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
 ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
@@ -43,7 +43,7 @@ def export(weights, form, out, network=None):
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if form in ONE_ENCODER:
-            ONE_ENCODER[form](draft, weights.network(network or "target_encoder"), weights.arch)
+            ONE_ENCODER[form](draft, weights.network(network), weights.arch)
         else:
             ALL_NETWORKS[form](draft, weights)
         draft.rename(out)
@@ -71,6 +71,6 @@ def main(argv):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    held = [name for name in NETWORKS if getattr(weights, name)]
-    print(f"{args.out}: {args.network or 'target_encoder' if args.format in ONE_ENCODER else ', '.join(held)}")
+    written = args.network or weights.best if args.format in ONE_ENCODER else weights.held
+    print(f"{args.out}: {written}")
     return 0
