@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -174,9 +175,13 @@ POSITIVE += ("engine.accumulation", "engine.bucket", "log.every", "log.checkpoin
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """The checked configuration in the YAML at `path` with `key.key=value` overrides. Raises ConfigError."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config: there is no file {path}; the ready ones are in configs/")
+    """The checked configuration in the YAML at `path`, a file or the name of a ready one, with `key.key=value`
+    overrides. Raises ConfigError.
+    """
+    try:
+        path = configs.find(path)
+    except ValueError as error:
+        raise ConfigError(f"--config: {error}") from None
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
