@@ -8,16 +8,16 @@ modification times escapes the time of change. What a loose file holds is not pa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from ijepa_fast.files import publish
 
 _VERSION = 2  # of the layout on disk
 
@@ -82,13 +82,11 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
     index = _load(folder)
     if index is not None:
         return index
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with publish(folder, lock=True) as draft:
         index = _load(folder)
         if index is None:
             index = build()
-            _save(index, folder)
+            _save(index, draft)
     return index
 
 
@@ -96,23 +94,19 @@ _ARRAYS = ("shard", "start", "size")
 
 
 def _save(index: Index, folder: Path) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    folder.mkdir()
     arrays = {"blob": index.names.blob, "ends": index.names.ends}
     arrays |= {name: getattr(index, name) for name in _ARRAYS if getattr(index, name) is not None}
     arrays |= {f"label{number}": values for number, values in enumerate(index.labels.values())}
     for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
+        np.save(folder / f"{name}.npy", array)
     meta = {
         "columns": list(index.labels),
         "classes": index.classes,
         "shards": index.shards,
         "watched": index.watched,
     }
-    (partial / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _load(folder: Path) -> Index | None:
