@@ -1,12 +1,8 @@
 """The rooms import downwards only; import-linter reads the contracts in pyproject.toml."""
 
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
 
+from tests.house import build, run
 from tests.launch import ROOT
 
 pytest.importorskip("importlinter")
@@ -14,24 +10,13 @@ pytest.importorskip("importlinter")
 
 @pytest.fixture
 def house(tmp_path):
-    """A folder with the package as it is when installed: the linter does not know that op folders stand elsewhere."""
-    python = shutil.ignore_patterns("__pycache__", "*.so")
-    shutil.copytree(ROOT / "ijepa_fast", tmp_path / "ijepa_fast", ignore=python)
-    shutil.copytree(ROOT / "kernels", tmp_path / "ijepa_fast" / "kernels", ignore=python, dirs_exist_ok=True)
-    return tmp_path
+    return build(tmp_path)
 
 
 def lint(house):
     """The exit status of import-linter and what it prints."""
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()"]
-    done = subprocess.run(
-        [*command, "--config", str(ROOT / "pyproject.toml"), "--no-cache"],
-        cwd=house,
-        env=os.environ | {"PYTHONPATH": str(house)},
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout + done.stderr
+    command = "from importlinter.cli import lint_imports_command as lint; lint()"
+    return run(house, "-c", command, "--config", str(ROOT / "pyproject.toml"), "--no-cache")
 
 
 def test_every_contract_is_kept(house):

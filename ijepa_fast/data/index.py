@@ -43,6 +43,10 @@ class Names:
         return os.fsdecode(self.blob[begin : self.ends[index]].tobytes())
 
 
+def _nothing() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass
 class Index:
     """labels: the label columns, (n,) each: int64 indices into `classes[column]`, or float64 values without classes.
@@ -55,9 +59,9 @@ class Index:
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     shards: list[str] = field(default_factory=list)
-    shard: np.ndarray | None = None
-    start: np.ndarray | None = None
-    size: np.ndarray | None = None
+    shard: np.ndarray = field(default_factory=_nothing)
+    start: np.ndarray = field(default_factory=_nothing)
+    size: np.ndarray = field(default_factory=_nothing)
     watched: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -96,7 +100,7 @@ _ARRAYS = ("shard", "start", "size")
 def _save(index: Index, folder: Path) -> None:
     folder.mkdir()
     arrays = {"blob": index.names.blob, "ends": index.names.ends}
-    arrays |= {name: getattr(index, name) for name in _ARRAYS if getattr(index, name) is not None}
+    arrays |= {name: getattr(index, name) for name in _ARRAYS if index.shards}
     arrays |= {f"label{number}": values for number, values in enumerate(index.labels.values())}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -124,5 +128,5 @@ def _load(folder: Path) -> Index | None:
         classes=meta["classes"],
         shards=meta["shards"],
         watched=meta["watched"],
-        **{name: arrays.get(name) for name in _ARRAYS},
+        **{name: arrays[name] for name in _ARRAYS if meta["shards"]},
     )

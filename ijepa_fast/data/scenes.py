@@ -344,7 +344,7 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
 
 def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
     rows = []
-    for line in child.stdout:
+    for line in child.stdout or ():
         rows.append(json.loads(line))
         bar.update()
     if child.wait() != 0:
