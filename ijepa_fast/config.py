@@ -16,6 +16,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 
 MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
@@ -201,9 +202,13 @@ RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration in the YAML at `path` with `key.key=value` overrides. Raises ConfigError."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config: there is no file {path}; the ready ones are in configs/")
+    """The checked configuration in the YAML at `path`, a file or the name of a ready one, with `key.key=value`
+    overrides. Raises ConfigError.
+    """
+    try:
+        path = configs.find(path)
+    except ValueError as error:
+        raise ConfigError(f"--config: {error}") from None
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")

@@ -119,7 +119,7 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
     parser = argparse.ArgumentParser(description="Train I-JEPA.", usage="%(prog)s --config FILE [key=value ...]")
-    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a ready one such as quickstart")
     parser.add_argument("--plan", action="store_true", help="print memory, work and hours; start nothing")
     parser.add_argument("--gpu", default="H200", help="of --plan: the GPU its hours are for")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8], help="of --plan: numbers of ranks")
