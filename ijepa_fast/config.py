@@ -199,6 +199,7 @@ RENAMED = {
     "objective.target": "objective.options.target",
 }
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
+UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -268,12 +269,15 @@ FIXED = {name: f.metadata["fixed"] for name, f in keys(Config)}
 
 def present(flat: dict[str, Any]) -> dict[str, Any]:
     """A flattened configuration of an earlier version by today's keys and values."""
-    flat = {RENAMED.get(name, name): value for name, value in flat.items()}
+    flat = dict(flat)
+    method = flat.get("objective.method")
+    if method in RENAMED_METHODS:
+        flat["objective.method"] = RENAMED_METHODS[method]
+        for name in UNREAD:
+            flat.pop(name, None)
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
-    if "objective.method" in flat:
-        flat["objective.method"] = RENAMED_METHODS.get(flat["objective.method"], flat["objective.method"])
-    return flat
+    return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
 def resolve(config: Config) -> Config:
@@ -400,19 +404,20 @@ def _check_model(model: Model) -> None:
 
 def _renamed(given: Any) -> Any:
     """A loaded YAML or the overrides by today's keys; says which ones have another name now."""
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
 
-    for old, new in RENAMED.items():
-        value = OmegaConf.select(given, old)
-        if value is not None:
-            section, _, name = old.rpartition(".")
-            OmegaConf.select(given, section).pop(name)
-            OmegaConf.update(given, new, value, force_add=True)
-            _say(f"config: {old} is called {new} now")
     method = OmegaConf.select(given, "objective.method")
     if method in RENAMED_METHODS:
         given.objective.method = RENAMED_METHODS[method]
+        for old in UNREAD:
+            given.objective.pop(old.removeprefix("objective."), None)
         _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        holder = OmegaConf.select(given, section)
+        if isinstance(holder, DictConfig) and name in holder:
+            OmegaConf.update(given, new, holder.pop(name), force_add=True)
+            _say(f"config: {old} is called {new} now")
     return given
 
 

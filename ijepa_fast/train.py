@@ -72,7 +72,7 @@ def train(config: Config) -> None:
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
                 record = {"epoch": batch.epoch, "replaced": loader.replaced}
-                record |= {"lr": lr, "weight_decay": weight_decay, "ema": ema}
+                record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
                 logged = step
             if saving:

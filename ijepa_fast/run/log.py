@@ -143,8 +143,9 @@ class RunLog:
         self._file.flush()
         numbers = dict(_numbers(record))
         if "loss" in record:
+            ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
             self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, ema {record['ema']:.4f}, "
+                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {ema}"
                 f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0%}",
                 refresh=False,
             )
