@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from ijepa_fast.command import one_sentence
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.sources import Source, open_source
@@ -85,15 +85,12 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
     return int(bad > 0)
 
 
+@one_sentence(status=2)
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 all good, 1 bad files found, 2 the path cannot be used."""
+    """The command line. Returns the exit status: 0 all good, 1 bad files found, 2 the path cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast check-data", description=__doc__)
     parser.add_argument("path", help="folder of images, tar shards, or text list of paths")
     parser.add_argument("--processes", type=int, help="files to decode at a time (default: the machine's cores)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images count as bad")
     args = parser.parse_args(argv)
-    try:
-        return check(args.path, args.processes, args.max_pixels)
-    except (ValueError, ImportError) as error:
-        print(f"check-data: {error}", file=sys.stderr)
-        return 2
+    return check(args.path, args.processes, args.max_pixels)
