@@ -16,7 +16,7 @@ def house(tmp_path):
 def lint(house):
     """The exit status of import-linter and what it prints."""
     command = "from importlinter.cli import lint_imports_command as lint; lint()"
-    return run(house, "-c", command, "--config", str(ROOT / "pyproject.toml"), "--no-cache")
+    return run(house, "-c", command, str(ROOT / "pyproject.toml"), "--no-cache")
 
 
 def test_every_contract_is_kept(house):

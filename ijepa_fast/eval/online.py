@@ -47,14 +47,14 @@ class OnlineProbe:
         self._indices: deque[np.ndarray] = deque()
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
         self._collapsed = False
-        if rank == 0 and self.every > 0 and hasattr(objective, "watch"):
+        if rank == 0 and self.every > 0:
             objective.watch = self._watch
 
     def _watch(self, features: torch.Tensor, packed) -> None:
         """Keep a batch's target features (U, D), averaged over each image's target patches."""
-        lengths = packed.union_cu_seqlens.diff()
+        lengths = packed.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
-        self._targets = features, packed.union_index % packed.patches
+        self._targets = features, packed.union_places
         if len(self._pooled) > -(-WINDOW // packed.images):
             self._pooled.popleft()
 

@@ -19,7 +19,7 @@ from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.reference import save_reference
 from ijepa_fast.interop.timm import save_timm
-from ijepa_fast.interop.weights import NETWORKS, save_weights, with_image_size
+from ijepa_fast.interop.weights import save_weights, with_image_size
 
 ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
 ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
@@ -40,7 +40,7 @@ def export(weights, form, out, network=None):
         if out.exists():
             raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
         if form in ONE_ENCODER:
-            ONE_ENCODER[form](draft, weights.network(network or "target_encoder"), weights.arch)
+            ONE_ENCODER[form](draft, weights.network(network), weights.arch)
         else:
             ALL_NETWORKS[form](draft, weights)
 
@@ -60,6 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.image_size is not None:
         weights = with_image_size(weights, args.image_size)
     export(weights, args.format, args.out, args.network)
-    held = [name for name in NETWORKS if getattr(weights, name)]
-    print(f"{args.out}: {args.network or 'target_encoder' if args.format in ONE_ENCODER else ', '.join(held)}")
+    written = args.network or weights.best if args.format in ONE_ENCODER else weights.held
+    print(f"{args.out}: {written}")
     return 0

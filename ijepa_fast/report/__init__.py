@@ -14,14 +14,13 @@ import torch
 from ijepa_fast.config import load_config
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.eval.rankme import rankme
-from ijepa_fast.interop.load import load
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.interop.load import latest, load
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart, with_average
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
-from ijepa_fast.run.build import method_of
-from ijepa_fast.run.checkpoint import latest
+from ijepa_fast.run.build import build_method
 from ijepa_fast.run.probing import probe_folders, training_source
 
 RANK = ("rankme", "target_variance")  # figures of the online probe that belong to the section of the rank
@@ -174,8 +173,10 @@ def _features(config, checkpoint, images, count):
     )
     told = f"Of the {dim} pooled features of {size} images. RankMe is {rank:.1f} of at most {min(size, dim)}."
     sections = [("Spectrum", text(told) + f'<div class="charts">{chart}</div>')]
-    packed = method_of(config).make_batches(config, 1)(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
-    if isinstance(packed, PackedBatch):
+    with torch.device("meta"):
+        method = build_method(config, foreign=False)
+    packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
+    if isinstance(packed, MaskDraw):
         told = "The image, what the context encoder sees of it, and what is predicted: "
         told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
         sections.append(("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch)))

@@ -112,7 +112,7 @@ def mask_tiles(image, context, targets, patch, least=160):
 
 
 def batch_masks(packed):
-    """Patch indices within each image of a packing.PackedBatch.
+    """Patch indices within each image of a masks.packing.MaskDraw.
 
     Returns (the first context, a list of B arrays; the target blocks, (M, B, K)), int64.
     """
@@ -124,7 +124,7 @@ def batch_masks(packed):
 def plot_masks(images, packed, patch, path, columns=2):
     """Draw masks over images as a PNG: for each image the image, its (first) context, its target blocks.
 
-    images: uint8 (b, H, W, 3), the first b of the batch that packed (packing.PackedBatch) belongs to. patch: side of a
+    images: uint8 (b, H, W, 3), the first b of the batch that packed, a MaskDraw, belongs to. patch: side of a
     patch, pixels. path: of the PNG to write. columns: images side by side.
     """
     from PIL import Image

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
-from ijepa_fast.run.build import build_loader, build_objective
+from ijepa_fast.run.build import build_loader, build_method
 from ijepa_fast.run.probing import probe
 
 
@@ -33,12 +33,11 @@ def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str
         "probe": None,
     }
     plot_loss(records, folder / "loss.png")
-    _plot_masks(config, source)
+    _plot_masks(config, objective, source)
     if folders is not None:
         print("probing the encoder before and after training", file=sys.stderr)
-        untrained = build_objective(config)
-        untrained.target_encoder.to(device)
-        untrained.encoder.to(device)
+        untrained = build_method(config).to(device)
+        untrained.probed.to(device)
         summary["probe"] = {
             "before": probe(config, untrained, folders, device),
             "after": probe(config, objective, folders, device),
@@ -76,11 +75,11 @@ def _figure(before: dict, after: dict, head: str) -> tuple[str, float, float]:
     return f"k={k}, {key}", before["knn"][k][key], after["knn"][k][key]
 
 
-def _plot_masks(config: Config, source) -> None:
-    loader = build_loader(config, source, torch.device("cpu"), 0, 1)
+def _plot_masks(config: Config, method, source) -> None:
+    loader = build_loader(config, method, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        if isinstance(batch.extra, PackedBatch):  # iBOT's masks are of several views
+        if isinstance(batch.extra, MaskDraw):  # iBOT's masks are of several views
             plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()

@@ -43,7 +43,7 @@ def probe_folders(config: Config) -> tuple[str, str] | None:
 
 def encode_with(objective: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """images (b, H, W, 3) uint8 -> the target encoder's features (b, N, D); of a class token, N is 1."""
-    encoder = objective.target_encoder
+    encoder = objective.probed
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         features = encoder(objective.patchify(images), len(images))
