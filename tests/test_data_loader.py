@@ -41,16 +41,16 @@ def take(source, steps, **options):
         loader.close()
 
 
-def test_batches_have_the_promised_form(photos):
-    for crop in (32, 80):  # below and above the size from which PyTorch resizes
-        batch = take(photos, 1, crop=crop)[0]
-        assert batch.images.shape == (8, crop, crop, 3)
-        assert batch.images.dtype == torch.uint8
-        assert batch.indices.dtype == torch.int64
-        assert batch.epoch == 0
+@pytest.mark.parametrize("crop", [32, 80], ids=["resized by DALI", "resized by resize.py"])
+def test_batches_have_the_promised_form(photos, crop):
+    batch = take(photos, 1, crop=crop)[0]
+    assert batch.images.shape == (8, crop, crop, 3)
+    assert batch.images.dtype == torch.uint8
+    assert batch.indices.dtype == torch.int64
+    assert batch.epoch == 0
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [False, True], ids=["as they are", "flipped"])
 def test_a_resumed_loader_goes_on_exactly(photos, flip):
     whole = take(photos, 9, flip=flip)
     resumed = take(photos, 5, flip=flip, start_step=4)
@@ -150,7 +150,11 @@ def test_nothing_is_left_running(photos):
 
 
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("ending", ["pass", "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), 2)"])
+@pytest.mark.parametrize(
+    "ending",
+    ["pass", "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), 2)"],
+    ids=["end", "exception", "Ctrl-C"],
+)
 def test_a_process_ends_with_a_loader_still_open(photos, ending):
     program = (
         # A shell's background job ignores Ctrl-C, and so would the program.

@@ -1,4 +1,4 @@
-"""Batches without files: random images made once, for measuring everything but the data."""
+"""Batches without files: random images, made once, for measurements of everything but the data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ijepa_fast.data.dali import Batch
 
 
 class SyntheticLoader:
-    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting for images.
+    """A loader that returns the same batch of random pixels in every step, and never waits for images.
 
-    extra: called with the step, one step ahead of it, in a thread, as a TrainLoader's.
-    crop: the images' side in pixels; or a list of sides, and Batch.images is a list of views as a ViewLoader's.
+    It is used like a TrainLoader and has its attributes. count: images per epoch. crop: side of the images, pixels;
+    with a list of sides, Batch.images is a list of views, as a ViewLoader's. extra: called with the step, one step
+    ahead of it and in a thread; its result is Batch.extra. Other arguments are TrainLoader's.
     """
 
     def __init__(
@@ -58,5 +59,5 @@ class SyntheticLoader:
         return None if self._extra is None else self._extra(step)
 
     def close(self) -> None:
-        """Stop the thread. May be called twice."""
+        """Stop the thread. A second call does nothing."""
         self._thread.shutdown(cancel_futures=True)
