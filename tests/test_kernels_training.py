@@ -67,7 +67,7 @@ def forbid_references(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("a reference runs in place of a kernel")
 
-    for op in dispatch.OPS:
+    for op in dispatch.TRITON:
         module = import_module(f"ijepa_fast.kernels.{op}.reference")
         for name, _ in inspect.getmembers(module, inspect.isfunction):
             monkeypatch.setattr(module, name, forbidden)
@@ -98,6 +98,9 @@ def test_each_op_is_set_by_the_config():
     assert kernels.choice("target_loss") == "auto"
     kernels.use(config_with("kernels=reference").kernels)
     assert {kernels.choice(op) for op in dispatch.OPS} == {"reference"}
+    kernels.use(config_with("kernels=triton").kernels)
+    assert {kernels.choice(op) for op in dispatch.TRITON} == {"triton"}
+    assert {kernels.choice(op) for op in set(dispatch.OPS) - set(dispatch.TRITON)} == {"auto"}
 
 
 def test_mistakes_name_the_op():
@@ -105,6 +108,8 @@ def test_mistakes_name_the_op():
         kernels.use(config_with("kernels.layernorm=triton").kernels)
     with pytest.raises(ValueError, match=r"kernels\.layer_norm: expected one of auto, triton, reference, got 'cuda'"):
         kernels.use(config_with("kernels.layer_norm=cuda").kernels)
+    with pytest.raises(ValueError, match=r"kernels\.linear: expected one of auto, reference, got 'triton'"):
+        kernels.use(config_with("kernels.linear=triton").kernels)
     with pytest.raises(ValueError, match=r"kernels\.patchify: expected one of auto, triton, reference, got 'fast'"):
         kernels.use(config_with("kernels=fast").kernels)
 

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
-from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
@@ -106,13 +105,11 @@ class Attention(nn.Module):
 
 
 class LinearGELU(nn.Linear):
-    """Linear, then exact GELU; the bias joins the GELU's pass where that is a kernel."""
+    """Linear, then exact GELU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (T, D) -> (T, F)."""
-        if runs_triton("bias_gelu", x):
-            return bias_gelu(linear(x, self.weight), self.bias)
-        return linear_gelu(x, self.weight, self.bias)
+        return linear_gelu(x, self.weight, self.bias, bias_gelu)
 
 
 class MLP(nn.Module):
