@@ -33,11 +33,12 @@ from ijepa_fast.run import checkpoint
 from ijepa_fast.run import forecast as planning
 from ijepa_fast.run.build import build_loader, build_objective, plan
 from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
-from ijepa_fast.run.probing import probe_folders, training_source
+from ijepa_fast.run.sources import label_columns, probe_folders, training_source
 
 
 def train(config: Config) -> None:
     """Run `config` to its end, from its last checkpoint where there is one. Called by every rank."""
+    began = time.perf_counter()
     kernels.use(config.kernels)
     check_loggers(config)
     device = choose_device(config)
@@ -49,7 +50,7 @@ def train(config: Config) -> None:
     step = resume(config, engine, rank)
     loader = build_loader(config, source, device, rank, ranks, first=step * micro_steps)
     log, meter, logged = RunLog(config, rank, step, total), Meter(device), step
-    online = OnlineProbe(config, engine.objective, source, rank, step, log.say)
+    online = OnlineProbe(engine.objective, config.probe.every, *label_columns(source), rank, step, log.say)
     try:
         while step < total:
             lr, weight_decay, momentum = schedule.at(step)
@@ -77,7 +78,7 @@ def train(config: Config) -> None:
         loader.close()
         log.close()
     if rank == 0:
-        finish(config, engine.objective, source, folders, device)
+        finish(config, engine.objective, source, folders, device, began)
     torch.distributed.barrier()
 
 

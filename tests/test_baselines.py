@@ -177,7 +177,7 @@ def test_ibot_is_probed_by_its_class_token():
     """An image at a time or several, and of what the losses train."""
     pytest.importorskip("omegaconf")
     pytest.importorskip("tqdm")
-    from ijepa_fast.run.probing import encode_with
+    from ijepa_fast.run.sources import encode_with
 
     model, images = small_ibot(), torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
     teacher, patches = model.target_encoder, model.patchify(images)

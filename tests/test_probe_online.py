@@ -20,26 +20,27 @@ from tests.test_train import state
 WIDTH = 24
 
 
-def make(every=10, images=2000, step=0):
-    """A probe on an objective that is only its `watch`, what it said, and a source with labels."""
+CLASSES = {"kind": ["a", "b", "c"]}
+
+
+def make(every=10, images=2000):
+    """A probe on an objective that is only its `watch`, the labels of its images, and what it says."""
     g = np.random.default_rng(0)
     columns = {"kind": g.integers(0, 3, images), "metres": g.random(images)}
-    index = SimpleNamespace(classes={"kind": ["a", "b", "c"]})
-    source, objective, said = SimpleNamespace(columns=columns, index=index), SimpleNamespace(watch=None), []
-    config = SimpleNamespace(probe=SimpleNamespace(every=every))
-    return OnlineProbe(config, objective, source, 0, step, said.append), objective, source, said
+    objective, said = SimpleNamespace(watch=None), []
+    return OnlineProbe(objective, every, columns, CLASSES, say=said.append), objective, columns, said
 
 
 def feed(probe, objective, batch, indices, informed=None, seed=0, device="cpu"):
-    """One batch: 2 to 5 of 16 places an image; features are noise and, `informed` by a source, its kind and metres."""
+    """One batch, 2 to 5 of 16 places per image; features are noise and, `informed` by labels, kind and metres."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 6, (batch,), generator=g)
     image = torch.arange(batch).repeat_interleave(lengths)
     place = torch.cat([torch.randperm(16, generator=g)[:n].sort().values for n in lengths])
     features = torch.randn(len(image), WIDTH, generator=g)
     if informed is not None:
-        features[:, :3] += 3 * torch.eye(3)[torch.from_numpy(informed.columns["kind"][indices])][image]
-        features[:, 3] += 20 * torch.from_numpy(informed.columns["metres"][indices])[image]
+        features[:, :3] += 3 * torch.eye(3)[torch.from_numpy(informed["kind"][indices])][image]
+        features[:, 3] += 20 * torch.from_numpy(informed["metres"][indices])[image]
     packed = SimpleNamespace(
         images=batch,
         patches=16,
@@ -51,37 +52,39 @@ def feed(probe, objective, batch, indices, informed=None, seed=0, device="cpu"):
     return features, packed
 
 
+def reading(informed=True, device="cpu"):
+    """What a probe of ten batches of 100 images finds; it says nothing, and finds nothing earlier."""
+    probe, objective, columns, said = make()
+    for step in range(1, 11):
+        indices = np.arange(100 * (step - 1), 100 * step)
+        feed(probe, objective, 100, indices, columns if informed else None, step, device)
+        found = probe.read(step)
+        assert (found == {}) is (step < 10)
+    assert not said
+    return found["probe"]
+
+
 def test_it_measures_what_the_features_say():
-    results = {}
-    for informed in (True, False):
-        probe, objective, source, said = make()
-        for step in range(1, 11):
-            indices = np.arange(100 * (step - 1), 100 * step)
-            feed(probe, objective, 100, indices, source if informed else None, seed=step)
-            found = probe.read(step)
-            assert (found == {}) is (step < 10)
-        results[informed] = found["probe"]
-        assert not said
-    assert results[True]["kind"]["accuracy"] > 0.9
-    assert results[True]["metres"]["r2"] > 0.5
-    assert results[False]["kind"]["accuracy"] < 0.5
-    assert results[False]["metres"]["r2"] < 0.1
-    assert results[False]["target_variance"] == pytest.approx(1, abs=0.05)
-    assert results[False]["rankme"] > 20
-    assert results[True]["collapsed"] is False
+    found = reading()
+    assert found["kind"]["accuracy"] > 0.9
+    assert found["metres"]["r2"] > 0.5
+    assert found["collapsed"] is False
+
+
+def test_it_finds_nothing_in_noise():
+    found = reading(informed=False)
+    assert found["kind"]["accuracy"] < 0.5
+    assert found["metres"]["r2"] < 0.1
+    assert found["target_variance"] == pytest.approx(1, abs=0.05)
+    assert found["rankme"] > 20
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_measures_the_same():
-    found = {}
-    for device in ("cpu", "cuda"):
-        probe, objective, source, _ = make()
-        for step in range(10):
-            feed(probe, objective, 100, np.arange(100 * step, 100 * (step + 1)), source, step, device)
-        found[device] = probe.read(10)["probe"]
-    assert found["cuda"].pop("kind")["accuracy"] == pytest.approx(found["cpu"].pop("kind")["accuracy"], abs=0.02)
-    assert found["cuda"].pop("metres") == pytest.approx(found["cpu"].pop("metres"), abs=1e-3)
-    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
+    ours, cpus = reading(device="cuda"), reading()
+    assert ours.pop("kind")["accuracy"] == pytest.approx(cpus.pop("kind")["accuracy"], abs=0.02)
+    assert ours.pop("metres") == pytest.approx(cpus.pop("metres"), abs=1e-3)
+    assert ours == pytest.approx(cpus, rel=1e-4)
 
 
 def test_images_it_was_fitted_on_do_not_test_it():
@@ -125,17 +128,16 @@ def test_it_warns_of_a_collapse_once(kind):
         assert word in said[0]
 
 
-def test_other_ranks_other_objectives_and_zero_are_not_probed():
-    config = SimpleNamespace(probe=SimpleNamespace(every=5))
-    objective = SimpleNamespace(watch=None)
-    for probe in (
-        OnlineProbe(config, objective, None, 1, 0, print),
-        OnlineProbe(SimpleNamespace(probe=SimpleNamespace(every=0)), objective, None, 0, 0, print),
-        OnlineProbe(config, SimpleNamespace(), None, 0, 0, print),
-    ):
-        assert objective.watch is None
-        probe.add(torch.arange(3))
-        assert probe.read(5) == {}
+@pytest.mark.parametrize(
+    ("objective", "every", "rank"),
+    [(SimpleNamespace(watch=None), 5, 1), (SimpleNamespace(watch=None), 0, 0), (SimpleNamespace(), 5, 0)],
+    ids=["another rank", "every 0 steps", "no watch"],
+)
+def test_what_is_not_probed(objective, every, rank):
+    probe = OnlineProbe(objective, every, {}, {}, rank)
+    assert getattr(objective, "watch", None) is None
+    probe.add(torch.arange(3))
+    assert probe.read(5) == {}
 
 
 def test_it_costs_less_than_a_hundredth_of_the_quickstart():
@@ -146,12 +148,10 @@ def test_it_costs_less_than_a_hundredth_of_the_quickstart():
     batch = config.batch_size
     draw = make_batches(config, 1)
     g = np.random.default_rng(0)
-    source = SimpleNamespace(
-        columns={"kind": g.integers(0, 4, 4000), "count": g.integers(0, 6, 4000), "metres": g.random(4000)},
-        index=SimpleNamespace(classes={"kind": list("abcd"), "count": list("123456")}),
-    )
+    columns = {"kind": g.integers(0, 4, 4000), "count": g.integers(0, 6, 4000), "metres": g.random(4000)}
+    classes = {"kind": list("abcd"), "count": list("123456")}
     images = torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8)
-    probe = OnlineProbe(config, objective, source, 0, 0, print)
+    probe = OnlineProbe(objective, config.probe.every, columns, classes)
     watch, objective.watch = objective.watch, None
     packed = [draw(batch, 0, step, 0) for step in range(3)]
     targets = [objective.targets(objective.patchify(images), p).detach() for p in packed]

@@ -134,7 +134,7 @@ def test_a_run_leaves_what_a_person_needs(tmp_path):
     folder = run(tmp_path, "optim.steps=3", "log.tensorboard=true")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3
-    assert {"loss_first", "loss_last", "images_per_second", "tokens_per_image", "probe"} <= summary.keys()
+    assert {"loss_first", "loss_last", "images_per_second", "tokens_per_image", "figures"} <= summary.keys()
     for name in ("config.yaml", "loss.png", "masks.png"):
         assert (folder / name).stat().st_size > 100, name
     assert list((folder / "tensorboard").iterdir())
