@@ -5,8 +5,8 @@
     python bench/learning.py --data cifar10 --runs ijepa,mae,ibot --seeds 0,1,2 --steps 600 optim.lr=5e-4
 
 Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
-augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations and its averaged encoder is
-probed, linear and k-NN, on frozen features, the average over patches or iBOT's class token. Results are in --out:
+augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations, and linear and k-NN probes read
+the encoder it leaves: the average over patches of its features, or of iBOT the class token. Results are in --out:
 learning.json, learning.md and learning.png, of the runs that are named; one that was finished is not run again, its
 checkpoints are gone by then.
 """
@@ -29,18 +29,18 @@ if __package__ in (None, ""):
 
 import numpy as np
 import torch
-from torch import nn
 
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.engine.engine import choose_device
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import against, figures_of
+from ijepa_fast.interop.load import load
 from ijepa_fast.report.plots import COLOURS, read_log
 from ijepa_fast.report.summary import train_seconds
-from ijepa_fast.run.build import build_masks, build_objective, method_of
+from ijepa_fast.run.build import build_draw, build_method
 from ijepa_fast.run.provenance import FORMAT, provenance
-from ijepa_fast.run.sources import encode_with, evaluation, probe_folders
+from ijepa_fast.run.sources import evaluation, untrained
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what says which job a process is of
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +50,7 @@ _ANY_MASK = ["mask.policy=full", "mask.min_keep=null"]
 RUNS = {
     "ijepa": ("cifar10", []),
     "mae": ("mae_cifar10", []),
-    "pixels": ("cifar10", ["objective.target=pixels", "objective.loss=l2"]),
+    "pixels": ("cifar10", ["objective.options.target=pixels", "objective.options.loss=l2"]),
     "ibot": ("ibot_cifar10", ["model.patch=4"]),  # as the others have
 } | {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
 GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels")}
@@ -115,8 +115,8 @@ def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
     if name == "mae":
         return found
     # One in 150 of the first weights is left in the average at the end.
-    momentum = max(0.9, 1 - 5 / preset.steps)
-    found += [f"optim.momentum={momentum}", f"optim.final_momentum={momentum}"]
+    ema = max(0.9, 1 - 5 / preset.steps)
+    found += [f"optim.ema={ema}", f"optim.final_ema={ema}"]
     if name != "ibot":
         return found
     shares = {"temperature_epochs": 0.3 * epochs, "frozen_epochs": 0.05 * epochs}
@@ -125,24 +125,9 @@ def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
 
 def work_per_image(config: Config) -> float:
     """GFLOP of a training step of `config` per image, as executed here, from what its first batches draw."""
-    draw, work = build_masks(config, torch.device("cpu"), 0, 1), method_of(config).work
-    return sum(work(config, draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
-
-
-def encoder_at(config: Config, folder: Path | None, device: torch.device) -> nn.Module:
-    """The objective of `config` with the averaged encoder of a checkpoint, or untrained where `folder` is None."""
-    from safetensors import safe_open
-
-    objective = build_objective(config)
-    if folder is not None:
-        with safe_open(folder / "weights.safetensors", "pt") as file:
-            names = objective.target_encoder.state_dict()
-            state = {name: file.get_tensor(f"target_encoder.{name}") for name in names}
-        objective.target_encoder.load_state_dict(state)
-    # patchify takes the encoder's dtype and the images' device.
-    objective.target_encoder.to(device)
-    objective.encoder.to(device)
-    return objective
+    method = build_method(config)
+    draw = build_draw(config, method, torch.device("cpu"), 0, 1)
+    return sum(method.work(draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
 
 
 def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list[str]) -> dict:
@@ -172,21 +157,20 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         raise RuntimeError(f"{name}, seed {seed}: the trainer failed, see above; the same command goes on from there")
-    config.probe.enabled = True
-    device, log, work = choose_device(config), read_log(folder / "log.jsonl"), work_per_image(config)
-    labelled, untrained, points = evaluation(config, probe_folders(config), device), None, []
-    for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
-        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        figures = evaluate(encode_with(encoder_at(config, checkpoint, device)), *labelled)
-        untrained = untrained or figures
-        points.append(
-            {
-                "step": step,
-                "petaflop": step * preset.batch * work / 1e6,
-                "seconds": train_seconds(log, step, preset.batch),
-                "figures": [figure.to_json() for figure in against(figures, untrained)],
-            }
-        )
+    device, log, work = choose_device(config.engine.device), read_log(folder / "log.jsonl"), work_per_image(config)
+    labelled = evaluation(config, (str(data / "train"), str(data / "test")), device)
+    checkpoints = {int(p.name.removeprefix("step-")): p for p in sorted((folder / "checkpoints").glob("step-*"))}
+    found = {0: evaluate(untrained(config, device), *labelled)}
+    found |= {step: evaluate(load(path, device=device), *labelled) for step, path in checkpoints.items()}
+    points = [
+        {
+            "step": step,
+            "petaflop": step * preset.batch * work / 1e6,
+            "seconds": train_seconds(log, step, preset.batch),
+            "figures": [figure.to_json() for figure in against(figures, found[0])],
+        }
+        for step, figures in found.items()
+    ]
     losses = [record["loss"] for record in log if "loss" in record]
     record = provenance(device) | {
         "run": name,

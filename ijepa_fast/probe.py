@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="labelled images to train heads on: folders, shards, a list, labels.csv, Clevr's images/train")
     add("--test", help="labelled images to test on, in the same layout")
     add("--probes", type=_among(PROBES), default=("linear", "knn"), help=f"of {','.join(PROBES)}")
-    add("--network", choices=("target_encoder", "encoder"), default="target_encoder")
+    add("--network", choices=("target_encoder", "encoder"), help="default: the average, where there is one")
     add(
         "--features",
         type=_among(("last", "last4")),

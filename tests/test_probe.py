@@ -34,7 +34,7 @@ def random_weights(arch=ARCH, seed=0):
         torch.manual_seed(seed + offset)
         encoder = Encoder(**arch.encoder_options()).apply(init_weights)
         states.append(encoder.state_dict() | {"pos_embed": encoder.positions[None]})
-    return Weights(arch, states[0], {}, states[1])
+    return Weights(arch, {"encoder": states[0], "target_encoder": states[1]})
 
 
 def write_images(root, each, seed):
@@ -75,7 +75,7 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
     results = json.loads(out.read_text())
     assert results["version"] == FORMAT
-    assert results["network"] == "target_encoder"
+    assert results["network"] is None
     assert results["arch"]["dim"] == 32
     assert results["options"]["share"] == 0.2
     figures = {figure.probe: figure for figure in figures_of(results)}
@@ -103,7 +103,7 @@ def test_every_probe_on_a_gpu(files, tmp_path):
     assert found["cuda", "fp32"]["10-NN"] == pytest.approx(found["cpu", "fp32"]["10-NN"], abs=0.06)
 
 
-@pytest.mark.parametrize("network", ["encoder", "target_encoder"])
+@pytest.mark.parametrize("network", ["encoder", "target_encoder", None])
 def test_networks_and_layers_are_the_ones_asked_for(files, network):
     """Features of the evaluation against ijepa_fast.load's: last layer normalised, last four not; either encoder."""
     part = open_labelled(files / "test")
@@ -161,7 +161,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone(files):
 
 def _change(files, tmp_path, change):
     weights = random_weights()
-    change(weights.target_encoder)
+    change(weights.networks["target_encoder"])
     save_weights(tmp_path / "changed.safetensors", weights)
     return ["--checkpoint", str(tmp_path / "changed.safetensors")]
 

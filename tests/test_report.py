@@ -44,7 +44,7 @@ def charts_of(page):
         ("Loss", "loss", "loss"),
         ("Learning rate", "", "lr"),
         ("Weight decay", "", "weight_decay"),
-        ("Momentum of the target encoder", "", "momentum"),
+        ("Momentum of the EMA", "", "ema"),
         ("Tokens per image", "", "tokens_per_image"),
         ("Images per second", "", "images_per_second"),
         ("Share of the time waiting for data", "", "data_wait"),

@@ -104,14 +104,16 @@ def test_ensured_scenes_are_rendered_once_and_appear_whole(tmp_path, monkeypatch
     assert ensure_scenes(tmp_path, 3, size=32) == folder
     monkeypatch.undo()
     monkeypatch.setattr("ijepa_fast.data.scenes._main", None)
-    assert ensure_scenes(tmp_path, 4, size=32) != folder
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+    other = ensure_scenes(tmp_path, 4, size=32)
+    assert other != folder
+    assert set(tmp_path.iterdir()) == {folder, other}
 
 
 def test_a_rendering_process_that_fails_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
         ensure_scenes(tmp_path, 3, size=32)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     assert len(open_source(ensure_scenes(tmp_path, 3, size=32))) == 3
 

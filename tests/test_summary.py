@@ -70,12 +70,11 @@ def test_the_untrained_encoder_is_the_one_before_training(summary, finished_run)
     import torch
 
     from ijepa_fast.eval.evaluate import evaluate
-    from ijepa_fast.run.build import build_objective
-    from ijepa_fast.run.sources import encode_with, evaluation, probe_folders
+    from ijepa_fast.run.sources import evaluation, probe_folders, untrained
 
     config = load_config(finished_run / "config.yaml")
-    data = evaluation(config, probe_folders(config), torch.device("cpu"))
-    before = evaluate(encode_with(build_objective(config)), *data)
+    cpu = torch.device("cpu")
+    before = evaluate(untrained(config, cpu), *evaluation(config, probe_folders(config), cpu))
     assert [f.value for f in before] == [f.untrained for f in figures_of(summary)]
 
 

@@ -139,7 +139,7 @@ def test_a_run_leaves_what_a_person_needs(tmp_path):
         assert (folder / name).stat().st_size > 100, name
     assert list((folder / "tensorboard").iterdir())
     record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    keys = {"step", "loss", "lr", "weight_decay", "momentum", "images_per_second", "tokens_per_image", "data_wait"}
+    keys = {"step", "loss", "lr", "weight_decay", "ema", "images_per_second", "tokens_per_image", "data_wait"}
     assert keys <= record.keys()
 
 

@@ -32,7 +32,9 @@ def counter_uniform(seed: int, positions: np.ndarray, draws: int, stream: int = 
     return (counter_bits(seed, positions, draws, stream) >> np.uint64(11)) * 2.0**-53
 
 
-def random_resized_crop(sizes: np.ndarray, uniform: np.ndarray, scale, ratio) -> np.ndarray:
+def random_resized_crop(
+    sizes: np.ndarray, uniform: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
     """Windows of torchvision's RandomResizedCrop.
 
     sizes: (B, 2) integers, height and width. uniform: (B, 2 * TRIES + 2) in [0, 1).

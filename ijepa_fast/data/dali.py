@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Batch:
     epoch: of the first image. extra: what the loader's `extra` gave for this step.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
     extra: object = None
@@ -146,7 +147,8 @@ class TrainLoader:
         )
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._stop, self._error = threading.Event(), None
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="train-loader", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # the thread must not be inside DALI when the interpreter goes
@@ -175,7 +177,7 @@ class TrainLoader:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _make_decoder(self, **options) -> Decoder:
+    def _make_decoder(self, **options: Any) -> Decoder:
         return Decoder(**options)
 
     def _work(self) -> None:
@@ -196,7 +198,7 @@ class TrainLoader:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item) -> bool:
+    def _put(self, item: object) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -220,8 +222,8 @@ class TrainLoader:
                     # A permutation of millions takes a second: draw the next one before it is needed.
                     self._readers.submit(self._stream.permutation, int(first) // len(self.source) + 1)
                 step += 1
-            positions, parts = reading.popleft()
-            yield self._assemble(positions, [row for part in parts for row in part.result()])
+            positions, futures = reading.popleft()
+            yield self._assemble(positions, [row for future in futures for row in future.result()])
 
     def _read_part(self, part: np.ndarray) -> list[tuple]:
         return [self._read_one(position, index) for position, index in part.tolist()]

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from PIL import Image
 
 from ijepa_fast.data.headers import pillow_complaint
 from ijepa_fast.data.resize import resize_
+
+Images = TypeVar("Images", torch.Tensor, list[torch.Tensor])
 
 # Output width up to which DALI resizes on the CPU as well: a call from Python an image costs more than it saves.
 _SMALL = 64
@@ -33,7 +37,7 @@ _MIXED = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
 INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
 
 
-def import_dali():
+def import_dali() -> ModuleType:
     """The module nvidia.dali. Raises ImportError naming the package where it is not installed."""
     try:
         import nvidia.dali as dali
@@ -98,9 +102,9 @@ class Decoder:
         self.decode_options = _MIXED | {"hw_decoder_load": hw_decoder_load} if self.on_gpu else {}
         self.resize_in_graph = self.on_gpu or crop <= _SMALL
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self._resizers = None if self.resize_in_graph else ThreadPoolExecutor(threads, thread_name_prefix="resize")
+        self._resizers = ThreadPoolExecutor(threads, thread_name_prefix="resize")  # starts none until it is used
 
-    def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[torch.Tensor]:
+    def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[Any]:
         """A pipeline over the inputs of works: one uint8 (b, crop, crop, 3) tensor for each, `depth` of them ahead."""
         pipe = self._pipeline(batch_size, depth)
         # DALI reads the inputs where they lie. As an attribute they outlive its threads, whatever ends the pipeline.
@@ -137,10 +141,9 @@ class Decoder:
 
     def close(self) -> None:
         """Stop the resizing threads."""
-        if self._resizers is not None:
-            self._resizers.shutdown(cancel_futures=True)
+        self._resizers.shutdown(cancel_futures=True)
 
-    def _pipeline(self, batch_size: int, depth: int):
+    def _pipeline(self, batch_size: int, depth: int) -> Any:
         device_id = (self.device.index or 0) if self.on_gpu else None
         return self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
 
@@ -158,12 +161,12 @@ class Decoder:
             images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
         return (fn.flip(images, horizontal=flip[0]) if self.flip else images,)
 
-    def _collect(self, outputs: tuple) -> torch.Tensor:
+    def _collect(self, outputs: tuple) -> Any:
         return self._copy(outputs[0]) if self.resize_in_graph else self._resize(outputs[0])
 
-    def _copy(self, images) -> torch.Tensor:
+    def _copy(self, images: Any) -> torch.Tensor:
         dense = images.as_tensor()
-        if not self.on_gpu:
+        if self.stream is None:
             return torch.from_numpy(np.array(dense))
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -173,7 +176,7 @@ class Decoder:
         self.stream.synchronize()  # holds up this thread only; the next batches are being decoded meanwhile
         return out
 
-    def _resize(self, images) -> torch.Tensor:
+    def _resize(self, images: Any) -> torch.Tensor:
         out = np.empty((len(images), self.crop, self.crop, 3), np.uint8)
 
         def part(rows: slice) -> None:
@@ -184,7 +187,7 @@ class Decoder:
         return torch.from_numpy(out)
 
 
-def hand_over(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+def hand_over(images: Images) -> Images:
     """`images` for use on the caller's CUDA stream. Called in the thread that uses them.
 
     They were allocated on the decoder's stream. Without this their memory would be given to a later batch as soon as
@@ -202,13 +205,14 @@ def decode_all(
     repair: Callable[[Work, dict[int, str]], Work | None],
     batch_size: int,
     depth: int = 2,
-) -> Iterator[tuple[Work, torch.Tensor]]:
+) -> Iterator[tuple[Work, Any]]:
     """Every work with its images, in order.
 
     `repair` is given a work and the reasons, by row, of what could not be decoded; it returns the work to decode
     instead, if any. Raises the pipeline's error where no file is to blame.
     """
-    works, redo = iter(works), []
+    works = iter(works)
+    redo: list[Work] = []
     while True:
         in_flight: deque[Work] = deque()
         try:

@@ -8,16 +8,16 @@ modification times escapes the time of change. What a loose file holds is not pa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from ijepa_fast.files import publish
 
 _VERSION = 2  # of the layout on disk
 
@@ -43,6 +43,10 @@ class Names:
         return os.fsdecode(self.blob[begin : self.ends[index]].tobytes())
 
 
+def _nothing() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass
 class Index:
     """labels: the label columns, (n,) each: int64 indices into `classes[column]`, or float64 values without classes.
@@ -55,9 +59,9 @@ class Index:
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     shards: list[str] = field(default_factory=list)
-    shard: np.ndarray | None = None
-    start: np.ndarray | None = None
-    size: np.ndarray | None = None
+    shard: np.ndarray = field(default_factory=_nothing)
+    start: np.ndarray = field(default_factory=_nothing)
+    size: np.ndarray = field(default_factory=_nothing)
     watched: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -82,13 +86,11 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
     index = _load(folder)
     if index is not None:
         return index
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with publish(folder, lock=True) as draft:
         index = _load(folder)
         if index is None:
             index = build()
-            _save(index, folder)
+            _save(index, draft)
     return index
 
 
@@ -96,23 +98,19 @@ _ARRAYS = ("shard", "start", "size")
 
 
 def _save(index: Index, folder: Path) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    folder.mkdir()
     arrays = {"blob": index.names.blob, "ends": index.names.ends}
-    arrays |= {name: getattr(index, name) for name in _ARRAYS if getattr(index, name) is not None}
+    arrays |= {name: getattr(index, name) for name in _ARRAYS if index.shards}
     arrays |= {f"label{number}": values for number, values in enumerate(index.labels.values())}
     for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
+        np.save(folder / f"{name}.npy", array)
     meta = {
         "columns": list(index.labels),
         "classes": index.classes,
         "shards": index.shards,
         "watched": index.watched,
     }
-    (partial / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _load(folder: Path) -> Index | None:
@@ -130,5 +128,5 @@ def _load(folder: Path) -> Index | None:
         classes=meta["classes"],
         shards=meta["shards"],
         watched=meta["watched"],
-        **{name: arrays.get(name) for name in _ARRAYS},
+        **{name: arrays[name] for name in _ARRAYS if meta["shards"]},
     )

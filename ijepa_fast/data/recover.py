@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 from pathlib import Path
+from typing import TextIO
 
 
 class TooManyBadFiles(ValueError):
@@ -57,7 +58,7 @@ class BadFiles:
                 "or raise max_bad_share"
             )
 
-    def _read(self, file) -> None:
+    def _read(self, file: TextIO) -> None:
         file.seek(0)
         for line in file:
             name, _, reason = line.rstrip("\n").partition("\t")

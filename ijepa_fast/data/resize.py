@@ -24,9 +24,9 @@ def resize_(out: np.ndarray, images: list[np.ndarray], interpolation: str) -> No
         return
     for row, image in enumerate(images):
         # Laid out as channels-last in PyTorch's eyes, so that the result is, and is copied as it lies.
-        image = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
-        image = F.interpolate(image, out.shape[1:3], mode=interpolation, antialias=True)
-        out[row] = image[0].permute(1, 2, 0).numpy()  # PyTorch's copy would start a thread pool in each thread
+        planes = torch.from_numpy(image).unsqueeze(0).permute(0, 3, 1, 2)
+        planes = F.interpolate(planes, out.shape[1:3], mode=interpolation, antialias=True)
+        out[row] = planes[0].permute(1, 2, 0).numpy()  # PyTorch's copy would start a thread pool in each thread
 
 
 @functools.cache

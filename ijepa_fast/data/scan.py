@@ -95,14 +95,16 @@ def _as_numbers(values: list[str]) -> list[float] | None:
 def _read_table(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        columns = [column for column in reader.fieldnames or [] if column != "file"]
-        if not columns or "file" not in reader.fieldnames:
-            raise ValueError(f"{path}: expected the columns file and at least one label, got {reader.fieldnames}")
+        given = list(reader.fieldnames or ())
+        columns = [column for column in given if column != "file"]
+        if not columns or "file" not in given:
+            raise ValueError(f"{path}: expected the columns file and at least one label, got {given}")
         rows = {row["file"]: row for row in reader}
     missing = [name for name in names if name not in rows]
     if missing:
         raise ValueError(f"{path}: {len(missing)} images have no row, the first {missing[0]!r}; write one a file")
-    labels, classes = {}, {}
+    labels: dict[str, np.ndarray] = {}
+    classes: dict[str, list[str]] = {}
     for column in columns:
         _add_column(labels, classes, column, [rows[name][column] for name in names])
     return labels, classes
@@ -123,18 +125,20 @@ def scan_list(path: str) -> Index:
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)
-            if not match[1].lower().endswith(EXTENSIONS):
+            if not match or not match[1].lower().endswith(EXTENSIONS):
                 raise ValueError(
                     f"{path}: expected paths that end in {', '.join(EXTENSIONS)}, got the line {line[:80]!r}"
                 )
             names.append(match[1])
             labels.append(match[2] or match[3])
     index = Index(Names.of(names), watched={path: watch(path)})
-    labelled = sum(label is not None for label in labels)
-    if 0 < labelled < len(labels):
-        raise ValueError(f"{path}: {labelled} of {len(labels)} lines have a label; write one on every line, or on none")
-    if labelled:
-        _add_column(index.labels, index.classes, "class", labels)
+    given = [label for label in labels if label is not None]
+    if 0 < len(given) < len(labels):
+        raise ValueError(
+            f"{path}: {len(given)} of {len(labels)} lines have a label; write one on every line, or on none"
+        )
+    if given:
+        _add_column(index.labels, index.classes, "class", given)
     return index
 
 
@@ -154,7 +158,7 @@ def scan_shards(shards: list[str]) -> Index:
             parts.append(part)
             bar.update()
     names = [name for part in parts for name, *_ in part]
-    labels = [label for part in parts for *_, label in part]
+    labels = [label for part in parts for *_, label in part if label is not None]
     index = Index(
         names=Names.of(names),
         shards=shards,
@@ -163,7 +167,7 @@ def scan_shards(shards: list[str]) -> Index:
         size=np.array([size for part in parts for _, _, size, _ in part], np.int64),
         watched=watched,
     )
-    if labels and all(label is not None for label in labels):
+    if names and len(labels) == len(names):
         _add_column(index.labels, index.classes, "class", labels)
     else:
         _label_by_folder(index, names)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from ijepa_fast.files import publish
 
 KINDS = ("cone", "cube", "cylinder", "sphere")
 MAX_OBJECTS = 6
@@ -344,7 +344,7 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
 
 def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
     rows = []
-    for line in child.stdout:
+    for line in child.stdout or ():
         rows.append(json.loads(line))
         bar.update()
     if child.wait() != 0:
@@ -357,14 +357,9 @@ def ensure_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0,
     final = Path(folder) / f"scenes-v{VERSION}-{count}x{size}-seed{seed}"
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.parent / f".{final.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with publish(final, lock=True) as draft:
         if not final.is_dir():
-            partial = final.with_name(f".{final.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_scenes(partial, count, size, seed, processes)
-            partial.rename(final)
+            write_scenes(draft, count, size, seed, processes)
     return final
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import io
 import itertools
 import os
 import re
@@ -72,7 +73,7 @@ class TarSource(Source):
 
 
 @functools.lru_cache(_OPEN_SHARDS)
-def _open_shard(path: str):
+def _open_shard(path: str) -> io.FileIO:
     # Closed when it falls out of the cache and its last reader lets go of it.
     return open(path, "rb", buffering=0)
 
@@ -87,6 +88,7 @@ def open_source(path: str | Path, label: str | None = None, cache: str | Path | 
     """
     path = os.fspath(path)
     shards = _shards(path)
+    source: Source
     if shards:
         source = TarSource(path, cached(path, cache, lambda: scan_shards(shards)), label)
     elif os.path.isdir(path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class ViewWork(Work):
 class ViewDecoder(Decoder):
     """Decodes each image once and makes all its views in the graph, on the CPU or a GPU."""
 
-    def __init__(self, views: Sequence[View], **options):
+    def __init__(self, views: Sequence[View], **options: Any):
         super().__init__(**options)
         self.views = views
 
@@ -75,7 +76,7 @@ class ViewDecoder(Decoder):
         images, *parameters = self._decoded(works, len(self.views))
         return tuple(self._view(images, view, values) for view, values in zip(self.views, parameters))
 
-    def _view(self, images, view: View, values):
+    def _view(self, images: Any, view: View, values: Any) -> Any:
         fn, types = self.dali.fn, self.dali.types
         filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
         window = {"roi_start": values[0:2], "roi_end": values[2:4]}
@@ -98,12 +99,12 @@ class ViewLoader(TrainLoader):
     """A TrainLoader whose Batch.images is a list: uint8 (B, crop, crop, 3) for each view. Other arguments are its."""
 
     def __init__(
-        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options
+        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options: Any
     ):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 
-    def _make_decoder(self, **options) -> Decoder:
+    def _make_decoder(self, **options: Any) -> Decoder:
         return ViewDecoder(self.views, **options)
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:

@@ -74,7 +74,8 @@ def parameter_groups(
     groups: dict[tuple[int, float], dict[str, Any]] = {}
     for name, parameter in classifier.named_parameters():
         block = re.search(r"\.blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if ".patch_embed." in name else depth + 1
+        above = name.startswith(("head.", "encoder.encoder.norm."))
+        layer = int(block[1]) + 1 if block else depth + 1 if above else 0
         decay = weight_decay if parameter.ndim > 1 else 0.0
         group = {"params": [], "lr": rate * layer_decay ** (depth + 1 - layer), "weight_decay": decay}
         groups.setdefault((layer, decay), group)["params"].append(parameter)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.outputs import measure
 from ijepa_fast.eval.rankme import rankme, target_variance
+from ijepa_fast.methods.method import Method
 
 WINDOW = 4096  # images kept, of rank 0
 RANK_IMAGES = 512  # of these, for the rank: its cost grows with the cube
@@ -32,16 +33,16 @@ LEAST_RANK = 1.5
 
 
 class OnlineProbe:
-    """Rank 0's probe of the features that an objective hands to its `watch`; on the other ranks, nothing.
+    """Rank 0's probe of the features that a method hands to its `watch`; on the other ranks, nothing.
 
-    An objective without `watch`, or one that never calls it (target=pixels), is not probed.
+    A method that never calls `watch`, such as MAE, is not probed.
     every: steps between readings, 0 for none. columns: {label: values (n,)} of the n training images, int64 ids into
     `classes[label]` or numbers. step: where the run goes on. say: prints a line.
     """
 
     def __init__(
         self,
-        objective: Any,
+        method: Method,
         every: int,
         columns: dict[str, np.ndarray],
         classes: dict[str, list[str]],
@@ -55,15 +56,15 @@ class OnlineProbe:
         self._indices: deque[np.ndarray] = deque()
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
         self._collapsed = False
-        if rank == 0 and self.every > 0 and hasattr(objective, "watch"):
-            objective.watch = self._watch
+        if rank == 0 and self.every > 0:
+            method.watch = self._watch
 
-    def _watch(self, features: torch.Tensor, packed: Any) -> None:
-        """Keep a batch's target features (U, D), averaged over each image's target patches."""
-        lengths = packed.union_cu_seqlens.diff()
+    def _watch(self, features: torch.Tensor, draw: Any) -> None:
+        """Keep a batch's target features (U, D), averaged over each image's target patches; draw: a MaskDraw."""
+        lengths = draw.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
-        self._targets = features, packed.union_index % packed.patches
-        if len(self._pooled) > -(-WINDOW // packed.images):
+        self._targets = features, draw.union_places
+        if len(self._pooled) > -(-WINDOW // draw.images):
             self._pooled.popleft()
 
     def add(self, indices: torch.Tensor) -> None:
@@ -125,6 +126,6 @@ class OnlineProbe:
             self._say(
                 f"step {step}: the targets have collapsed, all images look almost the same to the target encoder "
                 f"(RankMe {rank:.2f} of {min(width, RANK_IMAGES)}, variance {variance:.4f} of 1); go back to an "
-                f"earlier checkpoint and lower optim.lr or raise optim.momentum"
+                f"earlier checkpoint and lower optim.lr or raise optim.ema"
             )
         self._collapsed = found["collapsed"] = collapsed

@@ -11,16 +11,15 @@ The first two hold one encoder, the target encoder unless --network says otherwi
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
+from ijepa_fast.files import publish
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.reference import save_reference
 from ijepa_fast.interop.timm import save_timm
-from ijepa_fast.interop.weights import NETWORKS, save_weights, with_image_size
+from ijepa_fast.interop.weights import save_weights, with_image_size
 
 ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
 ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
@@ -32,25 +31,18 @@ def export(weights, form, out, network=None):
     network: of the formats with one encoder, "target_encoder" (default) or "encoder". ValueError where `out` exists.
     """
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
     if network and form not in ONE_ENCODER:
         one = " or ".join(ONE_ENCODER)
         raise ValueError(f"--network: {form} holds all networks; leave it out, or take --format {one}")
     if form == "safetensors" and out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name that ends in .safetensors, by which it is known, got {out.name!r}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with publish(out, lock=True) as draft:
+        if out.exists():
+            raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
         if form in ONE_ENCODER:
-            ONE_ENCODER[form](draft, weights.network(network or "target_encoder"), weights.arch)
+            ONE_ENCODER[form](draft, weights.network(network), weights.arch)
         else:
             ALL_NETWORKS[form](draft, weights)
-        draft.rename(out)
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        draft.unlink(missing_ok=True)
 
 
 def main(argv):
@@ -71,6 +63,6 @@ def main(argv):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    held = [name for name in NETWORKS if getattr(weights, name)]
-    print(f"{args.out}: {args.network or 'target_encoder' if args.format in ONE_ENCODER else ', '.join(held)}")
+    written = args.network or weights.best if args.format in ONE_ENCODER else weights.held
+    print(f"{args.out}: {written}")
     return 0

@@ -18,15 +18,14 @@ from ijepa_fast.config import Config, load_config
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.figures import cells, figures_of, headline
 from ijepa_fast.eval.rankme import rankme
-from ijepa_fast.interop.load import load
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.interop.load import latest, load
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart, with_average
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import read_summary
-from ijepa_fast.run.build import method_of
-from ijepa_fast.run.checkpoint import latest
+from ijepa_fast.run.build import build_method
 from ijepa_fast.run.sources import probe_folders, training_source
 
 Record = dict[str, Any]  # a line of the log
@@ -34,6 +33,7 @@ Series = dict[str, dict[str, tuple[list[int], list[float]]]]  # {metric: {label:
 
 RANK = ("rankme", "target_variance")  # metrics of the online probe that belong to the section of the rank
 TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}
+EMA = "Momentum of the EMA"  # under "momentum" in logs of earlier versions
 MOST_MASKS = 128  # images of the batch whose masks are drawn: a policy that truncates depends on their number
 
 
@@ -94,9 +94,11 @@ def _training(training: list[Record]) -> str:
     figure = line_chart("Loss", loss, wide=True)
     if len(loss) > 1:
         figure = figure.replace('class="chart', 'class="averaged chart', 1)
-    titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "momentum": "Momentum of the target encoder"}
-    charts = [line_chart(title, {"": _column(training, key)}) for key, title in titles.items()]
-    charts.append(line_chart("Tokens per image", {"": _column(training, "tokens_per_image")}))
+    terms = [{"step": record["step"]} | record.get("loss_terms", {}) for record in training]
+    charts = [line_chart("Terms of the loss", {name: _column(terms, name) for name in terms[-1] if name != "step"})]
+    titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "ema": EMA, "momentum": EMA}
+    titles["tokens_per_image"] = "Tokens per image"
+    charts += [line_chart(title, {"": _column(training, key)}) for key, title in titles.items()]
     return f'<div class="charts">{figure}{"".join(charts)}</div>'
 
 
@@ -175,14 +177,18 @@ def _features(config: Config, checkpoint: Path, images: str | Path | None, count
     )
     told = f"Of the {dim} pooled features of {size} images. RankMe is {rank:.1f} of at most {min(size, dim)}."
     sections = [("Spectrum", text(told) + f'<div class="charts">{chart}</div>')]
-    packed = method_of(config).make_batches(config, 1)(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
-    if isinstance(packed, PackedBatch):
+    with torch.device("meta"):
+        method = build_method(config, foreign=False)
+    packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
+    if isinstance(packed, MaskDraw):
         told = "The image, what the context encoder sees of it, and what is predicted: "
         told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
         sections.append(("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch)))
     told = f"By cosine similarity of standardised, average-pooled features, among {size} images of "
     told += f"{Path(source.root).name}; in green those of the same class."
     sections.append(("Nearest neighbours", text(told) + pictures.neighbours_gallery(sample)))
+    if sample.patches.shape[1] == 1:
+        return sections  # a class token
     told = "The first three principal components of patch features, as red, green and blue; the mean at each place is "
     told += "taken off first."
     sections.append(("Patch features", text(told) + pictures.pca_gallery(sample, encoder.encoder.grid)))

@@ -21,7 +21,7 @@ from ijepa_fast.eval.features import Standardiser, pool
 from ijepa_fast.eval.knn import nearest
 from ijepa_fast.eval.labels import Samples
 from ijepa_fast.interop.load import PretrainedEncoder
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report.plots import batch_masks, mask_views
 
 NEIGHBOURS = 6
@@ -67,7 +67,7 @@ def take_sample(
     return Sample(torch.cat(images), torch.cat(pooled), torch.cat(patches), names)
 
 
-def masks_gallery(images: torch.Tensor, packed: PackedBatch, patch: int) -> str:
+def masks_gallery(images: torch.Tensor, packed: MaskDraw, patch: int) -> str:
     """The first images beside what the context encoder sees of each and the blocks to predict."""
     contexts, targets = batch_masks(packed)
     rows = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
 
 Indices = Sequence[int] | np.ndarray  # of patches in an image, row by row
 
@@ -124,8 +124,8 @@ def mask_tiles(
     return np.concatenate([image, gap, seen, gap, blocks], axis=1)
 
 
-def batch_masks(packed: PackedBatch) -> tuple[list[np.ndarray], np.ndarray]:
-    """Patch indices within each image of a packing.PackedBatch.
+def batch_masks(packed: MaskDraw) -> tuple[list[np.ndarray], np.ndarray]:
+    """Patch indices within each image of a masks.packing.MaskDraw.
 
     Returns (the first context, a list of B arrays; the target blocks, (M, B, K)), int64.
     """
@@ -134,10 +134,10 @@ def batch_masks(packed: PackedBatch) -> tuple[list[np.ndarray], np.ndarray]:
     return np.split(context, ends[1:-1]), packed.target_index.numpy() % packed.patches
 
 
-def plot_masks(images: torch.Tensor, packed: PackedBatch, patch: int, path: Path, columns: int = 2) -> None:
+def plot_masks(images: torch.Tensor, packed: MaskDraw, patch: int, path: Path, columns: int = 2) -> None:
     """Draw masks over images as a PNG: for each image the image, its (first) context, its target blocks.
 
-    images: uint8 (b, H, W, 3), the first b of the batch that packed (packing.PackedBatch) belongs to. patch: side of a
+    images: uint8 (b, H, W, 3), the first b of the batch that packed, a MaskDraw, belongs to. patch: side of a
     patch, pixels. path: of the PNG to write. columns: images side by side.
     """
     from PIL import Image

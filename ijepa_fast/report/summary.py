@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ijepa_fast.config import Config
 from ijepa_fast.data.sources import Source
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
+from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
-from ijepa_fast.run.build import build_loader, build_objective
+from ijepa_fast.run.build import build_loader
 from ijepa_fast.run.provenance import FORMAT, provenance
-from ijepa_fast.run.sources import encode_with, evaluation
+from ijepa_fast.run.sources import encode_with, evaluation, untrained
 
 
 def finish(
     config: Config,
-    objective: nn.Module,
+    method: Method,
     source: Source | None,
     folders: tuple[str, str] | None,
     device: torch.device,
@@ -39,8 +39,8 @@ def finish(
     bad = folder / "bad_files.txt"
     records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
     plot_loss(records, folder / "loss.png")
-    _plot_masks(config, source)
-    figures = [] if folders is None else _evaluate(config, objective, folders, device)
+    _plot_masks(config, method, source)
+    figures = [] if folders is None else _evaluate(config, method, folders, device)
     summary = provenance(device) | {
         "wall_seconds": time.perf_counter() - began,  # of this launch, with what follows the last step
         "train_seconds": train_seconds(records, records[-1]["step"], config.batch_size),
@@ -101,19 +101,19 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(config: Config, objective: nn.Module, folders: tuple[str, str], device: torch.device) -> list[Figure]:
+def _evaluate(config: Config, method: Method, folders: tuple[str, str], device: torch.device) -> list[Figure]:
     print("evaluating the encoder before and after training", file=sys.stderr)
     data = evaluation(config, folders, device)
-    untrained = build_objective(config).to(device)
-    before, after = (evaluate(encode_with(each), *data) for each in (untrained, objective))
+    before, after = (evaluate(encode, *data) for encode in (untrained(config, device), encode_with(method)))
     return against(after, before)
 
 
-def _plot_masks(config: Config, source: Source | None) -> None:
-    loader = build_loader(config, source, torch.device("cpu"), 0, 1)
+def _plot_masks(config: Config, method: Method, source: Source | None) -> None:
+    loader = build_loader(config, method, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        if isinstance(batch.extra, PackedBatch):  # iBOT's masks are of several views
-            plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
+        images, draw = batch.images, batch.extra
+        if isinstance(draw, MaskDraw) and isinstance(images, torch.Tensor):  # iBOT's are of several views
+            plot_masks(images[:8], draw, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()

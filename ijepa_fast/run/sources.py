@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, open_labelled
+from ijepa_fast.methods.method import Method
+from ijepa_fast.run.build import build_method
 
 HELD_OUT = 1000  # scenes to test on
 
@@ -61,12 +62,19 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     return train, test, options
 
 
-def encode_with(objective: Any) -> Encode:
-    """The encoder that is evaluated: images uint8 (b, H, W, 3) -> features (b, N, D); of a class token, N is 1."""
-    encoder = getattr(objective, "target_encoder", None) or objective.encoder
+def untrained(config: Config, device: torch.device) -> Encode:
+    """The encoder of the run before training, on `device`."""
+    method = build_method(config)
+    method.probed.to(device)
+    return encode_with(method)
+
+
+def encode_with(method: Method) -> Encode:
+    """The encoder that a method leaves: images uint8 (b, H, W, 3) -> features (b, N, D); of a class token, N is 1."""
+    encoder = method.probed
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        features = encoder(objective.patchify(images), len(images))
+        features = encoder(method.patchify(images), len(images))
         return features.view(len(images), -1, features.shape[1])
 
     return encode
