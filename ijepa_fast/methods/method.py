@@ -175,11 +175,11 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
         )
     try:
         module = _import(METHODS.get(name, name))
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # whatever a module raises while it is imported
         raise ConfigError(
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
-            f"Method, got {name!r} ({error})"
-        ) from None
+            f"Method, got {name!r} ({type(error).__name__}: {error})"
+        ) from error
     found = [
         value
         for value in vars(module).values()
