@@ -79,7 +79,7 @@ def _plot_masks(config: Config, method, source) -> None:
     loader = build_loader(config, method, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        if isinstance(batch.extra, MaskDraw):  # iBOT's masks are of several views
-            plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
+        if isinstance(batch.draw, MaskDraw):  # iBOT's masks are of several views
+            plot_masks(batch.images[:8], batch.draw, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()
