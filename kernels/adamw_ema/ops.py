@@ -147,9 +147,8 @@ def _check(suffix: str, param: torch.Tensor, *others: torch.Tensor | None) -> No
     shape, device = param.shape, param.device
     for i, tensor in enumerate((param, *others)):
         # A list has hundreds of tensors, so what is right is passed quickly and check_tensor only words the error.
-        if tensor is None:
-            right = i > 3
-        else:
+        right = tensor is None and i > 3
+        if isinstance(tensor, torch.Tensor):
             right = tensor.dtype in _DTYPES[i] and tensor.shape == shape
             right = right and tensor.device == device and tensor.is_contiguous()
         if not right:

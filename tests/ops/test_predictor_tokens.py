@@ -259,49 +259,50 @@ def test_compiles_once(triton_everywhere):
     assert oracle.count_compiles(step, calls) == 1
 
 
-def test_bad_input(monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("context", lambda x: x[1:], "context: expected shape"),
+        ("context", lambda x: x.int(), "context: expected dtype"),
+        ("context", lambda x: x.mT.contiguous().mT, "context: expected a contiguous"),
+        ("mask_token", lambda x: x[:4], "mask_token: expected shape"),
+        ("mask_token", lambda x: x.to("meta"), "mask_token: expected device"),
+        ("positions", lambda x: x[1:], "positions: expected shape"),
+        ("positions", lambda x: x.clone().requires_grad_(), "positions: expected a fixed table"),
+        ("draw", lambda x: replace(x, targets=3), "draw.target_index: expected shape"),
+        (
+            "draw",
+            lambda x: replace(x, context_cu_seqlens=x.context_cu_seqlens[:2]),
+            "draw.context_cu_seqlens: expected at least 4 values",
+        ),
+        ("draw", lambda x: replace(x, context_index=x.context_index.long()), "draw.context_index: expected dtype"),
+        (
+            "draw",
+            lambda x: replace(x, context_cu_seqlens=x.context_cu_seqlens - 1),
+            "draw.context_cu_seqlens: .* end at the row count 60",
+        ),
+        ("draw", lambda x: replace(x, context_max_seqlen=39), "draw.context_max_seqlen: expected at least 40"),
+    ],
+)
+def test_bad_input_is_named(argument, change, message):
     packed = pack(*LAYOUTS["ragged"])
     context, mask_token, positions = make(packed, 8, torch.float32, "cpu")
-    cases = {
-        "context: expected shape": (context[1:], mask_token, positions, packed),
-        "context: expected dtype": (context.int(), mask_token, positions, packed),
-        "context: expected a contiguous": (context.mT.contiguous().mT, mask_token, positions, packed),
-        "mask_token: expected shape": (context, mask_token[:4], positions, packed),
-        "mask_token: expected device": (context, mask_token.to("meta"), positions, packed),
-        "positions: expected shape": (context, mask_token, positions[1:], packed),
-        "positions: expected a fixed table": (context, mask_token, positions.clone().requires_grad_(), packed),
-        "draw.target_index: expected shape": (context, mask_token, positions, replace(packed, targets=3)),
-        "draw.context_cu_seqlens: expected at least 4 values": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_cu_seqlens=packed.context_cu_seqlens[:2]),
-        ),
-        "draw.context_index: expected dtype": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_index=packed.context_index.long()),
-        ),
-        "draw.context_cu_seqlens: .* end at the row count 60": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_cu_seqlens=packed.context_cu_seqlens - 1),
-        ),
-        "draw.context_max_seqlen: expected at least 40": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_max_seqlen=39),
-        ),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=f"predictor_tokens: {message}"):
-            predictor_tokens(*arguments)
-    tokens = predictor_tokens(context, mask_token, positions, packed)
+    good = dict(context=context, mask_token=mask_token, positions=positions, draw=packed)
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=f"predictor_tokens: {message}"):
+        predictor_tokens(**good)
+
+
+def test_bad_input_of_the_readout_is_named():
+    packed = pack(*LAYOUTS["ragged"])
     with pytest.raises(ValueError, match="predictor_readout: tokens: expected shape"):
-        predictor_readout(tokens[1:], packed)
+        predictor_readout(torch.randn(packed.rows - 1, 8), packed)
+
+
+def test_debug_mode_reads_the_indices(monkeypatch):
+    packed = pack(*LAYOUTS["ragged"])
     monkeypatch.setattr(checks, "debug", True)
     with pytest.raises(ValueError, match=r"draw.target_index: expected values in \[0, 147\)"):
-        predictor_tokens(context, mask_token, positions, replace(packed, target_index=packed.target_index + 147))
+        predictor_tokens(
+            *make(packed, 8, torch.float32, "cpu"), replace(packed, target_index=packed.target_index + 147)
+        )
