@@ -63,7 +63,7 @@ def train(config: Config) -> None:
                 begin = time.perf_counter()
                 batch = next(loader)
                 wait = time.perf_counter() - begin
-                draw = batch.extra.to(device, non_blocking=True)
+                draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
                 engine.step(lr, weight_decay, ema)
                 meter.add(loss, terms, draw, wait)

@@ -11,9 +11,9 @@ The first two hold one encoder, the target encoder unless --network says otherwi
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from ijepa_fast.command import one_sentence
 from ijepa_fast.files import publish
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
@@ -45,7 +45,8 @@ def export(weights, form, out, network=None):
             ALL_NETWORKS[form](draft, weights)
 
 
-def main(argv):
+@one_sentence()
+def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast export", description="Write weights for other tools.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
@@ -55,14 +56,10 @@ def main(argv):
     parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
     parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
-    try:
-        weights = read(args.checkpoint, args.heads)
-        if args.image_size is not None:
-            weights = with_image_size(weights, args.image_size)
-        export(weights, args.format, args.out, args.network)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    weights = read(args.checkpoint, args.heads)
+    if args.image_size is not None:
+        weights = with_image_size(weights, args.image_size)
+    export(weights, args.format, args.out, args.network)
     written = args.network or weights.best if args.format in ONE_ENCODER else weights.held
     print(f"{args.out}: {written}")
     return 0

@@ -108,6 +108,10 @@ class PretrainedEncoder(nn.Module):
         """`images` uint8 (B, crop, crop, 3) -> features (B, N, D) after the final LayerNorm, in the weights' dtype."""
         return self.encoder(self._patchify(images), len(images)).view(len(images), self.patches, self.dim)
 
+    def dense(self, images: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but always the features of the patches (B, N, D), also of a method read by its class token."""
+        return self.encoder(self._patchify(images), len(images), "patches").view(len(images), -1, self.dim)
+
     def layers(self, images: torch.Tensor, count: int = 4) -> list[torch.Tensor]:
         """Outputs of the last `count` blocks, a list of (B, N, D), without the final LayerNorm."""
         outputs = self.encoder.layers(self._patchify(images), len(images), count)

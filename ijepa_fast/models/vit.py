@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
-from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
@@ -106,13 +105,11 @@ class Attention(nn.Module):
 
 
 class LinearGELU(nn.Linear):
-    """Linear, then exact GELU; the bias joins the GELU's pass where that is a kernel."""
+    """Linear, then exact GELU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (T, D) -> (T, F)."""
-        if runs_triton("bias_gelu", x):
-            return bias_gelu(linear(x, self.weight), self.bias)
-        return linear_gelu(x, self.weight, self.bias)
+        return linear_gelu(x, self.weight, self.bias, bias_gelu)
 
 
 class MLP(nn.Module):
@@ -307,11 +304,14 @@ class Encoder(nn.Module):
         blocks = self.blocks if inner is None else [*inner, self.blocks[-1]]
         return run_blocks(blocks, self.norm, self.embed(patches), None, Sequences(images=draw.images), last)
 
-    def forward(self, patches: torch.Tensor, images: int) -> torch.Tensor:
-        """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D)."""
+    def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
+        """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D).
+
+        readout: instead of the encoder's own.
+        """
         x = self.embed(patches)
         x = run_blocks(self.blocks, self.norm, x, None, Sequences(images=images), recompute=self.recompute)
-        return self._read_out(x, images)
+        return self._read_out(x, images, readout or self.readout)
 
     def layers(self, patches: torch.Tensor, images: int, count: int) -> list[torch.Tensor]:
         """Read-outs of the last `count` blocks, without the final norm: what the paper's probe concatenates."""
@@ -320,7 +320,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x, branch = block(x, branch, Sequences(images=images))
             outputs.append(x + branch)
-        return [self._read_out(output, images) for output in outputs[-count:]]
+        return [self._read_out(output, images, self.readout) for output in outputs[-count:]]
 
     def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of square crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
@@ -367,12 +367,12 @@ class Encoder(nn.Module):
         table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
         return torch.cat([self.pos_embed[:, :extra], table.flatten(2).transpose(1, 2)], dim=1)
 
-    def _read_out(self, x: torch.Tensor, images: int) -> torch.Tensor:
+    def _read_out(self, x: torch.Tensor, images: int, readout: str) -> torch.Tensor:
         """Tokens of whole images -> patches (B*N, D) or class tokens (B, D)."""
         if self.cls_token is None:
             return x
         x = x.view(images, -1, self.dim)
-        return x[:, 0] if self.readout == "class" else x[:, 1:].reshape(-1, self.dim)
+        return x[:, 0].contiguous() if readout == "class" else x[:, 1:].reshape(-1, self.dim)
 
 
 def init_weights(module: nn.Module) -> None:

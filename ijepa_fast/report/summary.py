@@ -112,7 +112,7 @@ def _plot_masks(config: Config, method: Method, source: Source | None) -> None:
     loader = build_loader(config, method, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        images, draw = batch.images, batch.extra
+        images, draw = batch.images, batch.draw
         if isinstance(draw, MaskDraw) and isinstance(images, torch.Tensor):  # iBOT's are of several views
             plot_masks(images[:8], draw, config.model.patch, config.folder / "masks.png")
     finally:

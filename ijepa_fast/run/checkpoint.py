@@ -215,7 +215,7 @@ def _write_fragments(draft: Path, engine: Engine) -> None:
                     tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start].cpu().clone()
         if rank == 0:
             carried = engine.method.carried.items()
-            tensors |= {f"{name}|carried|0": tensor.cpu().clone() for name, tensor in carried}
+            tensors |= {f"{name}|carried|0": tensor.reshape(-1).cpu().clone() for name, tensor in carried}
         save_file(tensors, draft / f"rank-{rank:05d}.safetensors")
     torch.distributed.barrier()
 

@@ -1,4 +1,4 @@
-"""csrc's gradient of the weight for fp32 on the CPU."""
+"""csrc's gradient of the weight on the CPU."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import torch
 
 from ijepa_fast.kernels.common import native
 
+DTYPES = (torch.float32,)
+
 _dweight = native.define("linear_dweight_cpu_(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()")
 
 
-def dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dy^T x: (T, O), (T, I) -> (O, I), for I a multiple of native.WIDTH."""
+def unsupported(dy: torch.Tensor, x: torch.Tensor) -> str | None:
+    """Why csrc cannot take these, or would be slower than PyTorch's product; None if it can and is not."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs AVX2, without which PyTorch's product is faster"
+    return native.unsupported(DTYPES, x, dy)
+
+
+def linear_dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dy^T x: (T, O), (T, I) -> (O, I)."""
     out = x.new_empty(dy.shape[1], x.shape[1])
     _dweight(dy, x, out)
     return out
