@@ -20,8 +20,10 @@ from ijepa_fast import config
 from ijepa_fast.masks.draw import Draw
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message says in which steps and on which ranks."""
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite; the message says in which steps and on which ranks. All ranks raise it."""
+
+    met_by_all = True
 
 
 class Meter:
