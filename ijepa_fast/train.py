@@ -81,7 +81,8 @@ def train(config: Config) -> None:
             if saving or step % config.log.every == 0:
                 record = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
-                log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
+                window = meter.read((logged + 1, step), engine.health(), engine.skipped)
+                log.write(step, window | record | online.read(step))
                 logged = step
             if saving:
                 save(config, engine, step)
