@@ -70,6 +70,7 @@ class Data:
     scenes: int = fixed(4000, "images of the embedded data set", least=1)
     scenes_size: int = fixed(64, "their side, pixels", least=1)
     hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
+    changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
     max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
     max_pixels: int = fixed(
         178_956_970, "a file that declares more counts as unreadable (a decompression bomb)", least=1

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 # On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,7 +36,7 @@ from ijepa_fast.run import forecast as planning
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
-from ijepa_fast.run.sources import label_columns, probe_folders, training_source
+from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
 from ijepa_fast.run.stop import Stop, Stopped, follow_launcher
 from ijepa_fast.run.together import on_first, sentence
 
@@ -56,10 +57,13 @@ def train(config: Config) -> None:
     last = choose(config.folder, config.resume)
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
-    step = resume(config, last, engine, rank)
+    data = identity(source)
+    step, changed = resume(config, last, engine, data, rank)
     micro_steps = config.engine.accumulation
     loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
+    if changed:
+        log.write(step, {"changed": changed})
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
     with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
@@ -85,7 +89,7 @@ def train(config: Config) -> None:
                 log.write(step, window | record | online.read(step))
                 logged = step
             if saving:
-                save(config, engine, step)
+                save(config, engine, data, step)
                 stop.saved()
                 meter.restart()
             if signal and step < total:
@@ -95,17 +99,23 @@ def train(config: Config) -> None:
     torch.distributed.barrier()
 
 
-def save(config: Config, engine: Engine, step: int) -> None:
+def save(config: Config, engine: Engine, data: dict[str, Any] | None, step: int) -> None:
     """Write a checkpoint of the run. Called by every rank."""
     arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, step)
-    checkpoint.save(config.folder, engine, flatten(config), arch, step, config.log.keep, config.log.keep_every)
+    keep, keep_every = config.log.keep, config.log.keep_every
+    checkpoint.save(config.folder, engine, flatten(config), arch, step, keep, keep_every, data)
 
 
-def resume(config: Config, last: Path | None, engine: Engine, rank: int) -> int:
-    """Load the checkpoint `last` into `engine`, the weights of `init` where there is none; the step to go on from."""
-    step = 0
+def resume(
+    config: Config, last: Path | None, engine: Engine, data: dict[str, Any] | None, rank: int
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """Load the checkpoint `last` into `engine`, the weights of `init` where there is none.
+
+    Returns the step to go on from, and the settings of training that are others than before, {key: (then, now)}.
+    """
+    step, changed = 0, {}
     if last is not None:
-        step = checkpoint.load(last, engine, flatten(config))
+        step, changed = checkpoint.load(last, engine, flatten(config), data)
         on_first(lambda: set_newer_aside(last))
     elif config.init is not None:
         weights = read(config.init, config.model.heads)
@@ -116,8 +126,10 @@ def resume(config: Config, last: Path | None, engine: Engine, rank: int) -> int:
             print(f"starting from {config.init}{anew}", file=sys.stderr)
     if rank == 0 and step:
         print(f"continuing {config.folder} from step {step}", file=sys.stderr)
+        for key, (then, now) in changed.items():
+            print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
     on_first(lambda: save_config(config, config.folder / "config.yaml"))
-    return step
+    return step, changed
 
 
 def main(argv: list[str] | None = None) -> int:

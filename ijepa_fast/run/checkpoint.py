@@ -139,13 +139,17 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OSError(28, "No space left on device")
 
 
-def load(path: Path, engine: Engine, settings: Mapping[str, Any]) -> int:
-    """Bring `engine` to the state in `path`; its step. Raises CheckpointError before anything is changed.
+def load(
+    path: Path, engine: Engine, settings: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """Bring `engine` to the state in `path`. Raises CheckpointError before anything is changed.
 
-    settings: the flattened configuration of the run that goes on. What is read is taken for verified.
+    settings: the flattened configuration of the run that goes on. data: what it trains on. What is read is taken for
+    verified. Returns the step, and the settings of training that have another value now: {key: (then, now)}.
     """
     state = read_state(path)
-    _check_settings(path, present(state["config"]), json.loads(json.dumps(dict(settings))))
+    then, now = present(state["config"]), json.loads(json.dumps(dict(settings)))
+    changed = _check_settings(path, then, now, _check_data(path, state.get("data"), data, now))
     names = {name: today(name, engine.method.former_names) for name in state["shapes"]}
     shapes = {names[name]: shape for name, shape in state["shapes"].items()}
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
@@ -167,11 +171,35 @@ def load(path: Path, engine: Engine, settings: Mapping[str, Any]) -> int:
     for name, tensor in carried.items():
         engine.method.carried[name].copy_(tensor)
     engine.restored()
-    return state["step"]
+    return state["step"], changed
 
 
-def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """CheckpointError where a key that is fixed has another value now."""
+def _check_data(
+    path: Path, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> bool:
+    """Whether the images are known to be those that the run began with; CheckpointError where they are known not to be.
+
+    They may lie at another place then. data.changed=accept lets others pass.
+    """
+    if then is None or now is None:
+        return False
+    if then != now and settings["data.changed"] != "accept":
+        counts = then["images"], now["images"]
+        what = f"{counts[0]:,} images -> {counts[1]:,}" if counts[0] != counts[1] else "as many images, other names"
+        raise CheckpointError(
+            f"{path}: data.source={settings['data.source']} is not what the run began with ({what}); restore it, or go "
+            f"on with data.changed=accept: order and epochs are then those of the new images"
+        )
+    return True
+
+
+def _check_settings(
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], same_data: bool
+) -> dict[str, tuple[Any, Any]]:
+    """Settings of training that have another value now; CheckpointError where one of them is fixed.
+
+    same_data: the images are known, so that they may lie elsewhere.
+    """
     methods = then.get("objective.method"), now["objective.method"]
     if methods[0] not in (None, methods[1]):
         raise CheckpointError(
@@ -181,12 +209,17 @@ def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any])
     changed = [
         f"{key}: {json.dumps(then.get(key))} -> {json.dumps(value)}"
         for key, value in now.items()
-        if is_fixed(key) and then.get(key, value) != value
+        if is_fixed(key) and then.get(key, value) != value and not (same_data and key == "data.source")
     ]
     if changed:
         raise CheckpointError(
             f"{path} was written by another run ({'; '.join(changed)}); restore these keys, or set another name"
         )
+    return {
+        key: (then[key], value)
+        for key, value in now.items()
+        if key.startswith(("optim.", "engine.", "data.source")) and key in then and then[key] != value
+    }
 
 
 def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:

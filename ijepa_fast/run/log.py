@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ijepa_fast import config
+from ijepa_fast.files import publish
 from ijepa_fast.masks.draw import Draw
 
 SKIPPED = 3  # steps that may be skipped between two log lines
@@ -168,8 +170,11 @@ class RunLog:
         """Write `record` for the state after `step` steps; nested sections keep their names, joined by slashes."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; checkpoints are intact", self._file.name) from None
         if skipped := record.get("skipped"):
             self.say(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
         numbers = dict(_numbers(record))
@@ -201,18 +206,20 @@ class RunLog:
 
 
 def _reopen(path: Path, step: int) -> TextIO:
-    """The log for appending, without records of steps that a resumed run will do again."""
-    kept = []
+    """The log for appending, without records of steps that a resumed run will do again, and lines that are none."""
     if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
+        kept = [line + "\n" for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        with publish(path) as draft:
+            draft.write_text("".join(kept))
     return open(path, "a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a record, infinity for a line that is none, such as one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:

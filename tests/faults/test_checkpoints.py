@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.faults.run import LONG, logged, saved, wait_for, with_code
+from tests.faults.run import LONG, logged, saved, wait_for
 from tests.launch import finish, losses, run, start
 
 pytest.importorskip("deepspeed")
@@ -168,17 +168,3 @@ def finish_of(processes):
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def test_a_full_disk_is_one_sentence(trained, tmp_path):
-    """The free bytes of the file system are said to be too few."""
-    folder = tmp_path / "quickstart"
-    shutil.copytree(trained, folder)
-    code = "from ijepa_fast.run import checkpoint; checkpoint._free = lambda folder: 1000"
-    done = with_code(code, tmp_path, *STEPS, "optim.steps=6")
-    assert done.returncode == 1
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    for words in ("step-00000006", "No space left", "bytes needed, 1,000 free", "earlier checkpoints are intact"):
-        assert words in error
-    assert saved(folder) == [2, 4]
-    run(tmp_path, *STEPS, "optim.steps=6")

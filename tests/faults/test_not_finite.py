@@ -18,8 +18,8 @@ from ijepa_fast.engine.engine import choose_device, start
 from ijepa_fast.run.build import build_engine, build_method
 
 CASES = [(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
-# Ops that engine.step may dispatch at a model of 59 tensors; views count too. With DeepSpeed's defaults, ZeRO 1 and 2 had
-# some 16 a tensor in bf16. What it does in bf16 at ZeRO 0, and at ZeRO 3, cannot be turned off.
+# Ops that engine.step may dispatch at a model of 59 tensors; views count too. DeepSpeed's defaults have 16 a tensor in
+# bf16 at ZeRO 1. What it does in bf16 at ZeRO 0, and at ZeRO 3, cannot be turned off.
 OPS = {(0, "fp32"): 12, (0, "bf16"): 1550, (3, "fp32"): 860, (3, "bf16"): 860}
 SKIPS = {(0, "bf16"), (3, "fp32"), (3, "bf16")}  # where DeepSpeed looks at the gradient, and it cannot be turned off
 
