@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: install train test test-gpu bench lint wheelhouse
+.PHONY: install train test test-faults test-gpu bench lint wheelhouse
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
@@ -20,6 +20,9 @@ train: install
 test: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-faults: install
+	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
 
 test-gpu: install
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

@@ -38,8 +38,14 @@ def command(runs: Path, *overrides: str, config: str = "quickstart") -> list[str
     return [*script, *TINY, *overrides]
 
 
-def start(runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart") -> list[subprocess.Popen]:
-    """Start a run's ranks."""
+def start(
+    runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart", first: str | None = None
+) -> list[subprocess.Popen]:
+    """Start a run's ranks. first: code that they run before the trainer's."""
+    arguments = command(runs, *overrides, config=config)
+    if first is not None:
+        main = "import sys; from ijepa_fast.train import main; sys.exit(main(sys.argv[1:]))"
+        arguments = [sys.executable, "-c", f"{first}\n{main}", *arguments[2:]]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -47,7 +53,7 @@ def start(runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart
     environment = {**os.environ, **world, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     return [
         subprocess.Popen(
-            command(runs, *overrides, config=config),
+            arguments,
             cwd=ROOT,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,

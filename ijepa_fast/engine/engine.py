@@ -21,6 +21,8 @@ from ijepa_fast.models.vit import compile_blocks
 
 # Buckets are allocated in every step; this many fp32 values are no more than keep_freed_memory can keep.
 CPU_BUCKET = 8_000_000
+RENDEZVOUS = 600  # seconds, at least, for all ranks to start
+AFTER = 60  # seconds that NCCL waits longer than the host, which can say what is wrong; NCCL aborts the process
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,7 +58,7 @@ def start(device: torch.device, timeout: int) -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
         auto_mpi_discovery=False,
     )
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -113,6 +115,7 @@ class Engine:
             optimizer=self.optimizer,
             config=deepspeed_config(settings, optim.clip, micro_batch, device),
         )
+        _bound_waits(settings.timeout + (AFTER if device.type == "cuda" else 0))
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
         self.optimizer.state.clear()
         self.layout = LAYOUTS[settings.zero](self._engine, self.optimizer, groups)
@@ -174,6 +177,13 @@ class Engine:
         """Bring the averages into their networks, and tell the method, which may keep something made from them."""
         self.layout.gather()
         self.method.average_changed()
+
+
+def _bound_waits(seconds: int) -> None:
+    """Let no process group, DeepSpeed's own among them, wait longer for a rank."""
+    c10d = torch.distributed.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def deepspeed_config(settings: config.Engine, clip: float, micro_batch: int, device: torch.device) -> dict:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import ROOT, TINY, command
+from tests.launch import ROOT, TINY
 
 LONG = ("optim.steps=100000", "optim.epochs=1000", "log.checkpoint_every=100000", "log.keep=9")
 
@@ -49,19 +49,6 @@ def launch(runs: Path, *overrides: str, ranks: int) -> subprocess.Popen:
         stderr=open(runs / "stderr", "w"),
         start_new_session=True,
     )
-
-
-def with_code(code: str, runs: Path, *overrides: str) -> subprocess.CompletedProcess:
-    """The trainer, one rank, in a process that runs `code` first."""
-    code += "\nimport sys; from ijepa_fast.train import main; sys.exit(main(sys.argv[1:]))"
-    alone = {name: value for name, value in os.environ.items() if "RANK" not in name and name != "MASTER_PORT"}
-    arguments = command(runs, *overrides)[2:]
-    environment = {**alone, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-    print(done.stderr[-3000:])
-    return done
 
 
 def tree(session: int) -> dict[str, list[int]]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.faults.run import saved, with_code
-from tests.launch import ROOT, TINY
+from tests.faults.run import saved
+from tests.launch import ROOT, TINY, finish
+from tests.launch import start as start_run
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
@@ -101,7 +102,7 @@ Engine.backward = third_is_bad
 @pytest.mark.parametrize("zero", [0, 1])
 def test_a_run_ends_and_saves_nothing_of_it(tmp_path, zero):
     options = ("log.every=5", "log.checkpoint_every=1", "log.keep=9", f"engine.zero={zero}", "optim.steps=9")
-    done = with_code(INJECT, tmp_path, *options)
-    assert done.returncode == 1
-    assert "the weights are not finite in steps 3 to 3 on ranks [0]" in done.stderr
+    statuses, errors = finish(start_run(tmp_path, *options, first=INJECT))
+    assert statuses == [1]
+    assert "the weights are not finite in steps 3 to 3 on ranks [0]" in errors
     assert saved(tmp_path / "quickstart") == [1, 2]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults.run import saved, with_code
+from tests.faults.run import saved
 from tests.launch import finish, losses, run, start
 
 pytest.importorskip("deepspeed")
@@ -40,9 +40,9 @@ STEPS = ("optim.epochs=9", "log.keep=9")
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path, code, words):
     folder = run(tmp_path, *STEPS, "optim.steps=2")
-    done = with_code(code, tmp_path, *STEPS, "optim.steps=4")
-    assert done.returncode == 1
-    error = only_error(done.stderr)
+    statuses, errors = finish(start(tmp_path, *STEPS, "optim.steps=4", first=code))
+    assert statuses == [1]
+    error = only_error(errors)
     for word in ("step-00000004", "bytes needed", "earlier checkpoints are intact", *words):
         assert word in error
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -1,0 +1,81 @@
+"""Ranks that are killed, that stop, or that meet an error alone."""
+
+import signal
+import time
+
+import pytest
+
+from tests.faults.run import LONG, logged, wait_for
+from tests.launch import finish, losses, run, start
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+
+END = ("optim.steps=60", "optim.epochs=9", "log.checkpoint_every=5")
+
+
+def whole(folder):
+    return (folder / "checkpoints" / "step-00000060" / "weights.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Runs on one and on two ranks that nobody ended."""
+    return {ranks: run(tmp_path_factory.mktemp("unbroken"), *END, ranks=ranks) for ranks in (1, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.multi_rank
+@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_kill_at_any_moment(unbroken, tmp_path, ranks, moment):
+    folder = tmp_path / "quickstart"
+    processes = start(tmp_path, *END, ranks=ranks)
+    wait_for(lambda: logged(folder) >= 1 or processes[0].poll() is not None)
+    time.sleep(0.07 * moment)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    finish(processes)
+    assert run(tmp_path, *END, ranks=ranks) == folder
+    assert losses(folder) == losses(unbroken[ranks])
+    assert whole(folder) == whole(unbroken[ranks])
+
+
+@pytest.mark.multi_rank
+def test_a_rank_that_stops_ends_the_run_after_the_timeout(tmp_path):
+    processes = start(tmp_path, *LONG, "engine.timeout=8", ranks=2)
+    wait_for(lambda: logged(tmp_path / "quickstart") >= 2)
+    processes[1].send_signal(signal.SIGSTOP)
+    began = time.time()
+    statuses, errors = finish(processes[:1], timeout=90)
+    processes[1].kill()
+    processes[1].communicate()
+    assert time.time() - began > 6
+    assert statuses == [1]
+    assert "rank 0 lost another rank, which ended or was silent for engine.timeout seconds" in errors
+    assert "Traceback" not in errors
+
+
+ALONE = """
+import os
+from ijepa_fast.engine.engine import Engine
+
+step, calls = Engine.step, []
+
+def fails(self, *rates):
+    calls.append(None)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise ValueError("something that this rank alone has met")
+    return step(self, *rates)
+
+Engine.step = fails
+"""
+
+
+@pytest.mark.multi_rank
+def test_an_error_that_one_rank_meets_is_said_with_its_number(tmp_path):
+    statuses, errors = finish(start(tmp_path, *LONG, ranks=2, first=ALONE))
+    assert statuses == [1, 1]
+    assert "error: rank 1: something that this rank alone has met" in errors
+    assert "error: rank 0 lost another rank" in errors
+    assert "Traceback" not in errors
