@@ -8,11 +8,12 @@ decodes; `next` takes finished batches from a queue.
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
+from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import Source
@@ -333,6 +335,22 @@ def eval_batches(
                 yield hand_over(images), torch.from_numpy(labels[work.ids])
         finally:
             decoder.close()
+
+
+def read_images(
+    paths: Iterable[str | Path], *, crop: int, interpolation: str, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """Image files as uint8 (n, crop, crop, 3) on `device`: the central square of each, decoded as for training.
+
+    Raises ValueError, which names the file and the reason, where one cannot be used.
+    """
+    source = Source("", Index(Names.of(os.fspath(path) for path in paths)))
+    try:
+        options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
+        batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]
+    except TooManyBadFiles as error:
+        raise BadImage(error.last) from None
+    return torch.cat(batches) if batches else torch.empty(0, crop, crop, 3, dtype=torch.uint8, device=device)
 
 
 def _central(rows: list[tuple], share: float) -> Work:

@@ -10,7 +10,11 @@ from typing import TextIO
 
 
 class TooManyBadFiles(ValueError):
-    """More files of a source than the allowed share cannot be decoded."""
+    """More files of a source than the allowed share cannot be decoded. last: the last of them, with the reason."""
+
+    def __init__(self, message: str, last: str = ""):
+        super().__init__(message)
+        self.last = last
 
 
 class BadFiles:
@@ -56,7 +60,8 @@ class BadFiles:
             raise TooManyBadFiles(
                 f"{len(self)} of {self.total} files cannot be decoded, more than max_bad_share = {self.max_share:g}; "
                 f"{listed}. Repair or remove them (python -m ijepa_fast check-data PATH finds them all), "
-                "or raise max_bad_share"
+                "or raise max_bad_share",
+                last=f"{name}: {reason}",
             )
 
     def _read(self, file: TextIO) -> None:
