@@ -38,8 +38,10 @@ def find_bad_files(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -
         try:
             data = source.read(index)
             return np.frombuffer(data, np.uint8), *screen(data, max_pixels)
-        except (OSError, BadImage) as error:
+        except BadImage as error:
             return str(error)
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
 
     def works() -> Iterator[Work]:
         reading: deque[tuple[np.ndarray, list]] = deque()

@@ -68,7 +68,8 @@ class BadFiles:
         file.seek(0)
         for line in file:
             name, _, reason = line.rstrip("\n").partition("\t")
-            self._reasons.setdefault(name, reason)
+            if not reason.startswith("cannot be read"):  # storage was away: earlier versions listed good files for that
+                self._reasons.setdefault(name, reason)
 
 
 def _line(text: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ijepa_fast.data.index import Index, cached
 from ijepa_fast.data.scan import EXTENSIONS, scan_folder, scan_list, scan_shards
+from ijepa_fast.data.storage import StorageTrouble, check_size, read_file
 
 _OPEN_SHARDS = 64
 
@@ -45,9 +46,8 @@ class Source:
         return os.path.join(self.root, self.index.names[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of sample `index`. Raises OSError."""
-        with open(self.name(index), "rb", buffering=0) as file:
-            return file.read()
+        """The encoded bytes of sample `index`. Raises OSError, and BadImage for what can be no image."""
+        return read_file(os.path.join(self.root, self.index.names[index]))
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -63,9 +63,17 @@ class TarSource(Source):
         return f"{self.index.shards[self.index.shard[index]]}:{self.index.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of sample `index`. Raises OSError."""
-        shard = _open_shard(self.index.shards[self.index.shard[index]])
-        return os.pread(shard.fileno(), int(self.index.size[index]), int(self.index.start[index]))
+        """The encoded bytes of sample `index`. Raises OSError, and BadImage for one over the bound of bytes."""
+        path, size = self.index.shards[self.index.shard[index]], int(self.index.size[index])
+        check_size(size)
+        try:
+            data = os.pread(_open_shard(path).fileno(), size, int(self.index.start[index]))
+        except OSError:
+            _open_shard.cache_clear()  # the next try opens the file again: where it was replaced, this one is stale
+            raise
+        if len(data) < size:
+            raise StorageTrouble(f"{path}: is {size - len(data)} bytes shorter than when it was indexed; start again")
+        return data
 
     @property
     def groups(self) -> np.ndarray:
