@@ -87,7 +87,9 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
             if result is not None:
                 bad += 1
                 bar.write("{}: {}".format(*result))
-    print(f"{len(source)} files, {bad} bad")
+    print(f"{len(source)} files, {bad} bad" + (f"; left out: {source.left_out}" if source.left_out else ""))
+    if source.index.problem:
+        print(f"labels cannot be used: {source.index.problem}")
     return int(bad > 0)
 
 
