@@ -71,10 +71,10 @@ def adamw_ema_(
     Raises:
         ValueError: for a wrong dtype, shape, device or layout, and a step below 1.
     """
-    tensors = [param, grad, exp_avg, exp_avg_sq, ema, param_out, ema_out]
-    _check("", *tensors)
+    others = [grad, exp_avg, exp_avg_sq, ema, param_out, ema_out]
+    _check("", param, *others)
     scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
-    _choose("adamw_ema_", param)(*tensors[:5], scalars, *tensors[5:])
+    _choose("adamw_ema_", param)(param, *others[:4], scalars, *others[4:])
 
 
 def adamw_ema_multi_(
@@ -98,9 +98,10 @@ def adamw_ema_multi_(
 
     `param_out` and `ema_out` may be None for some of the parameters. Raises ValueError as adamw_ema_ does.
     """
+    given: dict[str, Sequence[torch.Tensor | None] | None]
     given = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     given |= {"emas": emas, "param_out": param_out, "ema_out": ema_out}
-    columns = [params]
+    columns: list[Sequence[torch.Tensor | None]] = [params]
     for name, tensors in given.items():
         if tensors is None and name in ("emas", "param_out", "ema_out"):
             tensors = [None] * len(params)
@@ -144,13 +145,13 @@ _NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "param_out", "ema_out
 _DTYPES = (_STATE, _ANY, _STATE, _STATE, _STATE, _ANY, _ANY)
 
 
-def _check(suffix: str, *tensors: torch.Tensor | None) -> None:
-    shape, device = tensors[0].shape, tensors[0].device
-    for i, tensor in enumerate(tensors):
+def _check(suffix: str, param: torch.Tensor, *others: torch.Tensor | None) -> None:
+    shape, device = param.shape, param.device
+    for i, tensor in enumerate((param, *others)):
         if tensor is None and i > 3:
             continue
         # A list has hundreds of tensors, so what is right is passed quickly and check_tensor only words the error.
         dtypes = _DTYPES[i]
-        right = isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and tensor.shape == shape
-        if not right or tensor.device != device or not tensor.is_contiguous():
+        plain = isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and tensor.device == device
+        if tensor is None or not plain or tensor.dtype not in dtypes or tensor.shape != shape:
             check_tensor("adamw_ema", _NAMES[i] + suffix, tensor, tuple(shape), dtypes, device)

@@ -7,6 +7,8 @@ operand transposed in memory, which costs much of what it gains; csrc's loops ta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +18,7 @@ DTYPES = (torch.float32,)
 
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:

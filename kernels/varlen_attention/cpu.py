@@ -132,5 +132,6 @@ def varlen_attention_qkv_bwd(
     scale: float,
 ) -> torch.Tensor:
     """The gradient of qkv (T, 3, H, d)."""
+    q, k, v = qkv.unbind(1)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return torch.stack(varlen_attention_bwd(dout, *qkv.unbind(1), out, lse, *lengths, scale), 1)
+    return torch.stack(varlen_attention_bwd(dout, q, k, v, out, lse, *lengths, scale), 1)
