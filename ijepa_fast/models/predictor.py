@@ -61,7 +61,7 @@ class Predictor(nn.Module):
         sequences = Sequences(draw.predictor_cu_seqlens, draw.predictor_max_seqlen)
         last = replace(
             sequences,
-            select=partial(predictor_readout, packed=draw),
+            select=partial(predictor_readout, draw=draw),
             query_cu_seqlens=draw.predictor_query_cu_seqlens,
             query_max_seqlen=draw.target_size,
         )

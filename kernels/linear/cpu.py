@@ -30,7 +30,7 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if _product is None:
         return "needs a PyTorch with oneDNN's linear layer"
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        return f"takes x and weight of one dtype, {DTYPES}, got {x.dtype} and {weight.dtype}"
+        return f"takes x and weight of one dtype of {DTYPES}, got {x.dtype} and {weight.dtype}"
     if x.numel() == 0:
         return "takes no empty tensors"
     if torch.is_autocast_enabled("cpu"):

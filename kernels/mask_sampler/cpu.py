@@ -24,11 +24,11 @@ def sample_blocks_(
     drawn = reference.sample_blocks(
         Key(seed, step, rank),
         context.shape[1],
-        grid,
+        (grid[0], grid[1]),  # the dispatcher makes lists of them
         target.shape[0],
-        target_size,
+        (target_size[0], target_size[1]),
         context.shape[0],
-        context_size,
+        (context_size[0], context_size[1]),
         min_keep,
         skip_last,
     )

@@ -38,7 +38,7 @@ def predictor_tokens(
     sequences: int,
     patches: int,
 ) -> torch.Tensor:
-    """context (T, D), mask_token (D,), positions (N, D), indices as in PackedBatch -> (M*L, D) in context's dtype."""
+    """context (T, D), mask_token (D,), positions (N, D), indices as in MaskDraw -> (M*L, D) in context's dtype."""
     targets, _, size = target_index.shape
     tokens, width = context.shape
     positions = positions.to(context.dtype)
