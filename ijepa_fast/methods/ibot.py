@@ -26,7 +26,7 @@ from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.vit import INIT_STD, Encoder, LinearGELU, Sequences, init_weights, run_blocks
+from ijepa_fast.models.vit import INIT_STD, Dense, Encoder, LinearGELU, Packed, Rows, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
@@ -159,13 +159,9 @@ class IBOT(Method):
         encoder = self.encoder
         tokens = [encoder.embed(large, draw.side, draw.mask), encoder.embed(small, draw.small_side)]
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
-        sequences = Sequences(draw.cu_seqlens, draw.max_seqlen)
-        last = replace(
-            sequences,
-            select=partial(masked_gather, index=draw.used, unique=True),
-            query_cu_seqlens=draw.used_cu_seqlens,
-            query_max_seqlen=draw.used_max_seqlen,
-        )
+        sequences = Packed(draw.cu_seqlens, draw.max_seqlen)
+        pick = partial(masked_gather, index=draw.used, unique=True)
+        last = replace(sequences, rows=Rows(pick, draw.used_cu_seqlens, draw.used_max_seqlen))
         x = run_blocks(encoder.blocks, encoder.norm, torch.cat(tokens), None, sequences, last, encoder.recompute, keep)
         logits = self.head.last_layer(self.head.bottleneck(x), draw.frozen)
         return logits[draw.class_rows], logits[draw.patch_rows]
@@ -176,7 +172,7 @@ class IBOT(Method):
         """
         encoder, head = self.averaged["encoder"], self.averaged["head"]
         crops = LARGE * draw.images
-        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.side), None, Sequences(images=crops))
+        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.side), None, Dense(crops))
         z = head.bottleneck(x)
         by_crop = z.view(crops, -1, z.shape[1])
         mean = by_crop[:, 1:].mean((0, 1), dtype=torch.float32).to(z.dtype)[None]

@@ -27,7 +27,7 @@ from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, INIT_STD, Block, Dense, Encoder, LayerNorm, Packed, Rows, run_blocks
 
 MASKED_SHARE = 0.75
 PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels
@@ -191,15 +191,11 @@ class Decoder(nn.Module):
         positions = masked_gather(self.positions.to(x.dtype), draw.decoder_places).view(images, -1, self.dim)
         x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
         length = x.shape[1]
-        last = Sequences(
-            cu_seqlens=draw.decoder_cu_seqlens,
-            max_seqlen=length,
-            select=partial(last_rows, length=length, count=size),
-            query_cu_seqlens=draw.masked_cu_seqlens,
-            query_max_seqlen=size,
+        rows = Rows(partial(last_rows, length=length, count=size), draw.masked_cu_seqlens, size)
+        last = Packed(draw.decoder_cu_seqlens, length, rows)
+        x = run_blocks(
+            self.decoder_blocks, self.decoder_norm, x.flatten(0, 1), None, Dense(images), last, self.recompute
         )
-        x, sequences = x.flatten(0, 1), Sequences(images=images)
-        x = run_blocks(self.decoder_blocks, self.decoder_norm, x, None, sequences, last, recompute=self.recompute)
         return self.decoder_pred(x)
 
 
