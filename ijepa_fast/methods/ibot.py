@@ -5,7 +5,7 @@ and dropped branches come with the draw. What makes it fast here, exactly: all c
 batch; its last block, norm and head compute only the class tokens and the masked patches; the teacher's 8192-wide layer
 too, since the mean of its logits over all patches, which the patch centre needs, is that layer applied to the mean of
 its inputs.
-Shapes: B images, L small crops an image, N and n patches of a large and a small crop, D width, R masked patches, Q
+Shapes: B images, L small crops per image, N and n patches of a large and a small crop, D width, R masked patches, Q
 prototypes.
 """
 
@@ -80,7 +80,7 @@ class Head(nn.Module):
         return F.normalize(x, dim=1)
 
 
-class IBOT(Method):
+class IBOT(Method[CropDraw]):
     """The student's `encoder` and `head`, and their averages, the teacher.
 
     `carried` holds the two centres (1, Q) fp32.
@@ -113,16 +113,16 @@ class IBOT(Method):
             int(chosen.frozen_epochs * setup.steps_per_epoch),
         )
         self.apply(init_weights)
-        for parameter in (self.encoder.cls_token, self.encoder.pos_embed):
-            nn.init.trunc_normal_(parameter, std=INIT_STD)
+        for name in ("encoder.cls_token", "encoder.pos_embed"):
+            nn.init.trunc_normal_(self.get_parameter(name), std=INIT_STD)
         self.keep_average("encoder", "head")
         # Not buffers, which the engine would cast to the model's precision.
         self.carried = {name: torch.zeros(1, chosen.prototypes) for name in ("centre", "patch_centre")}
 
     def views(self) -> list[View]:
         """Large crops of data.crop pixels and data.scale, then small ones."""
-        data = self.setup.data
-        return views_of(data.crop, self.setup.model.patch, tuple(data.scale), self.options.small_crops)
+        data, small_crops = self.setup.data, self.options.small_crops
+        return views_of(data.crop, self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
 
     def draw(self, images: int, seed: int, step: int, rank: int = 0) -> CropDraw:
         """Masks, dropped branches and the step's settings."""
@@ -216,7 +216,7 @@ def views_of(
     blurred by the same share of a crop as published, where it is of 224 pixels.
     """
     large, small = IBOT_VIEWS[0], IBOT_VIEWS[LARGE]
-    sigma = tuple(bound * crop / large.crop for bound in large.sigma)
+    sigma = (large.sigma[0] * crop / large.crop, large.sigma[1] * crop / large.crop)
     views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in IBOT_VIEWS[:LARGE]]
     side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
     return views + [replace(small, crop=side, scale=share, sigma=sigma)] * small_crops

@@ -79,7 +79,7 @@ def with_decoder(draw: MaskDraw) -> MAEDraw:
     )
 
 
-class MAE(Method):
+class MAE(Method[MAEDraw]):
     """Masked autoencoder: `encoder` with a class token, and `decoder`."""
 
     Options = Options
@@ -102,7 +102,7 @@ class MAE(Method):
             recompute=model.recompute,
         )
         self.apply(init_weights)
-        nn.init.normal_(self.encoder.cls_token, std=INIT_STD)
+        nn.init.normal_(self.get_parameter("encoder.cls_token"), std=INIT_STD)
         nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
 
     def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MAEDraw:
@@ -162,6 +162,8 @@ class Decoder(nn.Module):
         recompute: keep only each block's input for the backward pass.
     """
 
+    positions: torch.Tensor  # (N, Dd)
+
     def __init__(
         self,
         grid: tuple[int, int],
@@ -208,7 +210,8 @@ def init_weights(module: nn.Module) -> None:
     """Published initialisation: Xavier uniform for every matrix, biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
