@@ -145,7 +145,7 @@ def from_hf(folder: str | Path) -> Weights:
 def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path) -> None:
     """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    held = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
+    held: dict[str, Any] = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
     held |= {"patch_size": arch.patch, "image_size": arch.image_size, "hidden_act": "gelu"}
     for key, value in held.items():
         if config.get(key, value) != value:
@@ -185,7 +185,8 @@ def _published(tensors: State, folder: Path) -> State:
     inside = {hf: name for name, hf in _BLOCK.items()}
     outside = {hf: name for name, hf in _OUTSIDE.items()}
     tokens = {hf: name for name, hf in _TOKENS.items()}
-    out, qkv = {}, {}
+    out: State = {}
+    qkv: dict[tuple[str, str], State] = {}
     for key, value in tensors.items():
         name = key.removeprefix("ijepa.").removeprefix("vit.")
         if name.startswith(("classifier.", "pooler.")) or name == "embeddings.mask_token":
