@@ -48,7 +48,7 @@ class Batch:
     images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
-    draw: object = None
+    draw: Any = None
 
 
 class _Reader:
