@@ -153,7 +153,7 @@ class Engine:
         self._gather()
 
     def _gather(self) -> None:
-        """Bring the averages into their networks, and tell the method, which may keep something made from them."""
+        """Bring the EMA into the averages, and tell the method, which may keep something made from them."""
         self.layout.gather()
         self.method.average_changed()
 

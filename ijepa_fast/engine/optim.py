@@ -98,7 +98,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = ()) -> list[dict]:
-    """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an average.
+    """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an EMA.
 
     trained: the networks by name. Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
     (whether weight decay applies).

@@ -34,8 +34,8 @@ class Memory:
     gradients: int
     masters: int  # fp32 weights of the optimiser, where they are others
     moments: int
-    average: int  # fp32 EMA, where the target encoder does not hold it
-    target: int  # the target encoder
+    ema: int  # fp32, where the averages do not hold it
+    averages: int  # I-JEPA's target encoder
     activations: int  # kept for the backward pass
 
     @property
@@ -63,15 +63,15 @@ def memory(precision: str, sizes: tuple[int, int], stage: int, ranks: int, activ
     def share(elements: int, from_stage: int) -> int:
         return -(-elements // ranks) if stage >= from_stage else elements
 
-    # Stage 3 gathers the average into a buffer before it copies it into the target encoder.
-    target = size * averaged * (2 if stage == 3 else 1)
+    # Stage 3 gathers the EMA into a buffer before it copies it into the averages.
+    averages = size * averaged * (2 if stage == 3 else 1)
     return Memory(
         weights=size * share(total, 3),
         gradients=size * share(total, 2),
         masters=4 * -(-total // shards) if low or stage else 0,
         moments=8 * -(-total // shards),
-        average=4 * -(-averaged // shards) if low else 0,
-        target=target,
+        ema=4 * -(-averaged // shards) if low else 0,
+        averages=averages,
         activations=activations,
     )
 
