@@ -34,11 +34,12 @@ from ijepa_fast.run import checkpoint
 from ijepa_fast.run import forecast as planning
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options
 from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
-from ijepa_fast.run.probing import probe_folders, training_source
+from ijepa_fast.run.sources import label_columns, probe_folders, training_source
 
 
 def train(config: Config) -> None:
     """Run `config` to its end, from its last checkpoint where there is one. Called by every rank."""
+    began = time.perf_counter()
     kernels.use(config.kernels)
     check_loggers(config.log)
     device = choose_device(config.engine.device)
@@ -54,7 +55,7 @@ def train(config: Config) -> None:
     loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
     meter, logged = Meter(device), step
-    online = OnlineProbe(config, method, source, rank, step, log.say)
+    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
     try:
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
@@ -62,7 +63,7 @@ def train(config: Config) -> None:
                 begin = time.perf_counter()
                 batch = next(loader)
                 wait = time.perf_counter() - begin
-                draw = batch.extra.to(device, non_blocking=True)
+                draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
                 engine.step(lr, weight_decay, ema)
                 meter.add(loss, terms, draw, wait)
@@ -82,7 +83,7 @@ def train(config: Config) -> None:
         loader.close()
         log.close()
     if rank == 0:
-        finish(config, method, source, folders, device)
+        finish(config, method, source, folders, device, began)
     torch.distributed.barrier()
 
 

@@ -90,13 +90,13 @@ def test_seeds_give_other_orders_and_windows(photos):
 
 
 def test_extra_is_made_for_the_step_of_the_batch(photos):
-    batches = take(photos, 3, start_step=7, extra=lambda step: step * 10)
-    assert [b.extra for b in batches] == [70, 80, 90]
+    batches = take(photos, 3, start_step=7, draw=lambda step: step * 10)
+    assert [b.draw for b in batches] == [70, 80, 90]
 
 
 def test_extras_of_later_steps_are_made_while_this_one_is_worked_on(photos):
     made = []
-    loader = TrainLoader(photos, batch_size=8, crop=32, extra=made.append)
+    loader = TrainLoader(photos, batch_size=8, crop=32, draw=made.append)
     next(loader)
     deadline = time.monotonic() + 30
     while len(made) < 4 and time.monotonic() < deadline:
@@ -107,7 +107,7 @@ def test_extras_of_later_steps_are_made_while_this_one_is_worked_on(photos):
 
 def test_an_error_in_extra_reaches_the_caller(photos):
     with pytest.raises(ZeroDivisionError):
-        take(photos, 3, extra=lambda step: 1 // (step - 1))
+        take(photos, 3, draw=lambda step: 1 // (step - 1))
 
 
 def test_arguments_that_cannot_work_are_named(photos):

@@ -42,7 +42,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def python(installed, tmp_path):
-    """Runs `python ARGUMENTS` in an empty folder, where the wheel comes before every other path; its output."""
+    """Runs `python ARGUMENTS` in an empty folder, where the wheel comes before every other path."""
     alone = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
 
     def run(*arguments, status=0):
@@ -51,7 +51,7 @@ def python(installed, tmp_path):
             command, cwd=tmp_path, env=os.environ | alone, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
+        return done
 
     return run
 
@@ -73,7 +73,7 @@ json.dump({"modules": found, "configs": configs.names()}, sys.stdout)
 
 
 def test_every_module_every_op_and_every_config_is_there(installed, python):
-    found = json.loads(python("-c", IMPORT).splitlines()[-1])
+    found = json.loads(python("-c", IMPORT).stdout.splitlines()[-1])
     assert {path for path in found["modules"].values() if not path.startswith(str(installed))} == set()
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -100,6 +100,6 @@ def test_trains_by_the_name_of_a_config(python, tmp_path, config):
 
 
 def test_an_unknown_name_lists_the_ready_ones(python):
-    output = python("-m", "ijepa_fast", "train", "--config", "quickstrat", status=1)
+    done = python("-m", "ijepa_fast", "train", "--config", "quickstrat", status=1)
     expected = f"there is no file quickstrat; did you mean quickstart, of the ready ones {', '.join(configs.names())}?"
-    assert output.strip() == f"error: --config: {expected}"
+    assert done.stderr.splitlines()[-1] == f"error: --config: {expected}"

@@ -41,14 +41,14 @@ class Batch:
     """One rank's images of a step.
 
     images: uint8 (B, H, W, 3) on the loader's device; of a loader of several views, a list with a tensor per view.
-    indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the first image, from 0. extra: what the loader's
-    `extra` returned for this step.
+    indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the first image, from 0. draw: what the loader's
+    `draw` returned for this step.
     """
 
     images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
-    extra: object = None
+    draw: object = None
 
 
 class _Reader:
@@ -97,7 +97,7 @@ class TrainLoader:
         max_bad_share: the loader raises TooManyBadFiles when more than this share of the source is bad.
         max_pixels: an image that declares more counts as bad.
         cache_bytes: bytes of encoded samples that are kept in memory.
-        extra: called with the step, ahead of it and in a reading thread; its result is Batch.extra.
+        draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
 
     Attributes:
         steps_per_epoch: whole global batches per epoch.
@@ -130,7 +130,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 1 << 30,
-        extra: Callable[[int], object] | None = None,
+        draw: Callable[[int], object] | None = None,
     ):
         global_batch = batch_size * world_size
         if len(source) < global_batch:
@@ -151,7 +151,7 @@ class TrainLoader:
         self._start_step, self._stride = start_step, global_batch
         self._stream = SampleStream(len(source), seed, source.groups)
         self._read = _Reader(source, max_pixels, cache_bytes)
-        self._extra, self._prefetch = extra, prefetch
+        self._draw, self._prefetch = draw, prefetch
         self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
@@ -196,17 +196,17 @@ class TrainLoader:
         return Decoder(**options)
 
     def _work(self) -> None:
-        extras: deque[Future | None] = deque()
+        draws: deque[Future | None] = deque()
         try:
-            works = self._works(extras)
+            works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
-                extra = extras.popleft()
+                draw = draws.popleft()
                 batch = Batch(
                     images=images,
                     indices=torch.from_numpy(work.ids),
                     epoch=int(work.positions[0]) // len(self.source),
-                    extra=None if extra is None else extra.result(),
+                    draw=None if draw is None else draw.result(),
                 )
                 if not self._put(batch):
                     return
@@ -222,7 +222,7 @@ class TrainLoader:
                 continue
         return False
 
-    def _works(self, extras: deque[Future | None]) -> Iterator[Work]:
+    def _works(self, draws: deque[Future | None]) -> Iterator[Work]:
         """Batches to decode, in order, with `prefetch` + 1 more being read. They end when the loader is closed."""
         reading: deque[tuple[np.ndarray, list[Future]]] = deque()
         step = 0
@@ -232,7 +232,7 @@ class TrainLoader:
                 positions = np.arange(first, first + self.batch_size)
                 parts = np.array_split(np.stack([positions, self._stream[positions]], axis=1), _READERS)
                 reading.append((positions, [self._readers.submit(self._read_part, part) for part in parts]))
-                extras.append(self._extra and self._readers.submit(self._extra, self._start_step + step))
+                draws.append(self._draw and self._readers.submit(self._draw, self._start_step + step))
                 if step % self.steps_per_epoch == self.steps_per_epoch // 2:
                     # To permute millions of samples takes a second: do so for the next epoch before it begins.
                     self._readers.submit(self._stream.permutation, int(first) // len(self.source) + 1)

@@ -1,9 +1,9 @@
 """What a method is: the contract between it and everything else, and the registry of methods.
 
 A method is one file that defines one subclass of `Method`. Nothing else of the package names a method: the trainer, the
-engine, checkpoints, the forecast, probes, exports and the report ask the contract. Adding one takes a file here with a
-line in METHODS, a YAML in configs/ and a golden test; a method of somebody else's needs no line, its import path will
-do (`objective.method=my_package.my_method`).
+engine, checkpoints, the forecast, probes, exports and the report ask the contract. Adding one takes a file here, a YAML
+in configs/ and a golden test; somebody else's stays where it is, and its import path is its name
+(`objective.method=my_package.my_method`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import importlib
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,11 +28,8 @@ from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
 from ijepa_fast.models.vit import Encoder
 
-METHODS = {
-    "ijepa": "ijepa_fast.methods.ijepa",
-    "mae": "ijepa_fast.methods.mae",
-    "ibot": "ijepa_fast.methods.ibot",
-}
+# Registered are the files of this folder, by their names.
+METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
 CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
 
 
@@ -174,7 +172,7 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
             f"objective.method={name}: only registered methods are imported here, which are {', '.join(METHODS)}"
         )
     try:
-        module = _import(METHODS.get(name, name))
+        module = _import(f"ijepa_fast.methods.{name}" if name in METHODS else name)
     except Exception as error:  # whatever a module raises while it is imported
         raise ConfigError(
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "

@@ -107,7 +107,7 @@ def build_draw(config: Config, method: Method, device: torch.device, rank: int, 
 def build_loader(
     config: Config, method: Method, source: Source | None, device: torch.device, rank: int, ranks: int, first: int = 0
 ) -> TrainLoader | SyntheticLoader:
-    """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.extra is their draw.
+    """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.draw is their draw.
 
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
@@ -119,7 +119,7 @@ def build_loader(
         "world_size": ranks,
         "device": device,
         "start_step": first,
-        "extra": build_draw(config, method, device, rank, ranks),
+        "draw": build_draw(config, method, device, rank, ranks),
     }
     if source is None:
         sides = [view.crop for view in views] if views else data.crop
