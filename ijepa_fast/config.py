@@ -135,7 +135,9 @@ class Optim:
 @dataclass
 class Engine:
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = key("bf16", "of weights and activations; the optimiser's are fp32", choices=("bf16", "fp32"))
+    precision: str = key(
+        "auto", "of weights and activations (the optimiser's are fp32)", choices=("auto", "bf16", "fp32")
+    )
     target_precision: str | None = key(None, "of the target encoder; None: as precision", choices=(None, "fp8"))
     zero: int = key(1, "ZeRO stage", choices=(0, 1, 2, 3))
     accumulation: int = key(1, "micro-batches of a step", least=1)

@@ -6,7 +6,6 @@ python -m ijepa_fast report RUN [--images FOLDER] [--sample N] [--out FILE]
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_fast.command import one_sentence
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.figures import cells, figures_of, headline
@@ -205,7 +205,8 @@ def _source(config: Config, images: str | Path | None) -> Source:
     return source
 
 
-def main(argv: list[str]) -> int:
+@one_sentence()
+def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast report", description="Make one HTML page of a run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")
@@ -214,12 +215,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.run) / "report.html")
-    try:
-        if args.sample < 2:
-            raise ValueError(f"--sample: expected at least 2, got {args.sample}")
-        out.write_text(report(args.run, args.images, args.sample), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.sample < 2:
+        raise ValueError(f"--sample: expected at least 2, got {args.sample}")
+    out.write_text(report(args.run, args.images, args.sample), encoding="utf-8")
     print(out)
     return 0

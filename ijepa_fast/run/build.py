@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,8 +16,11 @@ from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
 from ijepa_fast.engine.engine import Engine
+from ijepa_fast.engine.precision import Precision, choose_precision
+from ijepa_fast.interop.load import latest
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
+from ijepa_fast.run.checkpoint import read_state
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
 
@@ -72,6 +76,19 @@ def _check_capabilities(config: Config, method: type[Method]) -> None:
             raise ConfigError(
                 f"{setting}: objective.method={config.objective.method} cannot do it; leave {key} at its default"
             )
+
+
+def with_precision(config: Config, device: torch.device, rank: int) -> tuple[Config, Precision]:
+    """The same configuration with bf16 or fp32 for `auto`, the same on all ranks, and why. Rank 0 says so."""
+    last = latest(config.folder)
+    before = None if last is None else read_state(last)["config"].get("engine.precision")
+    chosen = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(chosen)
+    (precision,) = chosen
+    assert precision is not None
+    if rank == 0:
+        print(f"engine.precision={precision.name}: {precision.reason}", file=sys.stderr)
+    return replace(config, engine=replace(config.engine, precision=precision.name)), precision
 
 
 def micro_batch(config: Config, ranks: int) -> int:

@@ -20,7 +20,7 @@ from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_b
 
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses
-VALUE_BYTES = {"fp32": 4, "bf16": 2}
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "auto": 2}  # auto is bf16 on a GPU
 # Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, this
 # project's aim, and the peak, under which no run can be.
 UTILISATIONS = (0.29, 0.52, 1.0)
@@ -57,7 +57,7 @@ def memory(precision: str, sizes: tuple[int, int], stage: int, ranks: int, activ
     precision: engine.precision. sizes: as `parameters` gives them. activations: bytes of a rank's micro-batch.
     """
     averaged, total = sizes[0], sum(sizes)
-    low, size = precision == "bf16", VALUE_BYTES[precision]
+    low, size = precision != "fp32", VALUE_BYTES[precision]
     shards = ranks if stage else 1
 
     def share(elements: int, from_stage: int) -> int:
