@@ -52,9 +52,7 @@ def load_reference(path: str | Path, heads: int | None = None) -> Weights:
     states = {name: _plain(content.get(name) or {}, name, path) for name in NETWORKS}
     arch = infer_arch(states["encoder"], states["predictor"], heads=heads, source=f"checkpoint {path}")
     if not states["target_encoder"]:
-        warnings.warn(
-            f"checkpoint {path} has no target_encoder; its encoder is taken where none is named", stacklevel=3
-        )
+        warnings.warn(f"checkpoint {path} has no target_encoder; its encoder is the default", stacklevel=3)
     return Weights(arch, states)
 
 
