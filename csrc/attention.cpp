@@ -61,7 +61,7 @@ void forward_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
   const AttentionShape shape = shape_of(q, k, cu_seqlens_q, cu_seqlens_k, scale);
   TORCH_CHECK_VALUE(v.size(0) == k.size(0) && out.size(0) == q.size(0) && fits(statistics, q),
                     "varlen_attention: expected v as long as k, out and statistics as long as q");
-  const AttentionInput input{packed<const float>(q, q, "q"), packed<const float>(k, q, "k"),
+  const AttentionInput<float> input{packed<const float>(q, q, "q"), packed<const float>(k, q, "k"),
                              packed<const float>(v, q, "v")};
   const auto to = packed<float>(out, q, "out");
   float* rows = statistics.data_ptr<float>();
@@ -78,9 +78,9 @@ void backward_cpu(const at::Tensor& dout, const at::Tensor& q, const at::Tensor&
   TORCH_CHECK_VALUE(v.size(0) == k.size(0) && dk.size(0) == k.size(0) && dv.size(0) == k.size(0) &&
                         dout.size(0) == q.size(0) && dq.size(0) == q.size(0) && fits(statistics, q),
                     "varlen_attention: expected gradients as long as what they are of");
-  const AttentionInput input{packed<const float>(q, q, "q"), packed<const float>(k, q, "k"),
+  const AttentionInput<float> input{packed<const float>(q, q, "q"), packed<const float>(k, q, "k"),
                              packed<const float>(v, q, "v")};
-  const AttentionGradient gradient{packed<float>(dq, q, "dq"), packed<float>(dk, q, "dk"), packed<float>(dv, q, "dv")};
+  const AttentionGradient<float> gradient{packed<float>(dq, q, "dq"), packed<float>(dk, q, "dk"), packed<float>(dv, q, "dv")};
   const auto upstream = packed<const float>(dout, q, "dout");
   const float* rows = statistics.const_data_ptr<float>();
   const auto loop = loops().attention_backward;

@@ -50,7 +50,7 @@ inline void softmax_row(float* scores, int64_t keys, float factor, float& larges
   share = 1.0f / sum_of(total);
 }
 
-inline void attention(const AttentionShape& shape, const AttentionInput& in, Packed<float> out,
+inline void attention(const AttentionShape& shape, const AttentionInput<float>& in, Packed<float> out,
                       float* statistics, int64_t sequence, int64_t head, float* scratch) {
   const int64_t q0 = shape.cu_seqlens_q[sequence], k0 = shape.cu_seqlens_k[sequence], dim = shape.dim;
   const int64_t queries = shape.cu_seqlens_q[sequence + 1] - q0, keys = shape.cu_seqlens_k[sequence + 1] - k0;
@@ -78,8 +78,8 @@ inline void attention(const AttentionShape& shape, const AttentionInput& in, Pac
   }
 }
 
-inline void attention_backward(const AttentionShape& shape, const AttentionInput& in, Packed<const float> dout,
-                               const float* statistics, const AttentionGradient& gradient, int64_t sequence,
+inline void attention_backward(const AttentionShape& shape, const AttentionInput<float>& in, Packed<const float> dout,
+                               const float* statistics, const AttentionGradient<float>& gradient, int64_t sequence,
                                int64_t head, float* scratch) {
   const int64_t q0 = shape.cu_seqlens_q[sequence], k0 = shape.cu_seqlens_k[sequence], dim = shape.dim;
   const int64_t queries = shape.cu_seqlens_q[sequence + 1] - q0, keys = shape.cu_seqlens_k[sequence + 1] - k0;

@@ -1,14 +1,20 @@
-// The CPU's fp32 loops: what they and their bindings share. No torch headers.
+// The CPU's loops over fp32 and bf16: what they and their bindings share. No torch headers.
 #pragma once
 
 #include <cstdint>
 
 namespace ijepa_fast {
 
-// Widths and head dims must be multiples of this many floats.
+// A bf16 number as it lies in memory. Below, T is float or Bf16; all arithmetic is fp32, and so are statistics and sums
+// over rows.
+struct Bf16 {
+  uint16_t bits;
+};
+
+// Widths and head dims must be multiples of this many values.
 constexpr int64_t kLoopWidth = 16;
 
-// A packed tensor (tokens, heads, dim): a token's heads lie side by side, tokens `stride` floats apart.
+// A packed tensor (tokens, heads, dim): a token's heads lie side by side, tokens `stride` values apart.
 template <class T>
 struct Packed {
   T* data;
@@ -23,33 +29,40 @@ struct AttentionShape {
   float scale;
 };
 
+template <class T>
 struct AttentionInput {
-  Packed<const float> q, k, v;
+  Packed<const T> q, k, v;
 };
 
+template <class T>
 struct AttentionGradient {
-  Packed<float> q, k, v;
+  Packed<T> q, k, v;
 };
 
 // Rows (rows, width). y = gelu(x + bias); dx and dbias from dy.
+template <class T>
 struct BiasGelu {
-  const float *x, *bias, *dy;
-  float *y, *dx;
+  const T *x, *bias, *dy;
+  T *y, *dx;
   int64_t width;
 };
 
 // Rows (rows, width). s = x + residual, or x where that is null; y = LayerNorm(s), its statistics (rows,).
+template <class T>
 struct LayerNorm {
-  const float *x, *residual, *weight, *bias;
-  float *y, *s, *mean, *rstd;
+  const T *x, *residual, *weight, *bias;
+  T *y, *s;
+  float *mean, *rstd;
   int64_t width;
   float eps;
 };
 
 // dx of x, and of the residual; ds may be null.
+template <class T>
 struct LayerNormGradient {
-  const float *dy, *ds, *s, *weight, *mean, *rstd;
-  float* dx;
+  const T *dy, *ds, *s, *weight;
+  const float *mean, *rstd;
+  T* dx;
   int64_t width;
 };
 
@@ -63,22 +76,29 @@ struct WeightGradient {
 // dy, which the second cache holds, and 32 KB of x, which the first one does.
 constexpr int64_t kGradientRows = 384, kGradientDepth = 128, kGradientWidth = 64;
 
+// Loops over rows, on the calling thread: rows [begin, end). Gradients of parameters are added to what is there.
+template <class T>
+struct RowLoops {
+  void (*bias_gelu)(const BiasGelu<T>&, int64_t begin, int64_t end);
+  void (*bias_gelu_backward)(const BiasGelu<T>&, int64_t begin, int64_t end, float* dbias);
+  void (*layer_norm)(const LayerNorm<T>&, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const LayerNormGradient<T>&, int64_t begin, int64_t end, float* dparameters);
+  void (*column_sums)(const T* x, int64_t width, int64_t begin, int64_t end, float* sums);
+};
+
 // All on the calling thread.
 struct Loops {
   // One sequence and one head. statistics (2, heads, tokens): each row's largest score before scaling, and 1 over
   // its softmax denominator relative to that. `scratch` holds attention_scratch() floats.
-  void (*attention)(const AttentionShape&, const AttentionInput&, Packed<float> out, float* statistics,
+  void (*attention)(const AttentionShape&, const AttentionInput<float>&, Packed<float> out, float* statistics,
                     int64_t sequence, int64_t head, float* scratch);
-  void (*attention_backward)(const AttentionShape&, const AttentionInput&, Packed<const float> dout,
-                             const float* statistics, const AttentionGradient&, int64_t sequence, int64_t head,
+  void (*attention_backward)(const AttentionShape&, const AttentionInput<float>&, Packed<const float> dout,
+                             const float* statistics, const AttentionGradient<float>&, int64_t sequence, int64_t head,
                              float* scratch);
-  // Rows [begin, end). Gradients of parameters are added to what is there.
-  void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
-  void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end, float* dbias);
-  void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
-  void (*layer_norm_backward)(const LayerNormGradient&, int64_t begin, int64_t end, float* dparameters);
   // Rows [begin, end) of dweight; `scratch` holds weight_gradient_scratch() floats.
   void (*weight_gradient)(const WeightGradient&, int64_t begin, int64_t end, float* scratch);
+  RowLoops<float> rows;
+  RowLoops<Bf16> rows_bf16;
 };
 
 // Those for this machine's vectors.

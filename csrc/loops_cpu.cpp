@@ -5,13 +5,18 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang has no such pragma
+#define IJEPA_FAST_X86
+#include <immintrin.h>
+#endif
+
 namespace ijepa_fast {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kQueries = 96;  // rows of the score matrix held at a time
-#define LOOPS {attention, attention_backward, bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward, \
-               weight_gradient}
+#define ROW_LOOPS {bias_gelu, bias_gelu_backward, layer_norm, layer_norm_backward, column_sums}
+#define LOOPS {attention, attention_backward, weight_gradient, ROW_LOOPS, ROW_LOOPS}
 
 // Any machine: vectors of 4 floats, 16 registers.
 namespace any {
@@ -23,8 +28,7 @@ constexpr int kWidth = 4, kRows = 4, kVectors = 2;
 constexpr Loops kLoops = LOOPS;
 }  // namespace any
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang has no such pragma
-#define IJEPA_FAST_X86
+#ifdef IJEPA_FAST_X86
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {

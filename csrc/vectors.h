@@ -4,11 +4,30 @@
 
 using Vector = float __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 using Bits = int32_t __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+using Words = uint32_t __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+using Halves = uint16_t __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
 
 inline int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
 inline Vector fill(float x) { return x - Vector{}; }
+
+// bf16 by integer operations, which every generation has: to the nearest, ties to even; NaN stays NaN.
+inline Vector load(const Bf16* p) {
+  const Halves x = *reinterpret_cast<const Halves*>(p);
+#if defined(__AVX512F__)  // one instruction, where GCC 12 makes four of the general form
+  const Words wide = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+#elif defined(__AVX2__)
+  const Words wide = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#else
+  const Words wide = __builtin_convertvector(x, Words);
+#endif
+  return reinterpret_cast<Vector>(wide << 16);
+}
+inline void store(Bf16* p, Vector x) {
+  const Words bits = reinterpret_cast<Words>(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? nearest : Words{} + 0x7fc0, Halves);
+}
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126.
 inline Vector exp2(Vector x) {

@@ -18,14 +18,14 @@ _bwd = native.define(
 
 def layer_norm_fwd(x, weight, bias, eps):
     """-> y (T, D), mean and rstd (T,)."""
-    y, mean, rstd = torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
+    y, (mean, rstd) = torch.empty_like(x), x.new_empty((2, len(x)), dtype=torch.float32)
     _fwd(x, None, weight, bias, eps, y, None, mean, rstd)
     return y, mean, rstd
 
 
 def add_layer_norm_fwd(x, residual, weight, bias, eps):
     """-> y and s = x + residual (T, D), mean and rstd (T,)."""
-    y, s, mean, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
+    y, s, (mean, rstd) = torch.empty_like(x), torch.empty_like(x), x.new_empty((2, len(x)), dtype=torch.float32)
     _fwd(x, residual, weight, bias, eps, y, s, mean, rstd)
     return y, s, mean, rstd
 

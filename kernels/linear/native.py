@@ -1,4 +1,4 @@
-"""csrc's gradient of the weight for fp32 on the CPU."""
+"""csrc's gradients of a linear layer's weight and bias on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from ijepa_fast.kernels.common import native
 
 _dweight = native.define("linear_dweight_cpu_(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()")
+_column_sums = native.define("column_sums_cpu_(Tensor x, Tensor(a!) sums) -> ()")
 
 
 def dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -14,3 +15,10 @@ def dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(dy.shape[1], x.shape[1])
     _dweight(dy, x, out)
     return out
+
+
+def column_sums(dy: torch.Tensor) -> torch.Tensor:
+    """The sum of dy's rows: (T, O) -> (O,) in its dtype, added up in fp32."""
+    sums = dy.new_empty(dy.shape[1])
+    _column_sums(dy, sums)
+    return sums
