@@ -20,9 +20,11 @@ from ijepa_fast.kernels import fp8 as fp8_op
 from ijepa_fast.kernels import mask_sampler as sampler_op
 from ijepa_fast.kernels.adamw_ema import reference as adamw_reference
 from ijepa_fast.kernels.bias_gelu import bias_gelu as bias_gelu_op
+from ijepa_fast.kernels.bias_gelu import native as bias_gelu_native
 from ijepa_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.layer_norm import layer_norm as layer_norm_op
+from ijepa_fast.kernels.layer_norm import native as layer_norm_native
 from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
 from ijepa_fast.kernels.mask_sampler import reference as sampler_reference
 from ijepa_fast.kernels.masked_gather import masked_gather as masked_gather_op
@@ -33,6 +35,7 @@ from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tok
 from ijepa_fast.kernels.predictor_tokens import reference as predictor_reference
 from ijepa_fast.kernels.target_loss import reference as target_loss_reference
 from ijepa_fast.kernels.target_loss import target_loss as target_loss_op
+from ijepa_fast.kernels.varlen_attention import native as attention_native
 from ijepa_fast.kernels.varlen_attention import varlen_attention_qkv
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
@@ -168,6 +171,7 @@ def _attention(b: Batch, part: str, cu_seqlens: torch.Tensor, longest: int, head
     def of(backend):
         return lambda qkv: varlen_attention_qkv(qkv, cu_seqlens, longest, backend=backend)
 
+    own = _own(b, attention_native.unsupported(qkv, 1.0), of("triton" if b.on_gpu else "native"))
     return Case(
         part,
         f"{lengths.numel()} x {int(lengths.min())}-{longest} tokens, {b.heads} heads of {head_dim}",
@@ -175,7 +179,7 @@ def _attention(b: Batch, part: str, cu_seqlens: torch.Tensor, longest: int, head
         eager=_padded(cu_seqlens, longest, _written_out),
         libraries={"SDPA, padded": _padded(cu_seqlens, longest, F.scaled_dot_product_attention)}
         | {name: of(backend) for name, backend in backends.items() if b.on_gpu},
-        own=_own(b, head_dim, of("triton" if b.on_gpu else "native")) or {"cpu": of("sdpa")},
+        own=own or {"cpu": of("sdpa")},
         bytes=(4 * size, 8 * size),
         flops=(work, work * 5 // 2),
     )
@@ -213,12 +217,17 @@ def _layer_norm(b: Batch, part: str, tokens: int, width: int) -> Case:
     if b.on_gpu and importlib.util.find_spec("flash_attn"):
         libraries["flash-attn's"] = _flash_layer_norm
     size = tokens * width * b.item
+    x, residual, weight, bias = b.random(tokens, width), b.random(tokens, width), b.random(width), b.random(width)
     return Case(
         part,
         f"{tokens} x {width}",
-        (b.random(tokens, width), b.random(tokens, width), b.random(width), b.random(width)),
+        (x, residual, weight, bias),
         eager=lambda x, residual, weight, bias: layer_norm_reference.layer_norm(x, weight, bias, 1e-6, residual),
-        own=_own(b, width, lambda x, residual, weight, bias: layer_norm_op(x, weight, bias, 1e-6, residual)),
+        own=_own(
+            b,
+            layer_norm_native.unsupported(x, weight),
+            lambda x, residual, weight, bias: layer_norm_op(x, weight, bias, 1e-6, residual),
+        ),
         libraries=libraries,
         bytes=(4 * size, 4 * size),
     )
@@ -234,13 +243,14 @@ def bias_gelu(b: Batch) -> list[Case]:
     """Between the two products of the context encoder's MLP."""
     width = int(b.dim * b.ratio)
     size = b.tokens * width * b.item
+    x, bias = b.random(b.tokens, width), b.random(width)
     return [
         Case(
             "context",
             f"{b.tokens} x {width}",
-            (b.random(b.tokens, width), b.random(width)),
+            (x, bias),
             eager=bias_gelu_reference.bias_gelu,
-            own=_own(b, width, bias_gelu_op),
+            own=_own(b, bias_gelu_native.unsupported(x, bias), bias_gelu_op),
             bytes=(2 * size, 3 * size),
         )
     ]
@@ -416,10 +426,9 @@ def _triton(b: Batch, function: Callable) -> dict[str, Callable]:
     return {"triton": function} if b.on_gpu else {}
 
 
-def _own(b: Batch, width: int, function: Callable) -> dict[str, Callable]:
-    """An op that csrc has loops for, too, on a CPU: for fp32 and some widths."""
-    loops = not b.on_gpu and native.unsupported(torch.empty(0, width, dtype=b.dtype)) is None
-    return {"csrc": function} if loops else _triton(b, function)
+def _own(b: Batch, unsupported: str | None, function: Callable) -> dict[str, Callable]:
+    """An op that csrc has loops for, too, on a CPU, unless they do not take the tensors."""
+    return {"csrc": function} if unsupported is None else _triton(b, function)
 
 
 # In the order in which they matter to a step; the names are those of the folders in kernels/.

@@ -94,6 +94,13 @@ def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, scalars, param_out=None, e
     )
 
 
+def adamw_ema_multi_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, param_outs=(), ema_outs=()):
+    """A list of tensors, one after the other; the last three lists may be empty."""
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
+        ema, param_out, ema_out = (rest[i] if len(rest) else None for rest in (emas, param_outs, ema_outs))
+        adamw_ema_(*tensors, ema, scalars, param_out, ema_out)
+
+
 def aot_cases(capability: int = 9):
     """Cases of bench/aot.py: a ZeRO partition with bf16 gradients and both copies, one in fp32, one without an EMA."""
     numbers = ("decay", "gain1", "beta2", "gain2", "step_size", "correction2", "eps", "momentum", "gain_ema")

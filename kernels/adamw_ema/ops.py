@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,33 +11,22 @@ from ijepa_fast.kernels.adamw_ema.reference import step_scalars
 from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import choice, runs_triton
+from ijepa_fast.kernels.common.library import triton_launcher
 
 _STATE = (torch.float32,)
 _ANY = (torch.float32, torch.bfloat16)
 _TENSORS = "Tensor(a!){0} param{1}, Tensor{0} grad{1}, Tensor(b!){0} exp_avg{1}, Tensor(c!){0} exp_avg_sq{1}, "
 
 
-def _triton_flat(*args) -> None:
-    importlib.import_module("ijepa_fast.kernels.adamw_ema.kernel").adamw_ema_(*args)
-
-
-def _triton_multi(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, param_outs, ema_outs) -> None:
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        ema, param_out, ema_out = (rest[i] if len(rest) else None for rest in (emas, param_outs, ema_outs))
-        _triton_flat(*tensors, ema, scalars, param_out, ema_out)
-
-
-_flat = native.register(
+native.register(
     f"adamw_ema_({_TENSORS.format('', '')}"
     "Tensor(d!)? ema, Tensor scalars, Tensor(e!)? param_out, Tensor(f!)? ema_out) -> ()",
-    cpu=reference.adamw_ema_,
-    cuda=_triton_flat,
+    reference,
 )
-_multi = native.register(
+native.register(
     f"adamw_ema_multi_({_TENSORS.format('[]', 's')}"
     "Tensor(d!)[] emas, Tensor scalars, Tensor(e!)[] param_outs, Tensor(f!)[] ema_outs) -> ()",
-    cpu=reference.adamw_ema_multi_,
-    cuda=_triton_multi,
+    reference,
 )
 
 
@@ -86,7 +74,7 @@ def adamw_ema_(
     tensors = [param, grad, exp_avg, exp_avg_sq, ema, param_out, ema_out]
     _check("", *tensors)
     scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
-    _choose(param, _flat, _triton_flat, reference.adamw_ema_)(*tensors[:5], scalars, *tensors[5:])
+    _choose("adamw_ema_", param)(*tensors[:5], scalars, *tensors[5:])
 
 
 def adamw_ema_multi_(
@@ -132,15 +120,16 @@ def adamw_ema_multi_(
         calls.setdefault(tuple(tensor is not None and tensor.dtype for tensor in row), []).append(row)
     for kind, rows in calls.items():
         lists = [list(column) if dtype else [] for dtype, column in zip(kind, zip(*rows))]
-        run = _choose(params[0], _multi, _triton_multi, reference.adamw_ema_multi_)
-        run(*lists[:5], scalars, *lists[5:])
+        _choose("adamw_ema_multi_", params[0])(*lists[:5], scalars, *lists[5:])
 
 
-def _choose(tensor, registered, triton, plain):
+def _choose(name: str, tensor: torch.Tensor) -> Callable:
     """The registered op serves csrc, on both devices; where Triton was asked for, it is called directly."""
-    if runs_triton("adamw_ema", tensor):
-        return registered if choice("adamw_ema") == "auto" else triton
-    return registered if choice("adamw_ema") == "auto" and native.available() else plain
+    automatic = choice("adamw_ema") == "auto"
+    if runs_triton("adamw_ema", tensor) and not automatic:
+        return triton_launcher(reference, name)
+    registered = automatic and (tensor.is_cuda or native.available())
+    return getattr(torch.ops.ijepa_fast if registered else reference, name)
 
 
 def _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum) -> torch.Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from ijepa_fast.kernels.bias_gelu import native, reference
+from ijepa_fast.kernels.bias_gelu import cpu, native, reference
 from ijepa_fast.kernels.common.checks import check_tensor
-from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.dispatch import choice, runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.common.native import runs_loops
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -29,7 +27,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     check_tensor("bias_gelu", "bias", bias, (x.shape[1],), device=x.device)
     if runs_triton("bias_gelu", x):
         return _BiasGelu.apply(x, bias, "triton")
-    if bias.dtype == x.dtype and runs_loops("bias_gelu", x):
+    if choice("bias_gelu") == "auto" and native.unsupported(x, bias) is None:
         return _BiasGelu.apply(x, bias, "native")
     return reference.bias_gelu(x, bias)
 
@@ -46,21 +44,14 @@ class _BiasGelu(torch.autograd.Function):
         return *_KERNELS[ctx.kernels][1](dy.contiguous(), *ctx.saved_tensors), None
 
 
-def _bwd_cpu(dy, x, bias):
-    dx = torch.ops.aten.gelu_backward(dy.float(), x.float() + bias.float())
-    return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
-
-
 _fwd = register(
     "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor",
-    folder="bias_gelu",
-    cpu=lambda x, bias: F.gelu(x.float() + bias.float()).to(x.dtype),
+    cpu,
     fake=lambda x, bias: torch.empty_like(x),
 )
 _bwd = register(
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
-    folder="bias_gelu",
-    cpu=_bwd_cpu,
+    cpu,
     fake=lambda dy, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
 )
 _KERNELS = {"triton": (_fwd, _bwd), "native": (native.bias_gelu_fwd, native.bias_gelu_bwd)}

@@ -7,11 +7,11 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
-from ijepa_fast.kernels.common.dispatch import choice
-from ijepa_fast.kernels.common.library import NAMESPACE
+from ijepa_fast.kernels.common.library import NAMESPACE, name_of, triton_launcher
 
 # csrc's loops take rows and heads of multiples of this many values.
 WIDTH = 16
@@ -37,24 +37,24 @@ def available() -> bool:
     return True
 
 
-def unsupported(x: torch.Tensor) -> str | None:
-    """Why csrc's fp32 loops for the CPU cannot take tensors like `x`, or None if they can."""
+def unsupported(dtypes: tuple[torch.dtype, ...], x: torch.Tensor, *others: torch.Tensor) -> str | None:
+    """Why csrc's loops of an op, written for CPU tensors of `dtypes`, cannot take `x` and `others`; None if they can.
+
+    The others must have x's dtype. An op's native.py asks this with the dtypes that csrc has its loops for.
+    """
     if x.device.type != "cpu":
         return f"needs CPU tensors, got one on {x.device}"
-    if not _has_loops():
-        return "needs the extension ijepa_fast._C, which is not built, or not from this version"
-    if x.dtype != torch.float32:
-        return f"takes float32, got {x.dtype}"
-    if x.shape[-1] % WIDTH:
-        return f"takes a last dimension that is a multiple of {WIDTH}, got {x.shape[-1]}"
     if torch.compiler.is_compiling():
         return "is not for torch.compile, which makes loops of its own"
+    if not _has_loops():
+        return "needs the extension ijepa_fast._C, which is not built, or not from this version"
+    if x.dtype not in dtypes:
+        return f"takes {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}"
+    if any(other.dtype != x.dtype for other in others):
+        return f"takes tensors of one dtype, got {', '.join(str(tensor.dtype) for tensor in (x, *others))}"
+    if x.shape[-1] % WIDTH:
+        return f"takes a last dimension that is a multiple of {WIDTH}, got {x.shape[-1]}"
     return None
-
-
-def runs_loops(op: str, x: torch.Tensor) -> bool:
-    """Whether `op` is to run csrc's loops on `x`: where it can and is not set otherwise."""
-    return choice(op) == "auto" and unsupported(x) is None
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _has_loops() -> bool:
     if not available():
         return False
     # The newest of them.
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_dweight_cpu_", "CPU"):
+    if implements("column_sums_cpu_"):
         return True
     warnings.warn(
         "ijepa_fast._C is of an older version, so its loops for the CPU are not used; build it again with "
@@ -73,23 +73,30 @@ def _has_loops() -> bool:
     return False
 
 
+def implements(name: str, key: str = "CPU") -> bool:
+    """Whether the op `name` has an implementation for tensors of dispatch key `key`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
 def define(schema: str) -> Callable:
     """Define the op `schema`, which writes into its arguments and returns nothing, and return it.
 
-    csrc implements it, at least for CPU tensors; see `unsupported` for one that nothing else does.
+    Only csrc implements it, at least for CPU tensors: ask `unsupported` before a call.
     """
-    name = schema.partition("(")[0]
+    name = name_of(schema)
     _library.define(schema)
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def register(schema: str, cpu: Callable, cuda: Callable) -> Callable:
-    """As `define`; whatever the extension does not implement, `cpu` and `cuda` do, with the schema's arguments."""
-    op = define(schema)
-    name = schema.partition("(")[0]
+def register(schema: str, cpu: ModuleType) -> None:
+    """As `define`, and what the extension does not implement, others do: functions of the op's name and arguments.
+
+    For CPU tensors that is the one in `cpu`, the folder's cpu.py or reference.py; for CUDA tensors that in kernel.py.
+    """
+    define(schema)
     available()
-    for key, implementation in (("CPU", cpu), ("CUDA", cuda)):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+    name = name_of(schema)
+    for key, implementation in (("CPU", getattr(cpu, name)), ("CUDA", triton_launcher(cpu, name))):
+        if not implements(name, key):
             _library.impl(name, implementation, key)
-    return op

@@ -10,7 +10,7 @@ import torch
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.fp8 import reference
+from ijepa_fast.kernels.fp8 import cpu, reference
 from ijepa_fast.kernels.fp8.reference import FP8
 
 Quantised = tuple[torch.Tensor, torch.Tensor]
@@ -33,7 +33,7 @@ def quantise(x: torch.Tensor, out: Quantised | None = None) -> Quantised:
     values, scale = out or _empty(x)
     check_tensor("fp8.quantise", "out's values", values, tuple(x.shape), FP8, x.device)
     check_tensor("fp8.quantise", "out's scale", scale, (x.shape[0],), torch.float32, x.device)
-    (_quantise if runs_triton("fp8", x) else _quantise_reference)(x, values, scale)
+    (_quantise if runs_triton("fp8", x) else cpu.fp8_quantise)(x, values, scale)
     return values, scale
 
 
@@ -113,33 +113,24 @@ def _empty(x):
     return torch.empty_like(x, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-def _quantise_reference(x, values, scale):
-    for destination, found in zip((values, scale), reference.quantise(x), strict=True):
-        destination.copy_(found)
-
-
 _quantise = register(
     "fp8_quantise(Tensor x, Tensor(a!) values, Tensor(b!) scale) -> ()",
-    folder="fp8",
-    cpu=_quantise_reference,
+    cpu,
     fake=lambda x, values, scale: None,
 )
 _bias_gelu = register(
     "fp8_bias_gelu(Tensor x, Tensor bias) -> (Tensor values, Tensor scale)",
-    folder="fp8",
-    cpu=reference.bias_gelu_quantise,
+    cpu,
     fake=lambda x, bias: _empty(x),
 )
 _layer_norm = register(
     "fp8_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor values, Tensor scale)",
-    folder="fp8",
-    cpu=lambda x, weight, bias, eps: reference.layer_norm_quantise(x, None, weight, bias, eps)[:2],
+    cpu,
     fake=lambda x, weight, bias, eps: _empty(x),
 )
 _add_layer_norm = register(
     "fp8_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor values, Tensor scale, Tensor s)",
-    folder="fp8",
-    cpu=reference.layer_norm_quantise,
+    cpu,
     fake=lambda x, residual, weight, bias, eps: (*_empty(x), torch.empty_like(x)),
 )

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ijepa_fast.kernels.common.checks import check_tensor
-from ijepa_fast.kernels.common.dispatch import runs_triton
+from ijepa_fast.kernels.common.dispatch import choice, runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.common.native import runs_loops
-from ijepa_fast.kernels.layer_norm import native, reference
+from ijepa_fast.kernels.layer_norm import cpu, native, reference
 
 
 def layer_norm(
@@ -40,7 +39,7 @@ def layer_norm(
         check_tensor("layer_norm", "residual", residual, (x.shape[0], x.shape[1]), x.dtype, x.device)
     if runs_triton("layer_norm", x):
         return _LayerNorm.apply(x, residual, weight, bias, eps, "triton")
-    if weight.dtype == x.dtype and runs_loops("layer_norm", x):
+    if choice("layer_norm") == "auto" and native.unsupported(x, weight) is None:
         return _LayerNorm.apply(x, residual, weight, bias, eps, "native")
     return reference.layer_norm(x, weight, bias, eps, residual)
 
@@ -70,40 +69,19 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dx if ctx.fused else None, dparameters[0], dparameters[1], None, None
 
 
-def _fwd_cpu(x, weight, bias, eps):
-    y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
-    return y, mean.flatten().float(), rstd.flatten().float()
-
-
-def _add_fwd_cpu(x, residual, weight, bias, eps):
-    total = x + residual
-    y, mean, rstd = _fwd_cpu(total, weight, bias, eps)
-    return y, total, mean, rstd
-
-
-def _bwd_cpu(dy, ds, s, weight, mean, rstd):
-    xhat = (s.float() - mean[:, None]) * rstd[:, None]
-    g = dy.float() * weight.float()
-    dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
-    dparameters = torch.stack([(dy.float() * xhat).sum(0), dy.float().sum(0)])
-    return (dx if ds is None else dx + ds.float()).to(s.dtype), dparameters.to(weight.dtype)
-
-
 def _statistic(x):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 _fwd = register(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-    folder="layer_norm",
-    cpu=_fwd_cpu,
+    cpu,
     fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistic(x), _statistic(x)),
 )
 _add_fwd = register(
     "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
-    folder="layer_norm",
-    cpu=_add_fwd_cpu,
+    cpu,
     fake=lambda x, residual, weight, bias, eps: (
         torch.empty_like(x),
         torch.empty_like(x),
@@ -114,8 +92,7 @@ _add_fwd = register(
 _bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dparameters)",
-    folder="layer_norm",
-    cpu=_bwd_cpu,
+    cpu,
     fake=lambda dy, ds, s, weight, mean, rstd: (torch.empty_like(s), weight.new_empty(2, weight.shape[0])),
 )
 

@@ -1,4 +1,4 @@
-"""fp32 products on the CPU: oneDNN's, with bias and GELU in their epilogue, and csrc's for the weight's gradient.
+"""Products on the CPU: oneDNN's, with bias and GELU in their epilogue, and csrc's for the weight's gradient.
 
 PyTorch gives fp32 products to MKL and adds a pass over the result for the bias. On AMD cores with AVX-512, MKL reaches
 40 % (Zen 5) to 85-90 % (Zen 4) of the peak and oneDNN up to all of it. For the weight's gradient oneDNN wants one
@@ -12,34 +12,38 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
-from ijepa_fast.kernels.common.native import unsupported
 from ijepa_fast.kernels.linear import native
+
+DTYPES = (torch.float32,)
 
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
-# Without them csrc's loops for any machine would run, which are slower than MKL.
-WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
-
-def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether oneDNN can compute `linear` here: fp32 on a CPU, not empty, in a PyTorch that has the op.
-
-    Not inside torch.compile, where TorchInductor chooses, and takes this op with constant weights only.
-    """
+def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why oneDNN cannot compute `linear` of these, or None if it can."""
+    if x.device.type != "cpu":
+        return f"needs CPU tensors, got one on {x.device}"
     if torch.compiler.is_compiling():
-        return False
-    fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-    return fits and _product is not None and not torch.is_autocast_enabled("cpu")
+        return "is not for torch.compile: TorchInductor chooses, and takes this op with constant weights only"
+    if _product is None:
+        return "needs a PyTorch with oneDNN's linear layer"
+    if x.dtype not in DTYPES or weight.dtype != x.dtype:
+        return f"takes x and weight of one dtype, {DTYPES}, got {x.dtype} and {weight.dtype}"
+    if x.numel() == 0:
+        return "takes no empty tensors"
+    if torch.is_autocast_enabled("cpu"):
+        return "does not know autocast"
+    return None
 
 
-def linear(x, weight, bias):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `reference.linear`."""
     return _Linear.apply(x, weight, bias)
 
 
-def linear_gelu(x, weight, bias):
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As `reference.linear_gelu`; without a gradient GELU is part of the product, with one the bias is part of GELU."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if bias is None:
@@ -67,4 +71,4 @@ class _Linear(torch.autograd.Function):
 def _dweight(dy, x):
     """dy^T x: (T, O), (T, I) -> (O, I)."""
     x = x.contiguous()
-    return native.dweight(dy, x) if WIDE_VECTORS and unsupported(x) is None else dy.t() @ x
+    return native.linear_dweight(dy, x) if native.unsupported(dy, x) is None else dy.t() @ x

@@ -6,12 +6,21 @@ import torch
 
 from ijepa_fast.kernels.common import native
 
+DTYPES = (torch.float32,)
+
 _dweight = native.define("linear_dweight_cpu_(Tensor dy, Tensor x, Tensor(a!) dweight) -> ()")
 _column_sums = native.define("column_sums_cpu_(Tensor x, Tensor(a!) sums) -> ()")
 
 
-def dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """dy^T x: (T, O), (T, I) -> (O, I), for I a multiple of native.WIDTH."""
+def unsupported(dy: torch.Tensor, x: torch.Tensor) -> str | None:
+    """Why csrc cannot take these, or would be slower than PyTorch's product; None if it can and is not."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs AVX2, without which PyTorch's product is faster"
+    return native.unsupported(DTYPES, x, dy)
+
+
+def linear_dweight(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dy^T x: (T, O), (T, I) -> (O, I)."""
     out = x.new_empty(dy.shape[1], x.shape[1])
     _dweight(dy, x, out)
     return out

@@ -23,13 +23,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         ValueError: for a wrong shape, device or layout.
     """
     _check("linear", x, weight, bias)
-    return (cpu if cpu.supports(x, weight) else reference).linear(x, weight, bias)
+    return (cpu if cpu.unsupported(x, weight) is None else reference).linear(x, weight, bias)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """gelu(x weight^T + bias), the exact (erf) form; arguments, result and errors as `linear`."""
     _check("linear_gelu", x, weight, bias)
-    return (cpu if cpu.supports(x, weight) else reference).linear_gelu(x, weight, bias)
+    return (cpu if cpu.unsupported(x, weight) is None else reference).linear_gelu(x, weight, bias)
 
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 
 import torch
 
 from ijepa_fast.kernels.common import checks, native
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import choice, interpreted
-from ijepa_fast.kernels.mask_sampler import reference
+from ijepa_fast.kernels.common.library import triton_launcher
+from ijepa_fast.kernels.mask_sampler import cpu
 from ijepa_fast.kernels.mask_sampler.reference import Key, Size
 
-
-def _blocks_cpu(context, target, seed, step, rank, grid, target_size, context_size, min_keep, skip_last) -> None:
-    drawn = reference.sample_blocks(
-        Key(seed, step, rank),
-        context.shape[1],
-        tuple(grid),
-        target.shape[0],
-        tuple(target_size),
-        context.shape[0],
-        tuple(context_size),
-        min_keep,
-        skip_last,
-    )
-    for out, values in zip((context, target), drawn):
-        out.copy_(torch.from_numpy(values))
-
-
-def _subset_cpu(subset, kept, count, seed, step, rank, draw) -> None:
-    subset.copy_(torch.from_numpy(reference.random_subset(Key(seed, step, rank), kept.numpy(), count.numpy(), draw)))
-
-
-def _blocks_triton(*args) -> None:
-    importlib.import_module("ijepa_fast.kernels.mask_sampler.kernel").sample_blocks_(*args)
-
-
-def _subset_triton(*args) -> None:
-    importlib.import_module("ijepa_fast.kernels.mask_sampler.kernel").random_subset_(*args)
-
-
 _KEY = "int seed, int step, int rank"
-_blocks = native.register(
+native.register(
     f"sample_blocks_(Tensor(a!) context, Tensor(b!) target, {_KEY}, int[] grid, int[] target_size, int[] context_size, "
     "int min_keep, bool skip_last) -> ()",
-    cpu=_blocks_cpu,
-    cuda=_blocks_triton,
+    cpu,
 )
-_subset = native.register(
+native.register(
     f"random_subset_(Tensor(a!) subset, Tensor kept, Tensor count, {_KEY}, int draw) -> ()",
-    cpu=_subset_cpu,
-    cuda=_subset_triton,
+    cpu,
 )
 
 
@@ -99,7 +69,7 @@ def sample_blocks(
         )
     context = torch.empty(contexts, batch, grid[0] * grid[1], dtype=torch.bool, device=device)
     target = torch.empty(targets, batch, target_size[0] * target_size[1], dtype=torch.int32, device=device)
-    _choose(context, _blocks, _blocks_triton, _blocks_cpu)(
+    _choose("sample_blocks_", context)(
         context, target, key.seed, key.step, key.rank, grid, target_size, context_size, min_keep, skip_last
     )
     return context, target
@@ -125,7 +95,7 @@ def random_subset(key: Key, kept: torch.Tensor, count: torch.Tensor, draw: int =
     check_tensor("random_subset", "count", count, (kept.shape[0],), torch.int32, kept.device)
     _check_count(kept, count)
     subset = torch.empty_like(kept)
-    _choose(kept, _subset, _subset_triton, _subset_cpu)(subset, kept, count, key.seed, key.step, key.rank, draw)
+    _choose("random_subset_", kept)(subset, kept, count, key.seed, key.step, key.rank, draw)
     return subset
 
 
@@ -142,11 +112,12 @@ def _check_count(kept: torch.Tensor, count: torch.Tensor) -> None:
         )
 
 
-def _choose(tensor, registered, triton, plain):
+def _choose(name: str, tensor: torch.Tensor) -> Callable:
     """CUDA tensors are Triton's; so are the CPU's where 'triton' was asked for and its interpreter is on.
 
     Masks of a GPU run are made on the CPU as well, so 'triton' is no error there: csrc or NumPy serves them.
     """
-    if not tensor.is_cuda and choice("mask_sampler") == "triton" and interpreted():
-        return triton
-    return plain if choice("mask_sampler") == "reference" and not tensor.is_cuda else registered
+    setting = choice("mask_sampler")
+    if not tensor.is_cuda and setting == "triton" and interpreted():
+        return triton_launcher(cpu, name)
+    return getattr(cpu if setting == "reference" and not tensor.is_cuda else torch.ops.ijepa_fast, name)

@@ -7,7 +7,7 @@ import torch
 from ijepa_fast.kernels.common.checks import check_index, check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.masked_gather import reference
+from ijepa_fast.kernels.masked_gather import cpu, reference
 
 
 def masked_gather(
@@ -74,20 +74,13 @@ class _MaskedGather(torch.autograd.Function):
         return dx, None, dpositions, None, None
 
 
-def _bwd_cpu(dy, index, rows, unique, dtype):
-    total = dy.new_zeros(rows, dy.shape[1], dtype=torch.float32)
-    return total.index_add_(0, index, dy.float()).to(dtype)
-
-
 _fwd = register(
     "masked_gather_fwd(Tensor x, Tensor index, Tensor? positions, SymInt period) -> Tensor",
-    folder="masked_gather",
-    cpu=reference.masked_gather,
+    cpu,
     fake=lambda x, index, positions, period: x.new_empty(index.shape[0], x.shape[1]),
 )
 _bwd = register(
     "masked_gather_bwd(Tensor dy, Tensor index, SymInt rows, bool unique, ScalarType dtype) -> Tensor",
-    folder="masked_gather",
-    cpu=_bwd_cpu,
+    cpu,
     fake=lambda dy, index, rows, unique, dtype: dy.new_empty(rows, dy.shape[1], dtype=dtype),
 )

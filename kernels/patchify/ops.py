@@ -68,7 +68,6 @@ def _patchify_fake(images, patch, mean, std, dtype, width):
 
 _patchify = register(
     "patchify(Tensor images, SymInt patch, float[] mean, float[] std, ScalarType dtype, SymInt width) -> Tensor",
-    folder="patchify",
-    cpu=reference.patchify,
+    reference,
     fake=_patchify_fake,
 )

@@ -7,7 +7,7 @@ import torch
 from ijepa_fast.kernels.common.checks import check_index, check_sequences, check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.predictor_tokens import reference
+from ijepa_fast.kernels.predictor_tokens import cpu, reference
 
 
 def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions: torch.Tensor, packed) -> torch.Tensor:
@@ -113,24 +113,6 @@ class _Readout(torch.autograd.Function):
         return _readout_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.sizes), None, None, None, None, None
 
 
-def _fwd_cpu(context, mask_token, positions, context_index, cu_seqlens, target_index, sequences, max_seqlen, patches):
-    layout = (context_index, cu_seqlens, target_index, sequences)
-    return reference.predictor_tokens(context, mask_token, positions, *layout, patches)
-
-
-def _bwd_cpu(dtokens, mask_token, cu_seqlens, tokens, targets, sequences, size, max_seqlen):
-    total = dtokens.unflatten(0, (targets, -1)).float().sum(0)
-    dcontext = total[reference.context_rows(cu_seqlens, tokens, sequences, size)]
-    dmask_token = total[reference.mask_rows(cu_seqlens, sequences, size)].sum(0)
-    return dcontext.to(dtokens.dtype), dmask_token.to(mask_token.dtype)
-
-
-def _readout_bwd_cpu(dout, cu_seqlens, rows, targets, sequences, size, max_seqlen):
-    dtokens = dout.new_zeros((targets, rows // targets, dout.shape[1]))
-    dtokens[:, reference.mask_rows(cu_seqlens, sequences, size)] = dout.unflatten(0, (targets, -1))
-    return dtokens.flatten(0, 1)
-
-
 def _fwd_fake(context, mask_token, positions, context_index, cu_seqlens, target_index, sequences, *_):
     targets, _, size = target_index.shape
     return context.new_empty((targets * (context.shape[0] + sequences * size), context.shape[1]))
@@ -139,15 +121,13 @@ def _fwd_fake(context, mask_token, positions, context_index, cu_seqlens, target_
 _fwd = register(
     "predictor_tokens_fwd(Tensor context, Tensor mask_token, Tensor positions, Tensor context_index, Tensor cu_seqlens,"
     " Tensor target_index, SymInt sequences, SymInt max_seqlen, SymInt patches) -> Tensor",
-    folder="predictor_tokens",
-    cpu=_fwd_cpu,
+    cpu,
     fake=_fwd_fake,
 )
 _bwd = register(
     "predictor_tokens_bwd(Tensor dtokens, Tensor mask_token, Tensor cu_seqlens, SymInt tokens, SymInt targets, "
     "SymInt sequences, SymInt size, SymInt max_seqlen) -> (Tensor dcontext, Tensor dmask_token)",
-    folder="predictor_tokens",
-    cpu=_bwd_cpu,
+    cpu,
     fake=lambda dtokens, mask_token, cu_seqlens, tokens, *_: (
         dtokens.new_empty((tokens, dtokens.shape[1])),
         torch.empty_like(mask_token),
@@ -155,8 +135,7 @@ _bwd = register(
 )
 _readout_fwd = register(
     "predictor_readout_fwd(Tensor tokens, Tensor cu_seqlens, SymInt targets, SymInt sequences, SymInt size) -> Tensor",
-    folder="predictor_tokens",
-    cpu=reference.predictor_readout,
+    cpu,
     fake=lambda tokens, cu_seqlens, targets, sequences, size: tokens.new_empty(
         (targets * sequences * size, tokens.shape[1])
     ),
@@ -164,7 +143,6 @@ _readout_fwd = register(
 _readout_bwd = register(
     "predictor_readout_bwd(Tensor dout, Tensor cu_seqlens, SymInt rows, SymInt targets, SymInt sequences, SymInt size, "
     "SymInt max_seqlen) -> Tensor",
-    folder="predictor_tokens",
-    cpu=_readout_bwd_cpu,
+    cpu,
     fake=lambda dout, cu_seqlens, rows, *_: dout.new_empty((rows, dout.shape[1])),
 )

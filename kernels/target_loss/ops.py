@@ -7,7 +7,7 @@ import torch
 from ijepa_fast.kernels.common.checks import check_index, check_tensor
 from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.target_loss import reference
+from ijepa_fast.kernels.target_loss import cpu, reference
 
 
 def target_loss(
@@ -66,36 +66,17 @@ class _TargetLoss(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None, None, None
 
 
-def _gradient_dtype(predictions):
-    """That of the predictions, but fp32 for fp16 ones: before loss scaling, fp16 cannot hold a mean's gradient."""
-    return torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
-
-
-def _fwd_cpu(predictions, features, index, kind, eps):
-    dtype = torch.promote_types(predictions.dtype, torch.float32)
-    error = predictions.to(dtype) - reference.normalised(features, eps, dtype).index_select(0, index)
-    loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
-    gradient = 2 * error if kind == "l2" else error.clamp(-1, 1)
-    return loss, (gradient / error.numel()).to(_gradient_dtype(predictions))
-
-
-def _scale_cpu(gradient, upstream):
-    gradient.mul_(upstream)
-
-
 _fwd = register(
     "target_loss_fwd(Tensor predictions, Tensor features, Tensor index, str kind, float eps)"
     " -> (Tensor loss, Tensor gradient)",
-    folder="target_loss",
-    cpu=_fwd_cpu,
+    cpu,
     fake=lambda predictions, *_: (
         predictions.new_empty((), dtype=torch.float32),
-        torch.empty_like(predictions, dtype=_gradient_dtype(predictions)),
+        torch.empty_like(predictions, dtype=cpu.gradient_dtype(predictions.dtype)),
     ),
 )
 _scale_ = register(
     "target_loss_scale_(Tensor(a!) gradient, Tensor upstream) -> ()",
-    folder="target_loss",
-    cpu=_scale_cpu,
+    cpu,
     fake=lambda gradient, upstream: None,
 )

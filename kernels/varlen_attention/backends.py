@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.common.dispatch import interpreted
-from ijepa_fast.kernels.varlen_attention import cpu, reference
+from ijepa_fast.kernels.varlen_attention import cpu, native, reference
 from ijepa_fast.kernels.varlen_attention.tiles import MAX_HEAD_DIM
 
 NAMES = ("auto", "triton", "native", "torch", "flash2", "flash4", "xformers", "sdpa", "reference")
@@ -41,13 +40,13 @@ MEASURED: tuple[Measured, ...] = (
 NOT_MEASURED = "triton"
 
 
-def choose(q: torch.Tensor, max_seqlen_k: int, training: bool) -> str:
+def choose(q: torch.Tensor, max_seqlen_k: int, scale: float, training: bool) -> str:
     """The backend `auto` stands for: a row of MEASURED, else NOT_MEASURED. Announced once a case.
 
     On the CPU it is native, or sdpa where that cannot be had.
     """
     if not q.is_cuda:
-        return "sdpa" if native.unsupported(q) else "native"
+        return "sdpa" if native.unsupported(q, scale) else "native"
     capability = _capability(q.device)
     for row in MEASURED:
         fits = row.capability == capability and q.shape[2] in row.head_dims and max_seqlen_k <= row.max_seqlen
@@ -80,8 +79,8 @@ def _log_once(backend: str, capability: tuple[int, int], head_dim: int, training
     )
 
 
-def require(name: str, q: torch.Tensor) -> None:
-    """RuntimeError, with the reason, if backend `name` cannot run on tensors like `q`."""
+def require(name: str, q: torch.Tensor, scale: float) -> None:
+    """RuntimeError, with the reason, if backend `name` cannot run on queries like `q` with scores of `scale`."""
     reason = None
     if name == "triton":
         if not _HAS_TRITON:
@@ -93,7 +92,7 @@ def require(name: str, q: torch.Tensor) -> None:
         elif q.shape[2] > MAX_HEAD_DIM:
             reason = f"takes head dims up to {MAX_HEAD_DIM}, got {q.shape[2]}"
     elif name == "native":
-        reason = native.unsupported(q)
+        reason = native.unsupported(q, scale)
     elif name in ("torch", "flash2", "flash4", "xformers"):
         if not q.is_cuda:
             reason = f"needs a CUDA device, q is on {q.device}"

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ijepa_fast.kernels.varlen_attention.reference import lse_dtype
+from ijepa_fast.kernels.varlen_attention.cpu import lse_dtype
 from ijepa_fast.kernels.varlen_attention.tiles import Tile, bwd_tiles, fwd_tile, split, whole_tiles
 
 
@@ -341,7 +341,7 @@ def _launch(kernel, sequences: int, tiles: int, tile: Tile, constants: dict[str,
 
 
 def varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """(out (Tq, H, HD), lse (H, Tq) in base 2, of `reference.lse_dtype`)."""
+    """(out (Tq, H, HD), lse (H, Tq) in base 2, of `cpu.lse_dtype`)."""
     tokens, heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((heads, tokens), dtype=lse_dtype(q.dtype), device=q.device)

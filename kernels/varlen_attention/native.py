@@ -1,8 +1,12 @@
-"""csrc's loops for fp32 on the CPU, under the signatures of the registered ops."""
+"""csrc's loops for the CPU, under the names and arguments of the registered ops."""
 
 from __future__ import annotations
 
+import torch
+
 from ijepa_fast.kernels.common import native
+
+DTYPES = (torch.float32,)
 
 _INPUT = "Tensor q, Tensor k, Tensor v"
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale"
@@ -13,21 +17,55 @@ _bwd = native.define(
 )
 
 
-def varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def unsupported(q: torch.Tensor, scale: float) -> str | None:
+    """Why csrc cannot take queries (..., d) like these, and keys and values like them; None if it can."""
+    return native.unsupported(DTYPES, q) or (None if scale > 0 else f"needs a positive scale, got {scale}")
+
+
+def varlen_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out (Tq, H, d), and two statistics of every row for the backward pass (2, H, Tq)."""
     out, statistics = q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0])
     _fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, statistics)
     return out, statistics
 
 
-def varlen_attention_bwd(dout, q, k, v, out, statistics, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
+def varlen_attention_bwd(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     _bwd(dout, q, k, v, statistics, cu_seqlens_q, cu_seqlens_k, scale, *gradients)
     return gradients
 
 
-def varlen_attention_qkv_bwd(dout, qkv, out, statistics, cu_seqlens, max_seqlen, scale):
+def varlen_attention_qkv_bwd(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> torch.Tensor:
     """The gradient of qkv (T, 3, H, d)."""
     dqkv = qkv.new_empty(qkv.shape)
     _bwd(dout, *qkv.unbind(1), statistics, cu_seqlens, cu_seqlens, scale, *dqkv.unbind(1))

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from ijepa_fast.kernels.common.checks import check_sequences, check_tensor
 from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.common.native import runs_loops
-from ijepa_fast.kernels.varlen_attention import backends, native, reference
+from ijepa_fast.kernels.varlen_attention import backends, cpu, native
 
 
 def varlen_attention(
@@ -115,7 +114,7 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
         ValueError, RuntimeError: as `varlen_attention`.
     """
     check_tensor("dense_attention", "qkv", qkv, (None, None, 3, None, None))
-    if backend == "auto" and runs_loops("varlen_attention", qkv):
+    if backend == "auto" and choice("varlen_attention") == "auto" and native.unsupported(qkv, 1.0) is None:
         backend = "native"
     if backend in ("auto", "sdpa"):
         q, k, v = qkv.transpose(1, 3).unbind(2)
@@ -131,12 +130,8 @@ def _resolve(backend: str, q: torch.Tensor, max_seqlen_k: int, scale: float, tra
         raise ValueError(f"varlen_attention: backend: expected one of {', '.join(backends.NAMES)}, got {backend!r}")
     if backend == "auto":
         setting = choice("varlen_attention")
-        backend = backends.choose(q, max_seqlen_k, training) if setting == "auto" else setting
-        if backend == "native" and scale <= 0:
-            backend = "sdpa"
-    backends.require(backend, q)
-    if backend == "native" and scale <= 0:
-        raise RuntimeError(f"varlen_attention: backend='native' needs a positive scale, got {scale}")
+        backend = backends.choose(q, max_seqlen_k, scale, training) if setting == "auto" else setting
+    backends.require(backend, q, scale)
     return backend
 
 
@@ -180,13 +175,8 @@ class _AttentionQKV(torch.autograd.Function):
         return KERNELS[ctx.kernels].qkv_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
-def _qkv_bwd_cpu(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale):
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return torch.stack(reference.varlen_attention_bwd(dout, *qkv.unbind(1), out, lse, *lengths, scale), 1)
-
-
 def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    return _packed(q), q.new_empty((q.shape[1], q.shape[0]), dtype=reference.lse_dtype(q.dtype))
+    return _packed(q), q.new_empty((q.shape[1], q.shape[0]), dtype=cpu.lse_dtype(q.dtype))
 
 
 def _packed(x):
@@ -196,22 +186,19 @@ def _packed(x):
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _fwd = register(
     f"varlen_attention_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, float scale) -> (Tensor out, Tensor lse)",
-    folder="varlen_attention",
-    cpu=reference.varlen_attention_fwd,
+    cpu,
     fake=_fwd_fake,
 )
 _bwd = register(
     f"varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
-    folder="varlen_attention",
-    cpu=reference.varlen_attention_bwd,
+    cpu,
     fake=lambda dout, q, k, v, *_: (_packed(q), _packed(k), _packed(v)),
 )
 _qkv_bwd = register(
     "varlen_attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
     "float scale) -> Tensor dqkv",
-    folder="varlen_attention",
-    cpu=_qkv_bwd_cpu,
+    cpu,
     fake=lambda dout, qkv, *_: _packed(qkv),
 )
 

@@ -5,7 +5,6 @@ out_s = softmax(scale * q_s k_s^T) v_s      for every sequence s and every head
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
@@ -26,45 +25,19 @@ def varlen_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outputs = [
-        torch.einsum("hqk,khd->qhd", _scores(q[query], k[key], scale).softmax(-1), v[key])
-        for query, key in _sequences(cu_seqlens_q, cu_seqlens_k)
+        torch.einsum("hqk,khd->qhd", scores(q[query], k[key], scale).softmax(-1), v[key])
+        for query, key in sequences(cu_seqlens_q, cu_seqlens_k)
     ]
     return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the softmax denominators' logarithms for inputs of `dtype`: one that holds large ones well enough for it."""
-    return torch.float64 if dtype.itemsize > 2 else torch.float32
-
-
-def varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """What the kernel returns: the output, and log2 of each row's softmax denominator, (H, Tq), 0 without keys."""
-    lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=lse_dtype(q.dtype))
-    for query, key in _sequences(cu_seqlens_q, cu_seqlens_k):
-        if key.start < key.stop:
-            lse[:, query] = _scores(q[query], k[key], scale).to(lse.dtype).logsumexp(-1) / math.log(2)
-    return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), lse
-
-
-def varlen_attention_bwd(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
-    """The gradients of q, k and v, written out."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for query, key in _sequences(cu_seqlens_q, cu_seqlens_k):
-        p = _scores(q[query], k[key], scale).softmax(-1)
-        dp = torch.einsum("qhd,khd->hqk", dout[query], v[key])
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq[query] = torch.einsum("hqk,khd->qhd", ds, k[key])
-        dk[key] = torch.einsum("hqk,qhd->khd", ds, q[query])
-        dv[key] = torch.einsum("hqk,qhd->khd", p, dout[query])
-    return dq, dk, dv
-
-
-def _scores(q, k, scale):
+def scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale q k^T of every head: (Q, H, d), (K, H, d) -> (H, Q, K)."""
     return torch.einsum("qhd,khd->hqk", q, k) * scale
 
 
-def _sequences(cu_seqlens_q, cu_seqlens_k):
-    """The rows of each query sequence and of its key sequence, as slices."""
+def sequences(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> list[tuple[slice, slice]]:
+    """The rows of each query sequence and of its key sequence."""
     bounds = (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
     queries, keys = ([slice(start, stop) for start, stop in pairwise(b)] for b in bounds)
     return list(zip(queries, keys, strict=True))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ijepa_fast.kernels.adamw_ema import adamw_ema_, adamw_ema_multi_, ops, reference, step_scalars
+from ijepa_fast.kernels.adamw_ema import adamw_ema_, adamw_ema_multi_, reference, step_scalars
 from ijepa_fast.kernels.common import dispatch, native
 from tests import oracle
 
@@ -194,9 +194,10 @@ def test_reference_is_torch_adamw_and_ema_by_parameter():
 def test_choice_of_the_implementation(monkeypatch):
     """reference and auto are taken at their word; auto without the extension is the reference."""
     used = []
-    monkeypatch.setattr(ops, "_flat", lambda *args: used.append("csrc"))
+    kernel = pytest.importorskip("ijepa_fast.kernels.adamw_ema.kernel")
+    monkeypatch.setattr(torch.ops.ijepa_fast, "adamw_ema_", lambda *args: used.append("csrc"))
     monkeypatch.setattr(reference, "adamw_ema_", lambda *args: used.append("reference"))
-    monkeypatch.setattr(ops, "_triton_flat", lambda *args: used.append("triton"))
+    monkeypatch.setattr(kernel, "adamw_ema_", lambda *args: used.append("triton"))
     before = dispatch.choice("adamw_ema")
     try:
         for setting in ("auto", "reference", "triton"):

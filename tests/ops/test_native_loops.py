@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
+from ijepa_fast.kernels.bias_gelu import native as bias_gelu_native
 from ijepa_fast.kernels.bias_gelu import reference as bias_gelu_reference
 from ijepa_fast.kernels.common import dispatch, native
 from ijepa_fast.kernels.layer_norm import layer_norm
+from ijepa_fast.kernels.layer_norm import native as layer_norm_native
 from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
-from ijepa_fast.kernels.linear import cpu as linear_cpu
 from ijepa_fast.kernels.linear import linear
 from ijepa_fast.kernels.linear import native as linear_native
 from ijepa_fast.kernels.varlen_attention import dense_attention, reference, varlen_attention, varlen_attention_qkv
@@ -88,7 +89,7 @@ def test_layer_norm(poisoned, tokens, width):
         torch.randn(width),
         torch.randn(width),
     )
-    assert native.runs_loops("layer_norm", x)
+    assert layer_norm_native.unsupported(x, weight) is None
     for extra in ((), (residual,)):
         oracle.check_against_reference(
             lambda x, weight, bias, *residual: layer_norm(x, weight, bias, 1e-6, *residual),
@@ -102,7 +103,7 @@ def test_layer_norm(poisoned, tokens, width):
 @pytest.mark.parametrize(("tokens", "width"), [(0, 32), (1, 16), (301, 192), (1000, 64)])
 def test_bias_gelu(poisoned, tokens, width):
     x, bias = 3 * torch.randn(tokens, width), torch.randn(width)
-    assert native.runs_loops("bias_gelu", x)
+    assert bias_gelu_native.unsupported(x, bias) is None
     oracle.check_against_reference(bias_gelu, bias_gelu_reference.bias_gelu, (x, bias), names=("x", "bias"))
 
 
@@ -124,14 +125,15 @@ def test_bias_gelu_is_exact_over_the_whole_range():
 def test_weight_gradient(poisoned, tokens, inputs, outputs):
     """Tokens and rows beyond one block, and panels, row tiles and chunks that are not full."""
     dy, x = torch.randn(tokens, outputs), torch.randn(tokens, inputs)
-    oracle.assert_within_budget(linear_native.dweight(dy, x), dy.t() @ x, dy.double().t() @ x.double())
+    oracle.assert_within_budget(linear_native.linear_dweight(dy, x), dy.t() @ x, dy.double().t() @ x.double())
 
 
-@pytest.mark.skipif(not linear_cpu.WIDE_VECTORS, reason="MKL's is faster without AVX2")
 def test_weight_gradient_is_what_linear_uses():
     dy, x, weight = torch.randn(200, 30), torch.randn(200, 64), torch.randn(30, 64, requires_grad=True)
+    if reason := linear_native.unsupported(dy, x):
+        pytest.skip(f"csrc's weight gradient {reason}")
     linear(x, weight, None).backward(dy)
-    assert torch.equal(weight.grad, linear_native.dweight(dy, x))
+    assert torch.equal(weight.grad, linear_native.linear_dweight(dy, x))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
@@ -160,23 +162,36 @@ def test_weight_gradient_does_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(linear_native.dweight(dy, x))
+            results.append(linear_native.linear_dweight(dy, x))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_which_tensors_take_the_loops():
-    assert native.runs_loops("layer_norm", torch.zeros(2, 32))
-    assert "got one on meta" in native.unsupported(torch.zeros(2, 32, device="meta"))
-    for x, reason in ((torch.zeros(2, 32).double(), "float32"), (torch.zeros(2, 24), "a multiple of 16, got 24")):
-        assert reason in native.unsupported(x)
-        assert not native.runs_loops("layer_norm", x)
+@pytest.mark.parametrize(
+    ("x", "weight", "reason"),
+    [
+        (torch.zeros(2, 32, device="meta"), torch.ones(32), "needs CPU tensors, got one on meta"),
+        (torch.zeros(2, 32).double(), torch.ones(32).double(), "takes float32 or bfloat16, got torch.float64"),
+        (torch.zeros(2, 32), torch.ones(32).double(), "one dtype, got torch.float32, torch.float64"),
+        (torch.zeros(2, 24), torch.ones(24), "a multiple of 16, got 24"),
+    ],
+    ids=["device", "dtype", "two dtypes", "width"],
+)
+def test_which_tensors_the_loops_do_not_take(x, weight, reason):
+    assert reason in layer_norm_native.unsupported(x, weight)
+
+
+@pytest.mark.parametrize(("setting", "node"), [("auto", "_LayerNorm"), ("reference", "NativeLayerNorm")])
+def test_the_loops_run_unless_the_op_is_set_otherwise(setting, node):
+    x, weight = torch.zeros(2, 32, requires_grad=True), torch.ones(32)
     before = dispatch.choice("layer_norm")
-    dispatch.use({"layer_norm": "reference"})
-    assert not native.runs_loops("layer_norm", torch.zeros(2, 32))
-    dispatch.use({"layer_norm": before})
+    dispatch.use({"layer_norm": setting})
+    try:
+        assert layer_norm(x, weight, weight).grad_fn.name().partition("Backward")[0] == node
+    finally:
+        dispatch.use({"layer_norm": before})
 
 
 def test_wrong_input_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ijepa_fast.kernels.common import checks
-from ijepa_fast.kernels.predictor_tokens import ops, predictor_readout, predictor_tokens, reference
+from ijepa_fast.kernels.predictor_tokens import cpu, ops, predictor_readout, predictor_tokens, reference
 from ijepa_fast.masks.packing import PackedBatch
 from tests import oracle
 
@@ -177,10 +177,10 @@ def test_any_layout():
         dtokens = torch.randn_like(tokens)
         sizes = (packed.context_index.shape[0], targets, packed.sequences, size, maximum)
         arguments = (dtokens, mask_token, packed.context_cu_seqlens, *sizes)
-        for actual, expected in zip(ops._bwd(*arguments), ops._bwd_cpu(*arguments)):
+        for actual, expected in zip(ops._bwd(*arguments), cpu.predictor_tokens_bwd(*arguments)):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         arguments = (masks, packed.context_cu_seqlens, tokens.shape[0], *sizes[1:])
-        assert torch.equal(ops._readout_bwd(*arguments), ops._readout_bwd_cpu(*arguments))
+        assert torch.equal(ops._readout_bwd(*arguments), cpu.predictor_readout_bwd(*arguments))
 
     check_one()
 
@@ -193,15 +193,15 @@ def test_plain_implementation_of_the_ops():
     upstream = oracle.random_upstream(function, (context, mask_token))
     (tokens,), gradients = oracle.differentiate(function, (context, mask_token), upstream)
     layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences)
-    assert torch.equal(ops._fwd_cpu(context, mask_token, positions, *layout, 33, packed.patches), tokens)
+    assert torch.equal(cpu.predictor_tokens_fwd(context, mask_token, positions, *layout, 33, packed.patches), tokens)
     sizes = (context.shape[0], packed.targets, packed.sequences, packed.target_size, 33)
-    actual = ops._bwd_cpu(*upstream, mask_token, packed.context_cu_seqlens, *sizes)
+    actual = cpu.predictor_tokens_bwd(*upstream, mask_token, packed.context_cu_seqlens, *sizes)
     torch.testing.assert_close(actual, gradients)
 
     upstream = oracle.random_upstream(readout_of(reference, packed), (tokens,))
     _, (gradient,) = oracle.differentiate(readout_of(reference, packed), (tokens,), upstream)
     sizes = (tokens.shape[0], *sizes[1:])
-    assert torch.equal(ops._readout_bwd_cpu(*upstream, packed.context_cu_seqlens, *sizes), gradient)
+    assert torch.equal(cpu.predictor_readout_bwd(*upstream, packed.context_cu_seqlens, *sizes), gradient)
 
 
 def test_deterministic(triton_everywhere):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ijepa_fast.kernels.common import checks, dispatch
-from ijepa_fast.kernels.target_loss import ops, reference, target_loss
+from ijepa_fast.kernels.target_loss import cpu, ops, reference, target_loss
 from tests import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -159,10 +159,10 @@ def test_plain_implementation_of_the_op(kind):
     predictions, features, index = make(6, 4, 32, torch.float32, "cpu")
     function = of_predictions(reference.target_loss, features, index, kind)
     (loss,), (gradient,) = oracle.differentiate(function, (predictions,), (torch.ones(()),))
-    actual_loss, actual_gradient = ops._fwd_cpu(predictions, features, index, kind, 1e-5)
+    actual_loss, actual_gradient = cpu.target_loss_fwd(predictions, features, index, kind, 1e-5)
     torch.testing.assert_close(actual_loss, loss)
     torch.testing.assert_close(actual_gradient, gradient)
-    ops._scale_cpu(actual_gradient, torch.tensor(3.0))
+    cpu.target_loss_scale_(actual_gradient, torch.tensor(3.0))
     torch.testing.assert_close(actual_gradient, 3 * gradient)
 
 

@@ -11,6 +11,7 @@ from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.kernels.common.native import available
 from ijepa_fast.kernels.varlen_attention import (
     backends,
+    cpu,
     dense_attention,
     ops,
     reference,
@@ -236,12 +237,12 @@ def test_plain_implementation_of_the_ops(triton_everywhere):
     lengths = [7, 0, 40]
     qkv, cu = make(47, 2, 24, torch.float32, triton_everywhere), cu_seqlens(lengths, triton_everywhere)
     arguments = (cu, cu, 40, 40, 24**-0.5)
-    plain, kernel = (f(*qkv.unbind(1), *arguments) for f in (reference.varlen_attention_fwd, ops._fwd))
+    plain, kernel = (f(*qkv.unbind(1), *arguments) for f in (cpu.varlen_attention_fwd, ops._fwd))
     torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5)
     dout = torch.randn_like(plain[0])
-    plain, kernel = (f(dout, *qkv.unbind(1), *plain, *arguments) for f in (reference.varlen_attention_bwd, ops._bwd))
+    plain, kernel = (f(dout, *qkv.unbind(1), *plain, *arguments) for f in (cpu.varlen_attention_bwd, ops._bwd))
     torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-5)
-    packed = ops._qkv_bwd_cpu(dout, qkv, None, None, cu, 40, 24**-0.5)
+    packed = cpu.varlen_attention_qkv_bwd(dout, qkv, None, None, cu, 40, 24**-0.5)
     assert torch.equal(packed, torch.stack(plain, 1))
 
 
@@ -299,16 +300,16 @@ def test_auto_takes_the_measured_backend_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(backends, "MEASURED", (row,))
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "ijepa_fast"):
-        assert [backends.choose(OnGPU, 200, training=True) for _ in range(2)] == ["flash2", "flash2"]
-        assert backends.choose(OnGPU, 300, training=True) == backends.NOT_MEASURED
-        assert backends.choose(OnGPU, 200, training=False) == backends.NOT_MEASURED
+        assert [backends.choose(OnGPU, 200, 1.0, training=True) for _ in range(2)] == ["flash2", "flash2"]
+        assert backends.choose(OnGPU, 300, 1.0, training=True) == backends.NOT_MEASURED
+        assert backends.choose(OnGPU, 200, 1.0, training=False) == backends.NOT_MEASURED
     assert [record.getMessage() for record in caplog.records] == [
         "varlen_attention: flash2 for head dim 64, training, on compute capability 9.0 (measured)",
         "varlen_attention: triton for head dim 64, training, on compute capability 9.0 (not measured)",
         "varlen_attention: triton for head dim 64, inference, on compute capability 9.0 (not measured)",
     ]
-    assert backends.choose(torch.randn(1, 1, 16), 1, training=True) == ("native" if available() else "sdpa")
-    assert backends.choose(torch.randn(1, 1, 24), 1, training=True) == "sdpa"
+    assert backends.choose(torch.randn(1, 1, 16), 1, 1.0, training=True) == ("native" if available() else "sdpa")
+    assert backends.choose(torch.randn(1, 1, 24), 1, 1.0, training=True) == "sdpa"
 
 
 def test_dispatch_setting_decides_what_auto_is(triton_everywhere, monkeypatch):
