@@ -29,6 +29,12 @@ struct AttentionShape {
   float scale;
 };
 
+// One head of one sequence.
+struct Head {
+  int64_t queries, keys, dim;
+  float scale;
+};
+
 template <class T>
 struct AttentionInput {
   Packed<const T> q, k, v;
@@ -66,46 +72,40 @@ struct LayerNormGradient {
   int64_t width;
 };
 
-// dweight (outputs, inputs) = dy^T x; dy (tokens, outputs), x (tokens, inputs), inputs a multiple of kLoopWidth.
+// dweight (outputs, inputs) = dy^T x; dy (tokens, outputs), x (tokens, inputs), inputs a multiple of kLoopWidth, and of
+// bf16 outputs, too.
+template <class T>
 struct WeightGradient {
-  const float *dy, *x;
-  float* dweight;
+  const T *dy, *x;
+  T* dweight;
   int64_t tokens, outputs, inputs;
 };
-// Rows of dweight that one call may compute, tokens it takes at a time, and the widest panel of x: in floats, 192 KB of
-// dy, which the second cache holds, and 32 KB of x, which the first one does.
-constexpr int64_t kGradientRows = 384, kGradientDepth = 128, kGradientWidth = 64;
 
-// Loops over rows, on the calling thread: rows [begin, end). Gradients of parameters are added to what is there.
+// All on the calling thread.
 template <class T>
-struct RowLoops {
+struct Loops {
+  // Pairs of a sequence and a head, number sequence * heads + head, [begin, end). statistics (2, heads, tokens): each
+  // row's largest score before scaling, and 1 over its softmax denominator relative to that. `scratch` holds
+  // attention_scratch() floats for the longest of the sequences.
+  int64_t (*attention_scratch)(int64_t dim, int64_t queries, int64_t keys);
+  void (*attention)(const AttentionShape&, const AttentionInput<T>&, Packed<T> out, float* statistics, int64_t begin,
+                    int64_t end, float* scratch);
+  void (*attention_backward)(const AttentionShape&, const AttentionInput<T>&, Packed<const T> dout,
+                             const float* statistics, const AttentionGradient<T>&, int64_t begin, int64_t end,
+                             float* scratch);
+  // Rows [begin, end). Gradients of parameters are added to what is there.
   void (*bias_gelu)(const BiasGelu<T>&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGelu<T>&, int64_t begin, int64_t end, float* dbias);
   void (*layer_norm)(const LayerNorm<T>&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormGradient<T>&, int64_t begin, int64_t end, float* dparameters);
   void (*column_sums)(const T* x, int64_t width, int64_t begin, int64_t end, float* sums);
+  // Rows [begin, end) of dweight; `scratch` holds weight_gradient_scratch floats. Null where PyTorch's are as fast.
+  void (*weight_gradient)(const WeightGradient<T>&, int64_t begin, int64_t end, float* scratch);
+  int64_t weight_gradient_scratch;
 };
 
-// All on the calling thread.
-struct Loops {
-  // One sequence and one head. statistics (2, heads, tokens): each row's largest score before scaling, and 1 over
-  // its softmax denominator relative to that. `scratch` holds attention_scratch() floats.
-  void (*attention)(const AttentionShape&, const AttentionInput<float>&, Packed<float> out, float* statistics,
-                    int64_t sequence, int64_t head, float* scratch);
-  void (*attention_backward)(const AttentionShape&, const AttentionInput<float>&, Packed<const float> dout,
-                             const float* statistics, const AttentionGradient<float>&, int64_t sequence, int64_t head,
-                             float* scratch);
-  // Rows [begin, end) of dweight; `scratch` holds weight_gradient_scratch() floats.
-  void (*weight_gradient)(const WeightGradient&, int64_t begin, int64_t end, float* scratch);
-  RowLoops<float> rows;
-  RowLoops<Bf16> rows_bf16;
-};
-
-// Those for this machine's vectors.
-const Loops& loops();
-
-// Floats that a thread needs for sequences of up to `keys` keys.
-int64_t attention_scratch(int64_t dim, int64_t keys);
-int64_t weight_gradient_scratch();
+// Those for this machine, for float and for Bf16.
+template <class T>
+const Loops<T>& loops();
 
 }  // namespace ijepa_fast

@@ -17,13 +17,6 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // values of one piece of work at least
 
-template <class T>
-const RowLoops<T>& row_loops();
-template <>
-const RowLoops<float>& row_loops() { return loops().rows; }
-template <>
-const RowLoops<Bf16>& row_loops() { return loops().rows_bf16; }
-
 // The checks of shapes are in ops.py; these guard memory when an op is called by its name.
 void check(const char* op, int64_t size, at::ScalarType type, std::initializer_list<std::optional<at::Tensor>> tensors) {
   for (const auto& x : tensors) {
@@ -33,8 +26,7 @@ void check(const char* op, int64_t size, at::ScalarType type, std::initializer_l
 }
 
 int64_t width_of(const char* op, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
-                    ": expected float32 or bfloat16");
+  check_type(op, x);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) % kLoopWidth == 0, op, ": expected rows of a multiple of ", kLoopWidth,
                     " values");
   return x.size(1);
@@ -73,7 +65,7 @@ void bias_gelu_cpu(const at::Tensor& x, const at::Tensor& bias, const at::Tensor
   with_type(x, [&](auto type) {
     using T = decltype(type);
     const BiasGelu<T> args{values<T>(x), values<T>(bias), nullptr, written<T>(y), nullptr, width};
-    each_row(x, [&](int64_t begin, int64_t end) { row_loops<T>().bias_gelu(args, begin, end); });
+    each_row(x, [&](int64_t begin, int64_t end) { loops<T>().bias_gelu(args, begin, end); });
   });
 }
 
@@ -86,7 +78,7 @@ void bias_gelu_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at:
     using T = decltype(type);
     const BiasGelu<T> args{values<T>(x), values<T>(bias), values<T>(dy), nullptr, written<T>(dx), width};
     each_row_summing(x, dbias, [&](int64_t begin, int64_t end, float* sums) {
-      row_loops<T>().bias_gelu_backward(args, begin, end, sums);
+      loops<T>().bias_gelu_backward(args, begin, end, sums);
     });
   });
 }
@@ -104,7 +96,7 @@ void layer_norm_cpu(const at::Tensor& x, const std::optional<at::Tensor>& residu
     const LayerNorm<T> args{values<T>(x),    values<T>(residual), values<T>(weight),
                             values<T>(bias), written<T>(y),       s ? written<T>(*s) : nullptr,
                             written<float>(mean), written<float>(rstd), width, static_cast<float>(eps)};
-    each_row(x, [&](int64_t begin, int64_t end) { row_loops<T>().layer_norm(args, begin, end); });
+    each_row(x, [&](int64_t begin, int64_t end) { loops<T>().layer_norm(args, begin, end); });
   });
 }
 
@@ -121,7 +113,7 @@ void layer_norm_backward_cpu(const at::Tensor& dy, const std::optional<at::Tenso
     const LayerNormGradient<T> args{values<T>(dy),       values<T>(ds),       values<T>(s),   values<T>(weight),
                                     values<float>(mean), values<float>(rstd), written<T>(dx), width};
     each_row_summing(s, dparameters, [&](int64_t begin, int64_t end, float* sums) {
-      row_loops<T>().layer_norm_backward(args, begin, end, sums);
+      loops<T>().layer_norm_backward(args, begin, end, sums);
     });
   });
 }
@@ -133,7 +125,7 @@ void column_sums_cpu(const at::Tensor& x, const at::Tensor& sums) {
   with_type(x, [&](auto type) {
     using T = decltype(type);
     each_row_summing(x, sums, [&](int64_t begin, int64_t end, float* part) {
-      row_loops<T>().column_sums(values<T>(x), width, begin, end, part);
+      loops<T>().column_sums(values<T>(x), width, begin, end, part);
     });
   });
 }

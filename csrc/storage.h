@@ -10,10 +10,15 @@
 
 namespace ijepa_fast {
 
-// run(T()) for T the type of x's values; the checks have refused any but these two.
+// run(T()) for T the type of x's values; check_type has refused any but these two.
 template <class Run>
 void with_type(const at::Tensor& x, const Run& run) {
   x.scalar_type() == at::kBFloat16 ? run(Bf16()) : run(float());
+}
+
+inline void check_type(const char* op, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, op,
+                    ": expected float32 or bfloat16, got ", x.scalar_type());
 }
 
 inline const char* name_of(at::ScalarType type) { return type == at::kBFloat16 ? "bfloat16" : "float32"; }

@@ -68,6 +68,21 @@ inline Bits count(std::integer_sequence<int, I...>) {
   return Bits{I...};
 }
 
+// A square of vectors, in registers: every pass deals the two halves out in turns.
+inline void transpose(Vector (&x)[kWidth]) {
+#pragma GCC unroll 8
+  for (int pass = 1; pass < kWidth; pass *= 2) {
+    Vector y[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = in_turns<0>(x[i], x[i + kWidth / 2], Places());
+      y[2 * i + 1] = in_turns<kWidth / 2>(x[i], x[i + kWidth / 2], Places());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
 // Sum and maximum of a vector's values, in log2(kWidth) steps.
 template <int By = kWidth / 2>
 inline float sum_of(Vector x) {
