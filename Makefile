@@ -29,6 +29,7 @@ bench: install
 
 lint: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/python -m pytest -q tests/test_types.py tests/test_layers.py
 
 wheelhouse: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w wheelhouse .

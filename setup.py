@@ -1,4 +1,5 @@
-"""Packages of ijepa_fast: the op folders under kernels/ are installed as ijepa_fast.kernels.<op>.
+"""Packages of ijepa_fast: the op folders under kernels/ are installed as ijepa_fast.kernels.<op>, the YAML files of
+configs/ in ijepa_fast/configs/.
 
 The extension ijepa_fast._C (csrc/) is optional. It is built when torch can be imported, so with
 `pip install --no-build-isolation`, and a compiler is there; IJEPA_FAST_NO_EXT=1 leaves it out. Its CUDA part needs a
@@ -63,10 +64,17 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
 
+FOLDERS = {f"ijepa_fast.kernels.{op}": "kernels/" + op.replace(".", "/") for op in OPS}
+FOLDERS["ijepa_fast.configs"] = "configs"  # data only: the module ijepa_fast/configs.py finds them there
+
 setup(
-    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), *(f"ijepa_fast.kernels.{op}" for op in OPS)],
-    package_dir={f"ijepa_fast.kernels.{op}": "kernels/" + op.replace(".", "/") for op in OPS},
-    package_data={"ijepa_fast.report": ["page.css", "page.js"]},
+    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={
+        "ijepa_fast": ["py.typed"],
+        "ijepa_fast.configs": ["*.yaml"],
+        "ijepa_fast.report": ["page.css", "page.js"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

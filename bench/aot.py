@@ -72,7 +72,7 @@ def uncovered(module: str) -> list[str]:
     """Names of the module's kernels that none of its cases compiles."""
     loaded = importlib.import_module(module)
     cases = [case for arch in ARCHITECTURES for case in loaded.aot_cases(arch // 10)]
-    compiled = {kernel.__name__ for _, kernel, *_ in cases}
+    compiled = {case.kernel.__name__ for case in cases}
     kernels = {name for name, value in vars(loaded).items() if name.endswith("_kernel") and hasattr(value, "arg_names")}
     return sorted(kernels - compiled)
 
@@ -84,19 +84,19 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
     from triton.compiler import ASTSource
 
     case = importlib.import_module(module).aot_cases(arch // 10)[index]
-    name, kernel, signature, constants, warps, stages = case
-    result = Compiled(arch, op_of(module), name, triton=triton.__version__)
+    kernel, signature = case.kernel, case.signature()
+    result = Compiled(arch, op_of(module), case.name, triton=triton.__version__)
     # As at a launch: tensors are aligned to 16 bytes; of numbers, those are whose type says so.
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
     source = ASTSource(
         kernel,
-        {n: "constexpr" if n in constants else signature[n].partition(":")[0] for n in kernel.arg_names},
-        constexprs=constants,
+        {n: signature[n].partition(":")[0] if n in signature else "constexpr" for n in kernel.arg_names},
+        constexprs=case.constants,
         attrs={(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     try:
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+            source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.warps, "num_stages": case.stages}
         )
     except Exception as error:
         result.error = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

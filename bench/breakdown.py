@@ -13,11 +13,8 @@ import numpy as np
 import torch
 
 from bench.baselines.case import Case
-from bench.baselines.contenders import LR, Contender
+from bench.baselines.contenders import LR, Contender, ijepa_work
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.methods.ijepa import target_rows
-from ijepa_fast.models import flops
-from ijepa_fast.models.flops import Transformer
 
 STAGES = ("data", "target", "context", "predictor", "backward", "optimiser")
 
@@ -59,17 +56,17 @@ class Marks:
 
 def timed_step(step, batch) -> list[float]:
     """One step of a BareStep on `batch`, as its `__call__` takes it; seconds of each of STAGES."""
-    objective, marks = step.objective, Marks(step.device, HEAD_START)
+    method, marks = step.method, Marks(step.device, HEAD_START)
     marks.mark()
-    images, packed = (x.to(step.device, non_blocking=True) for x in batch)
-    patches = objective.patchify(images)
+    images, draw = (x.to(step.device, non_blocking=True) for x in batch)
+    patches = method.patchify(images)
     marks.mark()
     with torch.no_grad():
-        targets = objective.targets(patches, packed)
+        targets = method.targets(patches, draw)
     marks.mark()
-    context = objective.encoder.context(patches, packed)
+    context = method.encoder.context(patches, draw)
     marks.mark()
-    loss = target_loss(objective.predictor(context, packed), targets, target_rows(packed), kind=objective.loss)
+    loss = target_loss(method.predictor(context, draw), targets, draw.prediction_rows, kind=method.options.loss)
     marks.mark()
     loss.backward()
     marks.mark()
@@ -93,29 +90,14 @@ def bandwidth(device: str) -> float:
 
 def predict(contender: Contender, case: Case, rate: float, speed: float) -> list[float]:
     """Seconds of each stage by the roofline: `rate` in FLOP/s, `speed` in bytes/s; the mean of the prepared batches."""
-    objective = contender.step.objective
-    stacks = (Transformer(s["dim"], s["depth"], s["mlp_ratio"]) for s in (case.sizes, case.predictor_sizes))
-    encoder, predictor = stacks
-    works = [
-        flops.ijepa(
-            encoder,
-            predictor,
-            patch=case.patch,
-            patches=case.patches,
-            context=packed.context_lengths.tolist(),
-            targets=packed.targets,
-            target_size=packed.target_size,
-            images=packed.images,
-            unions=packed.union_cu_seqlens.diff().tolist(),
-        )
-        for _, packed in contender.batches
-    ]
+    method = contender.step.method
+    works = [ijepa_work(case, draw)[1] for _, draw in contender.batches]
     teacher = np.mean([w.teacher for w in works])
     context, narrow = (np.mean([w.trained[part] for w in works]) for part in ("context", "predictor"))
     embedding = np.mean([w.no_input_gradient for w in works])
     size = 2 if case.low_precision else 4
     pixels = case.batch * case.crop**2 * 3
-    averaged, other = (sum(p.numel() for p in net.parameters()) for net in (objective.encoder, objective.predictor))
+    averaged, other = (sum(p.numel() for p in net.parameters()) for net in (method.encoder, method.predictor))
     # A gradient and fp32 weight, two moments (and average) read, the latter written; low-precision copies written.
     copies = 2 if case.low_precision else 0
     moved = averaged * (size + 32 + 2 * copies) + other * (size + 24 + copies)

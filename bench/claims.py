@@ -5,8 +5,8 @@
     python bench/claims.py --load runs/claims           # only makes table and plot of an earlier measurement anew
 
 Rates are bench/throughput.py's: whole steps of this engine, without data loading. Hours are images of all epochs over
-that rate. Work is counted by ijepa_fast/flops.py for the published computation at the published batch's masks. Writes
-claims.json, claims.md and claims.png to --out.
+that rate. Work is counted by each method's step_work, of the published computation at the published batch's masks.
+Writes claims.json, claims.md and claims.png to --out.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python bench/learning.py --data cifar10 --runs ijepa,mae,ibot --seeds 0,1,2 --steps 600 optim.lr=5e-4
 
 Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
-augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations and its averaged encoder is
-probed, linear and k-NN, on frozen features, the average over patches or iBOT's class token. Results are in --out:
+augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations, and linear and k-NN probes read
+the encoder it leaves: the average over patches of its features, or of iBOT the class token. Results are in --out:
 learning.json, learning.md and learning.png, of the runs that are named; one that was finished is not run again, its
 checkpoints are gone by then.
 """
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,13 +30,17 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
-from bench.timing import device_name
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.engine.engine import choose_device
+from ijepa_fast.eval.evaluate import evaluate
+from ijepa_fast.eval.figures import against, figures_of
+from ijepa_fast.interop.load import load
 from ijepa_fast.report.plots import COLOURS, read_log
-from ijepa_fast.run.build import build_masks, build_objective, method_of
-from ijepa_fast.run.probing import probe, probe_folders
+from ijepa_fast.report.summary import train_seconds
+from ijepa_fast.run.build import build_draw, build_method
+from ijepa_fast.run.provenance import FORMAT, provenance
+from ijepa_fast.run.sources import evaluation, untrained
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what says which job a process is of
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +50,12 @@ _ANY_MASK = ["mask.policy=full", "mask.min_keep=null"]
 RUNS = {
     "ijepa": ("cifar10", []),
     "mae": ("mae_cifar10", []),
-    "pixels": ("cifar10", ["objective.target=pixels", "objective.loss=l2"]),
+    "pixels": ("cifar10", ["objective.options.target=pixels", "objective.options.loss=l2"]),
     "ibot": ("ibot_cifar10", ["model.patch=4"]),  # as the others have
 } | {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
 GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels")}
 BATCHES = 20  # whose work is averaged
+HEADS = ("linear", "20-NN")  # probes in the table and the plot
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
     if name == "mae":
         return found
     # One in 150 of the first weights is left in the average at the end.
-    momentum = max(0.9, 1 - 5 / preset.steps)
-    found += [f"optim.momentum={momentum}", f"optim.final_momentum={momentum}"]
+    ema = max(0.9, 1 - 5 / preset.steps)
+    found += [f"optim.ema={ema}", f"optim.final_ema={ema}"]
     if name != "ibot":
         return found
     shares = {"temperature_epochs": 0.3 * epochs, "frozen_epochs": 0.05 * epochs}
@@ -118,35 +124,10 @@ def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
 
 
 def work_per_image(config: Config) -> float:
-    """GFLOP of a training step of `config`, an image, as executed here, from what its first batches draw."""
-    draw, work = build_masks(config, torch.device("cpu"), 0, 1), method_of(config).work
-    return sum(work(config, draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
-
-
-def seconds_at(records: list[dict], step: int, batch: int) -> float:
-    """Seconds of training up to `step`, by the log's rates; probes and checkpoints are not in it."""
-    seconds, last = 0.0, 0
-    for record in records:
-        if "loss" in record and record["step"] <= step:
-            seconds += (record["step"] - last) * batch / record["images_per_second"]
-            last = record["step"]
-    return seconds
-
-
-def encoder_at(config: Config, folder: Path | None, device: torch.device):
-    """The objective of `config` with the averaged encoder of a checkpoint, or untrained where `folder` is None."""
-    from safetensors import safe_open
-
-    objective = build_objective(config)
-    if folder is not None:
-        with safe_open(folder / "weights.safetensors", "pt") as file:
-            names = objective.target_encoder.state_dict()
-            state = {name: file.get_tensor(f"target_encoder.{name}") for name in names}
-        objective.target_encoder.load_state_dict(state)
-    # patchify takes the encoder's dtype and the images' device.
-    objective.target_encoder.to(device)
-    objective.encoder.to(device)
-    return objective
+    """GFLOP of a training step of `config` per image, as executed here, from what its first batches draw."""
+    method = build_method(config)
+    draw = build_draw(config, method, torch.device("cpu"), 0, 1)
+    return sum(method.work(draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
 
 
 def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list[str]) -> dict:
@@ -164,9 +145,9 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     ]
     if kept.is_file():
         record = json.loads(kept.read_text())
-        if record["settings"] == settings:
+        if record["settings"] == settings and record.get("version") == FORMAT:
             return record
-        raise ConfigError(f"{folder} holds a run with other settings; give another --out, or remove it")
+        raise ConfigError(f"{folder} holds a run with other settings or of an earlier version; give another --out")
     paths = [f"data.source={data / 'train'}", f"probe.test={data / 'test'}", f"runs={out}", f"name={name}-{seed}"]
     path, overrides = ROOT / "configs" / f"{base}.yaml", paths + settings
     config = load_config(path, overrides)
@@ -176,29 +157,26 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         raise RuntimeError(f"{name}, seed {seed}: the trainer failed, see above; the same command goes on from there")
-    config.probe.enabled = True
-    device, log, work = choose_device(config), read_log(folder / "log.jsonl"), work_per_image(config)
-    points = []
-    for checkpoint in [None, *sorted((folder / "checkpoints").glob("step-*"))]:
-        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        figures = probe(config, encoder_at(config, checkpoint, device), probe_folders(config), device)
-        (figures,) = figures.values()
-        points.append(
-            {
-                "step": step,
-                "petaflop": step * preset.batch * work / 1e6,
-                "seconds": seconds_at(log, step, preset.batch),
-                "linear": figures["linear"]["accuracy"],
-                "knn": figures["knn"]["20"]["accuracy"],
-            }
-        )
+    device, log, work = choose_device(config.engine.device), read_log(folder / "log.jsonl"), work_per_image(config)
+    labelled = evaluation(config, (str(data / "train"), str(data / "test")), device)
+    checkpoints = {int(p.name.removeprefix("step-")): p for p in sorted((folder / "checkpoints").glob("step-*"))}
+    found = {0: evaluate(untrained(config, device), *labelled)}
+    found |= {step: evaluate(load(path, device=device), *labelled) for step, path in checkpoints.items()}
+    points = [
+        {
+            "step": step,
+            "petaflop": step * preset.batch * work / 1e6,
+            "seconds": train_seconds(log, step, preset.batch),
+            "figures": [figure.to_json() for figure in against(figures, found[0])],
+        }
+        for step, figures in found.items()
+    ]
     losses = [record["loss"] for record in log if "loss" in record]
-    record = {
+    record = provenance(device) | {
         "run": name,
         "seed": seed,
         "config": path.name,
         "settings": settings,
-        "device": device_name(device),
         "gflop_per_image": work,
         "loss_first": losses[0],
         "loss_last": losses[-1],
@@ -217,9 +195,14 @@ def table(records: list[dict]) -> str:
         for points in zip(*(record["points"] for record in runs)):
             cells = [name, str(len(runs)), str(points[0]["step"]), f"{np.mean([p['petaflop'] for p in points]):.3g}"]
             cells += [f"{np.mean([p['seconds'] for p in points]):.0f}"]
-            cells += [_spread([p[head] for p in points]) for head in ("linear", "knn")]
+            cells += [_spread([_accuracy(p, probe) for p in points]) for probe in HEADS]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _accuracy(point: dict[str, Any], probe: str) -> float:
+    (figure,) = (f for f in figures_of(point) if (f.probe, f.metric) == (probe, "accuracy"))
+    return figure.value
 
 
 def _spread(values: list[float]) -> str:
@@ -228,7 +211,7 @@ def _spread(values: list[float]) -> str:
 
 
 def plot(records: list[dict], path: Path) -> None:
-    """Draw the curves as a PNG: linear probe and k-NN, each by iteration, by work and by time; a line a seed."""
+    """Draw the curves as a PNG: accuracy of both probes by iteration, by work and by time; a line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -236,17 +219,18 @@ def plot(records: list[dict], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3, sharey="row")
     colours = dict(zip(dict.fromkeys(record["run"] for record in records), COLOURS * 2))
-    for row, (head, label) in enumerate((("linear", "linear probe"), ("knn", "20-NN"))):
+    for row, probe in enumerate(HEADS):
         for column, (key, unit) in enumerate((("step", "iteration"), ("petaflop", "PFLOP"), ("seconds", "seconds"))):
             seen = set()
             for record in records:
-                x, y = ([point[k] for point in record["points"]] for k in (key, head))
+                x = [point[key] for point in record["points"]]
+                y = [_accuracy(point, probe) for point in record["points"]]
                 name = record["run"] if record["run"] not in seen else None
                 seen.add(record["run"])
                 axes[row, column].plot(x, y, "o-", color=colours[record["run"]], label=name, markersize=3)
             axes[row, column].set(xlabel=unit)
             axes[row, column].grid(alpha=0.25)
-        axes[row, 0].set(ylabel=f"accuracy, {label}")
+        axes[row, 0].set(ylabel=f"accuracy, {probe}")
     axes[0, 0].legend(frameon=False)
     figure.savefig(path)
 

@@ -26,6 +26,9 @@ from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.layer_norm import layer_norm as layer_norm_op
 from ijepa_fast.kernels.layer_norm import native as layer_norm_native
 from ijepa_fast.kernels.layer_norm import reference as layer_norm_reference
+from ijepa_fast.kernels.linear import cpu as linear_cpu
+from ijepa_fast.kernels.linear import linear as linear_op
+from ijepa_fast.kernels.linear import reference as linear_reference
 from ijepa_fast.kernels.mask_sampler import reference as sampler_reference
 from ijepa_fast.kernels.masked_gather import masked_gather as masked_gather_op
 from ijepa_fast.kernels.masked_gather import reference as masked_gather_reference
@@ -33,6 +36,9 @@ from ijepa_fast.kernels.patchify import patchify as patchify_op
 from ijepa_fast.kernels.patchify import reference as patchify_reference
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.kernels.predictor_tokens import reference as predictor_reference
+from ijepa_fast.kernels.resize import cpu as resize_cpu
+from ijepa_fast.kernels.resize import reference as resize_reference
+from ijepa_fast.kernels.resize import resize_ as resize_op
 from ijepa_fast.kernels.target_loss import reference as target_loss_reference
 from ijepa_fast.kernels.target_loss import target_loss as target_loss_op
 from ijepa_fast.kernels.varlen_attention import native as attention_native
@@ -422,6 +428,45 @@ def fp8(b: Batch) -> list[Case]:
     ]
 
 
+def linear(b: Batch) -> list[Case]:
+    """The first product of the context encoder's MLP. On a GPU the op is the reference, cuBLAS's."""
+    hidden = int(b.dim * b.ratio)
+    x, weight, bias = b.random(b.tokens, b.dim), b.random(hidden, b.dim), b.random(hidden)
+    moved = (b.tokens * (b.dim + hidden) + hidden * b.dim) * b.item
+    return [
+        Case(
+            "context",
+            f"{b.tokens} x {b.dim} -> {hidden}",
+            (x, weight, bias),
+            eager=linear_reference.linear,
+            own={"cpu": linear_op} if linear_cpu.unsupported(x, weight) is None else {},
+            bytes=(moved + hidden * b.item, moved + (b.tokens * b.dim + hidden * b.dim + hidden) * b.item),
+            flops=(2 * b.tokens * b.dim * hidden, 4 * b.tokens * b.dim * hidden),
+        )
+    ]
+
+
+def resize(b: Batch) -> list[Case]:
+    """Crop windows to the size of training, on the CPU, where the data loader does it."""
+    if b.on_gpu:
+        return []
+    images = [torch.randint(256, (300, 400, 3), dtype=torch.uint8) for _ in range(b.images)]
+    out = torch.empty(b.images, b.model.crop, b.model.crop, 3, dtype=torch.uint8)
+    return [
+        Case(
+            "windows",
+            f"{b.images} x 300 x 400 -> {b.model.crop} x {b.model.crop}",
+            (),
+            eager=partial(resize_reference.resize_, out, images, "bilinear"),
+            libraries={"F.interpolate": partial(resize_cpu.resize_cpu_, images, False, out)},
+            own={"csrc": partial(resize_op, out, images, "bilinear")} if native.available() else {},
+            compiles=False,
+            comparable=False,
+            bytes=(sum(image.numel() for image in images) + out.numel(), 0),
+        )
+    ]
+
+
 def _triton(b: Batch, function: Callable) -> dict[str, Callable]:
     return {"triton": function} if b.on_gpu else {}
 
@@ -443,4 +488,6 @@ OPS: dict[str, Callable[[Batch], list[Case]]] = {
     "patchify": patchify,
     "mask_sampler": mask_sampler,
     "fp8": fp8,
+    "linear": linear,
+    "resize": resize,
 }

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from bench.registry import MODELS, OPS, OWN, Batch, Case
-from bench.timing import Times, Work, device_name, interleave, peak_memory, synchronise
+from bench.timing import Times, Work, interleave, peak_memory, synchronise
+from ijepa_fast.run.provenance import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

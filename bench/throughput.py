@@ -28,11 +28,12 @@ import torch
 from bench.baselines.case import Case
 from bench.baselines.contenders import FAST, LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
-from bench.timing import device_name, synchronise
+from bench.timing import synchronise
+from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.methods import ibot
 from ijepa_fast.models.flops import PEAKS
-from ijepa_fast.models.vit import ARCHITECTURES
+from ijepa_fast.run.provenance import device_name
 
 METHODS = ("ijepa", "mae", "ibot")
 IMPLS = (*FAST, "strong", "plain", "published")
@@ -275,8 +276,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def model_of(path: str) -> dict:
     """The keyword arguments of a Case that say which model the run's configuration at `path` trains."""
-    from ijepa_fast.config import load_config
-
     config = load_config(path)
     model = config.model
     return {

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,17 +42,6 @@ def synchronise(device: torch.device | str) -> None:
     """Wait for the device."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device | str) -> str:
-    """The name of the GPU, or of the CPU with the number of threads."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    threads = torch.get_num_threads()
-    return f"{names[0] if names else platform.processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def interleave(

@@ -1,5 +1,5 @@
 // Antialiased resizing of uint8 images of three channels, as Pillow and PyTorch do it, to the schema that
-// ijepa_fast/data/resize.py defines. An image is filtered along its height, transposed, filtered along its width in the
+// kernels/resize/ops.py defines. An image is filtered along its height, transposed, filtered along its width in the
 // same way, and transposed back, so that all arithmetic is on whole rows of bytes.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     # Imported when it is asked for: `import ijepa_fast` alone must not load torch.
     if name == "load":
         from ijepa_fast.interop.load import load

@@ -1,146 +1,178 @@
 """The configuration of a run: typed sections, one YAML a run, dotted overrides.
 
-Every key is written here once, with its type, default and meaning. An unknown key, a wrong type and a combination that
-cannot work are ConfigErrors that name the key and what to change.
+Every key is written here once, with its type, default, meaning, what it may be, and whether a run may be resumed with
+another value. An unknown key, a wrong type and a value out of its range are ConfigErrors that name the key and what to
+change. What a method's own options may be is the method's to say (methods/).
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+
+MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and what to change."""
 
 
+# name: (width, depth, heads, MLP ratio), as published
+ARCHITECTURES = {
+    "vit_tiny": (192, 12, 3, 4.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_huge": (1280, 32, 16, 4.0),
+    "vit_giant": (1408, 40, 16, 48 / 11),
+}
+
+
+def key(default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed=False) -> Any:
+    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed."""
+    metadata = {"meaning": meaning, "choices": choices, "least": least, "fixed": fixed}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def fixed(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key that is fixed: a run resumed with another value would not be the run that was begun."""
+    return key(default, meaning, fixed=True, **limits)
+
+
 @dataclass
 class Data:
-    # A folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images.
-    source: str = MISSING
-    crop: int = 224  # side of the square crop, pixels
-    scale: list[float] = field(default_factory=lambda: [0.3, 1.0])  # share of the image's area
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width over height
-    interpolation: str = "bilinear"  # bilinear | bicubic
-    flip: bool = False
-    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))  # in units of 0..1
-    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    threads: int = 0  # decoding threads a rank; 0: the rank's share of the cores
-    prefetch: int = 2  # batches decoded ahead
-    cache: str = "~/.cache/ijepa_fast"  # where the embedded data set is written
-    scenes: int = 4000  # images of the embedded data set
-    scenes_size: int = 64  # their side, pixels
-    hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decode engine
-    max_bad_share: float = 0.01  # unreadable files beyond this share end the run
-    max_pixels: int = 178_956_970  # a file that declares more counts as unreadable (decompression bombs)
+    source: str = fixed(
+        MISSING,
+        'a folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images',
+    )
+    crop: int = fixed(224, "side of the square crop, pixels", least=1)
+    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area")
+    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height")
+    interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
+    flip: bool = fixed(False, "whether half of the crops are mirrored")
+    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1")
+    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1")
+    threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
+    prefetch: int = key(2, "batches decoded ahead", least=1)
+    cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
+    scenes: int = fixed(4000, "images of the embedded data set", least=1)
+    scenes_size: int = fixed(64, "their side, pixels", least=1)
+    hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
+    max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
+    max_pixels: int = fixed(
+        178_956_970, "a file that declares more counts as unreadable (a decompression bomb)", least=1
+    )
 
 
 @dataclass
 class Mask:
-    strategy: str = "multiblock"  # multiblock | multiblock-reference | rasterized | block | random
-    policy: str = "full"  # full | truncate | budget: what is kept of the context
-    budget: int | None = None  # context patches an image under policy=budget
-    ladder: bool = True  # token counts rounded up, under 1 %, so that few sizes occur and memory is found again
-    targets: int | None = None  # None: the strategy's default, the published value
-    target_scale: list[float] | None = None
-    target_aspect: list[float] | None = None
-    contexts: int | None = None
-    context_scale: list[float] | None = None
-    context_aspect: list[float] | None = None
-    min_keep: int | None = None
+    """Of I-JEPA's masks. None: the strategy's default, the published value."""
+
+    strategy: str = fixed("multiblock", "see masks/samplers.py")
+    policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
+    budget: int | None = fixed(None, "context patches per image under policy=budget")
+    padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
+    targets: int | None = fixed(None, "target blocks per image")
+    target_scale: list[float] | None = fixed(None, "range of a target block's share of the image")
+    target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width")
+    contexts: int | None = fixed(None, "context blocks per image")
+    context_scale: list[float] | None = fixed(None, "range of a context block's share of the image")
+    context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width")
+    min_keep: int | None = fixed(None, "a context keeps more patches than this")
 
 
 @dataclass
 class Model:
-    arch: str | None = None  # vit_tiny ... vit_giant: sets dim, depth, heads, mlp_ratio
-    dim: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float | None = None
-    patch: int = 16
-    patch_std: float = 0.02  # of the patch embedding's weights at the start; small patches want more than the published
-    predictor_dim: int = 384
-    predictor_depth: int = 12
-    recompute: bool = False  # activation checkpointing by block
+    arch: str | None = fixed(None, "sets dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
+    dim: int | None = fixed(None, "width of the encoder")
+    depth: int | None = fixed(None, "blocks of the encoder")
+    heads: int | None = fixed(None, "attention heads")
+    mlp_ratio: float | None = fixed(None, "hidden width of a block's MLP over its width; 4 unless the arch has another")
+    patch: int = fixed(16, "side of a patch, pixels", least=1)
+    patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than the published 0.02")
+    predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1)
+    predictor_depth: int = fixed(12, "blocks of the predictor, of MAE's decoder", least=1)
+    recompute: bool = key(False, "activation checkpointing by block")
 
 
 @dataclass
 class Objective:
-    method: str = "ijepa"  # or the module of another, such as ijepa_fast.methods.mae; see build.method_of
-    options: dict[str, Any] = field(default_factory=dict)  # the other method's own settings; its module lists them
-    loss: str = "l2"  # l2 (paper) | smooth_l1 (published code)
-    target: str = "features"  # features | pixels
+    method: str = fixed("ijepa", "a method's name, or the import path of another (methods/method.py)")
+    options: dict[str, Any] = fixed({}, "the method's own options; its file lists them")
 
 
 @dataclass
 class Optim:
-    epochs: int = 300
-    steps: int | None = None  # ends the run early; the schedules still run over `epochs`
-    warmup_epochs: float = 40
-    horizon: float = 1.0  # stretches the schedules beyond the epochs trained
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    weight_decay_shape: str = "cosine"  # cosine (published code) | linear (paper)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    momentum: float = 0.996  # of the EMA, rising to final_momentum
-    final_momentum: float = 1.0
-    momentum_shape: str = "linear"  # linear | cosine (DINO, iBOT)
-    clip: float = 0.0  # largest global gradient norm; 0: no clipping
+    epochs: int = key(300, "passes over the images", least=1)
+    steps: int | None = key(None, "ends the run early; the schedules still run over `epochs`")
+    warmup_epochs: float = key(40, "of the learning rate", least=0)
+    horizon: float = key(1.0, "stretches the schedules beyond the epochs trained")
+    start_lr: float = key(2e-4, "learning rate at the start of the warm-up")
+    lr: float = key(1e-3, "learning rate at its end")
+    final_lr: float = key(1e-6, "learning rate at the end of the run")
+    weight_decay: float = key(0.04, "at the start")
+    final_weight_decay: float = key(0.4, "at the end of the run")
+    weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
+    betas: list[float] = key([0.9, 0.999], "AdamW's")
+    eps: float = key(1e-8, "AdamW's")
+    ema: float = key(0.996, "momentum of the EMA at the start: the share of the average that a step keeps")
+    final_ema: float = key(1.0, "momentum of the EMA at the end of the run")
+    ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
+    clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
 
 
 @dataclass
 class Engine:
-    device: str = "auto"  # auto | cpu | cuda
-    precision: str = "bf16"  # bf16 | fp32
-    target_precision: str | None = None  # of the target encoder: fp8, or None, as `precision`
-    zero: int = 1  # ZeRO stage, 0 to 3
-    accumulation: int = 1  # micro-batches a step
-    bucket: int = 50_000_000  # elements reduced and gathered at once; on a CPU at most 8 million
-    compile: bool | None = None  # torch.compile by block; None: on a GPU, below ZeRO 3
-    cuda_graphs: bool = False  # forward and backward as CUDA graphs, one for every shape of batch (graphs.py)
-    target_stream: bool = False  # target encoder on a CUDA stream of its own, beside the context encoder
-    timeout: int = 1800  # seconds after which a silent rank ends the run
+    device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    precision: str = key("bf16", "of weights and activations; the optimiser's are fp32", choices=("bf16", "fp32"))
+    target_precision: str | None = key(None, "of the target encoder; None: as precision", choices=(None, "fp8"))
+    zero: int = key(1, "ZeRO stage", choices=(0, 1, 2, 3))
+    accumulation: int = key(1, "micro-batches of a step", least=1)
+    bucket: int = key(50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1)
+    compile: bool | None = key(None, "torch.compile by block; None: on a GPU, below ZeRO 3")
+    cuda_graphs: bool = key(False, "forward and backward as CUDA graphs, one for every shape of batch")
+    target_stream: bool = key(False, "the target encoder on a CUDA stream of its own, beside the context encoder")
+    timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1)
 
 
 @dataclass
 class Log:
-    every: int = 10  # steps between log lines; the only steps that wait for the device
-    checkpoint_every: int = 500  # steps
-    keep: int = 2  # checkpoints kept
-    tensorboard: bool = True
-    wandb: str | None = None  # a W&B project
+    every: int = key(10, "steps between log lines; the only steps that wait for the device", least=1)
+    checkpoint_every: int = key(500, "steps between checkpoints", least=1)
+    keep: int = key(2, "checkpoints kept", least=1)
+    tensorboard: bool = key(True, "whether to write TensorBoard events")
+    wandb: str | None = key(None, "a W&B project to log to")
 
 
 @dataclass
 class Probe:
-    enabled: bool = True  # probe the frozen encoder before and after training
-    train: str | None = None  # labelled images; None: the embedded data set's, or data.source
-    test: str | None = None  # None: the embedded data set's held-out part
-    images: int = 50_000  # at most, of each
-    resize: int | None = None  # shorter side before the central crop, pixels; None: data.crop
-    every: int = 100  # steps between online probes, each at the next log line; 0: none
+    enabled: bool = key(True, "probe the frozen encoder before and after training")
+    train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source")
+    test: str | None = key(None, "labelled images; None: the embedded data set's held-out part")
+    images: int = key(50_000, "at most, of each", least=1)
+    resize: int | None = key(None, "shorter side before the central crop, pixels; None: data.crop")
+    every: int = key(100, "steps between online probes, each at the next log line; 0: none", least=0)
 
 
 @dataclass
 class Config:
-    name: str = MISSING  # the run's folder is runs/<name>
-    runs: str = "runs"
-    seed: int = 0
-    batch_size: int = 2048  # images a step, over all ranks
-    resume: bool = True  # continue the run in runs/<name> where there is one
-    # Weights a new run starts from, with a fresh optimiser: a run, a published .pth.tar, a Hugging Face folder.
-    init: str | None = None
+    name: str = key(MISSING, "the run's folder is runs/<name>")
+    runs: str = key("runs", "the folder of all runs")
+    seed: int = fixed(0, "of weights, order, crops and masks")
+    batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
+    resume: bool = key(True, "go on with the run in runs/<name> where there is one")
+    init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
     model: Model = field(default_factory=Model)
@@ -149,7 +181,7 @@ class Config:
     engine: Engine = field(default_factory=Engine)
     log: Log = field(default_factory=Log)
     probe: Probe = field(default_factory=Probe)
-    kernels: Any = "auto"  # auto | triton | reference, for all ops or as a mapping op: implementation
+    kernels: Any = key("auto", "auto | triton | reference, for all ops or as a mapping op: implementation")
 
     @property
     def folder(self) -> Path:
@@ -157,111 +189,132 @@ class Config:
         return Path(self.runs) / self.name
 
 
-CHOICES = {
-    "data.interpolation": ("bilinear", "bicubic"),
-    "mask.policy": ("full", "truncate", "budget"),
-    "objective.loss": ("l2", "smooth_l1"),
-    "objective.target": ("features", "pixels"),
-    "optim.weight_decay_shape": ("cosine", "linear"),
-    "optim.momentum_shape": ("linear", "cosine"),
-    "engine.device": ("auto", "cpu", "cuda"),
-    "engine.precision": ("bf16", "fp32"),
-    "engine.target_precision": (None, "fp8"),
-    "engine.zero": (0, 1, 2, 3),
+# Keys and values of earlier versions.
+RENAMED = {
+    "optim.momentum": "optim.ema",
+    "optim.final_momentum": "optim.final_ema",
+    "optim.momentum_shape": "optim.ema_shape",
+    "mask.ladder": "mask.padding",
+    "objective.loss": "objective.options.loss",
+    "objective.target": "objective.options.target",
 }
-POSITIVE = ("batch_size", "data.crop", "model.patch", "model.predictor_dim", "model.predictor_depth", "optim.epochs")
-POSITIVE += ("engine.accumulation", "engine.bucket", "log.every", "log.checkpoint_every", "log.keep")
+RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
+UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """The checked configuration in the YAML at `path` with `key.key=value` overrides. Raises ConfigError."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config: there is no file {path}; the ready ones are in configs/")
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration in the YAML at `path`, a file or the name of a ready one, with `key.key=value`
+    overrides. Raises ConfigError.
+    """
+    try:
+        path = configs.find(path)
+    except ValueError as error:
+        raise ConfigError(f"--config: {error}") from None
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
         _check_keys(OmegaConf.to_container(merged), Config)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]} ({path})") from None
+        name = getattr(error, "full_key", None) or "?"
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
+    config = resolve(config)
     check(config)
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write every key of `config`, defaults included, as YAML."""
+    from omegaconf import OmegaConf
+
     OmegaConf.save(OmegaConf.structured(config), path)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of a configuration by its dotted key."""
+def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """The dotted name and the field of every key of a section, or of its class."""
+    for f in fields(section):
+        inner = f.default_factory if is_dataclass(f.default_factory) else None
+        if inner is None:
+            yield prefix + f.name, f
+        else:
+            yield from keys(inner, f"{prefix}{f.name}.")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Every value of a configuration by its dotted key; the method's options are keys of their own."""
     flat = {}
-    for f in fields(config):
-        value, key = getattr(config, f.name), prefix + f.name
-        flat |= flatten(value, key + ".") if is_dataclass(value) else {key: value}
+    for name, _ in keys(type(config)):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if name == "objective.options":
+            flat |= {f"{name}.{option}": chosen for option, chosen in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
+def is_fixed(name: str) -> bool:
+    """Whether a run resumed with another value of the key `name` would not be the run that was begun."""
+    return name.startswith("objective.options.") or FIXED.get(name, False)
+
+
+FIXED = {name: f.metadata["fixed"] for name, f in keys(Config)}
+
+
+def present(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flattened configuration of an earlier version by today's keys and values."""
+    flat = dict(flat)
+    method = flat.get("objective.method")
+    if method in RENAMED_METHODS:
+        flat["objective.method"] = RENAMED_METHODS[method]
+        for name in UNREAD:
+            flat.pop(name, None)
+    for option, value in (flat.pop("objective.options", None) or {}).items():
+        flat[f"objective.options.{option}"] = value
+    return {RENAMED.get(name, name): value for name, value in flat.items()}
+
+
+def resolve(config: Config) -> Config:
+    """The same configuration with the sizes of `model.arch` filled in where the model's own are not set."""
+    config = copy.deepcopy(config)
+    model = config.model
+    for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES.get(model.arch, ())):
+        if getattr(model, name) is None:
+            setattr(model, name, value)
+    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    return config
+
+
 def check(config: Config) -> None:
-    """Resolve the model's architecture and check what fields must agree on. Raises ConfigError."""
+    """Check what each key may be, and what keys must agree on. Raises ConfigError."""
     flat = flatten(config)
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise ConfigError(f"{key}: expected one of {', '.join(map(str, allowed))}, got {flat[key]!r}")
-    for key in POSITIVE:
-        if flat[key] < 1:
-            raise ConfigError(f"{key}: expected at least 1, got {flat[key]}")
-    if not config.model.patch_std > 0:
-        raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {config.model.patch_std}")
+    for name, f in keys(Config):
+        if name in flat:
+            _check_value(name, f, flat[name])
     _check_model(config.model)
-    if config.data.crop % config.model.patch:
-        raise ConfigError(
-            f"data.crop={config.data.crop} is not divisible by model.patch={config.model.patch}; "
-            f"set data.crop to {max(1, config.data.crop // config.model.patch) * config.model.patch}"
-        )
+    _check_data(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
             f"set batch_size to a multiple of it"
         )
-    for key in ("data.scale", "data.ratio"):
-        low, high = _pair(key, flat[key])
-        if not 0 < low <= high:
-            raise ConfigError(f"{key}: expected two numbers, 0 < first <= second, got {flat[key]}")
-    if config.data.scale[1] > 1:
-        raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {config.data.scale}")
     if (config.mask.budget is None) != (config.mask.policy != "budget"):
         raise ConfigError(
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
         )
-    if config.engine.target_precision == "fp8" and (config.objective.method != "ijepa" or config.model.dim % 16):
+    _check_engine(config.engine, config.mask)
+    if config.engine.target_precision == "fp8" and config.model.dim % 16:
         raise ConfigError(
-            f"engine.target_precision=fp8 needs objective.method=ijepa and a model.dim that is a multiple of 16, got "
-            f"{config.objective.method} and {config.model.dim}; set engine.target_precision=null"
+            f"engine.target_precision=fp8 needs a model.dim that is a multiple of 16, got {config.model.dim}; "
+            f"set engine.target_precision=null"
         )
-    if config.engine.compile and config.engine.zero == 3:
-        raise ConfigError(
-            "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
-            "set engine.compile=false or engine.zero to at most 2"
-        )
-    if config.engine.target_stream and config.engine.device == "cpu":
-        raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if config.engine.cuda_graphs and config.objective.method != "ijepa":
-        raise ConfigError("engine.cuda_graphs=true is for objective.method=ijepa; set it to false")
-    if config.engine.cuda_graphs and (config.engine.zero == 3 or not config.mask.ladder):
-        raise ConfigError(
-            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
-            f"{config.engine.zero} and mask.ladder={str(config.mask.ladder).lower()}; set engine.zero to at most 2 and "
-            f"mask.ladder=true, or engine.cuda_graphs=false"
-        )
-    if config.objective.method == "ijepa" and config.objective.options:
-        raise ConfigError("objective.options: objective.method=ijepa has none; its settings are in mask and model")
-    if config.objective.method != "ijepa" and config.mask != Mask():
-        raise ConfigError(f"mask: objective.method={config.objective.method} draws its own masks; remove the section")
     if config.optim.warmup_epochs > config.optim.epochs * config.optim.horizon:
         raise ConfigError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than optim.epochs={config.optim.epochs}; "
@@ -269,29 +322,77 @@ def check(config: Config) -> None:
         )
 
 
-def options_of(config: Config, kind: type) -> Any:
-    """`objective.options` as the dataclass `kind`, which has a method's own settings. Raises ConfigError."""
-    given = config.objective.options
-    _check_keys(given, kind, "objective.options.")
+def parse_options(given: Any, kind: type) -> Any:
+    """`objective.options`, a mapping, as the dataclass `kind`, which has a method's own options. Raises ConfigError.
+
+    One that is of `kind` already is returned as it is.
+    """
+    if isinstance(given, kind):
+        return given
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    prefix = "objective.options."
+    _check_keys(given, kind, prefix)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"objective.options.{error.full_key}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from None
+    for name, f in keys(kind, prefix):
+        _check_value(name, f, getattr(options, f.name))
+    return options
+
+
+def _check_value(name: str, f: Field, value: Any) -> None:
+    choices, least = f.metadata.get("choices"), f.metadata.get("least")
+    if choices is not None and value not in choices:
+        names = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
+    if least is not None and not value >= least:
+        raise ConfigError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_data(data: Data, patch: int) -> None:
+    if data.crop % patch:
+        raise ConfigError(
+            f"data.crop={data.crop} is not divisible by model.patch={patch}; "
+            f"set data.crop to {max(1, data.crop // patch) * patch}"
+        )
+    for name in ("scale", "ratio"):
+        ends = getattr(data, name)
+        if len(ends) != 2:
+            raise ConfigError(f"data.{name}: expected two numbers, got {ends}")
+        if not 0 < ends[0] <= ends[1]:
+            raise ConfigError(f"data.{name}: expected two numbers, 0 < first <= second, got {ends}")
+    if data.scale[1] > 1:
+        raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {data.scale}")
+
+
+def _check_engine(engine: Engine, mask: Mask) -> None:
+    if engine.compile and engine.zero == 3:
+        raise ConfigError(
+            "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
+            "set engine.compile=false or engine.zero to at most 2"
+        )
+    if engine.target_stream and engine.device == "cpu":
+        raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
+    if engine.cuda_graphs and (engine.zero == 3 or not mask.padding):
+        raise ConfigError(
+            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
+            f"{engine.zero} and mask.padding={str(mask.padding).lower()}; set engine.zero to at most 2 and "
+            f"mask.padding=true, or engine.cuda_graphs=false"
+        )
 
 
 def _check_model(model: Model) -> None:
-    from ijepa_fast.models.vit import ARCHITECTURES
-
-    if model.arch is not None:
-        if model.arch not in ARCHITECTURES:
-            raise ConfigError(f"model.arch: expected one of {', '.join(ARCHITECTURES)}, got {model.arch!r}")
-        for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
-            if getattr(model, name) is None:
-                setattr(model, name, value)
-    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    if not model.patch_std > 0:
+        raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {model.patch_std}")
     for name in ("dim", "depth", "heads"):
-        if getattr(model, name) is None:
+        value = getattr(model, name)
+        if value is None:
             raise ConfigError(f"model.{name} is not set; set it, or model.arch to one of {', '.join(ARCHITECTURES)}")
+        if value < 1:
+            raise ConfigError(f"model.{name}: expected at least 1, got {value}")
     for name in ("dim", "predictor_dim"):
         width = getattr(model, name)
         if width % model.heads or width % 4:
@@ -301,10 +402,28 @@ def _check_model(model: Model) -> None:
             )
 
 
-def _pair(key: str, value: list[float]) -> tuple[float, float]:
-    if len(value) != 2:
-        raise ConfigError(f"{key}: expected two numbers, got {value}")
-    return value[0], value[1]
+def _renamed(given: Any) -> Any:
+    """A loaded YAML or the overrides by today's keys; says which ones have another name now."""
+    from omegaconf import DictConfig, OmegaConf
+
+    method = OmegaConf.select(given, "objective.method")
+    if method in RENAMED_METHODS:
+        given.objective.method = RENAMED_METHODS[method]
+        for old in UNREAD:
+            given.objective.pop(old.removeprefix("objective."), None)
+        _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        holder = OmegaConf.select(given, section)
+        if isinstance(holder, DictConfig) and name in holder:
+            OmegaConf.update(given, new, holder.pop(name), force_add=True)
+            _say(f"config: {old} is called {new} now")
+    return given
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _check_keys(given: dict, section: type, prefix: str = "") -> None:

@@ -23,77 +23,90 @@ if __package__ in (None, ""):
 import torch
 
 from ijepa_fast import kernels
-from ijepa_fast.config import Config, load_config, save_config
+from ijepa_fast.config import Config, flatten, load_config, save_config
 from ijepa_fast.data.recover import TooManyBadFiles
 from ijepa_fast.engine.engine import Engine, choose_device, start
+from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
-from ijepa_fast.interop.load import read
+from ijepa_fast.interop.load import latest, read
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run import forecast as planning
-from ijepa_fast.run.build import build_loader, build_objective, plan
+from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options
 from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
-from ijepa_fast.run.probing import probe_folders, training_source
+from ijepa_fast.run.sources import label_columns, probe_folders, training_source
 
 
 def train(config: Config) -> None:
     """Run `config` to its end, from its last checkpoint where there is one. Called by every rank."""
+    began = time.perf_counter()
     kernels.use(config.kernels)
-    check_loggers(config)
-    device = choose_device(config)
+    check_loggers(config.log)
+    device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
-    schedule, total = plan(config, source)
-    rank, ranks = start(config, device)
-    micro_steps = config.engine.accumulation
-    engine = Engine(config, build_objective(config), device)
+    length = Length.of(config, None if source is None else len(source))
+    schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
+    method = build_method(config, length.steps_per_epoch)
+    config = with_options(config, method)
+    rank, ranks = start(device, config.engine.timeout)
+    engine = build_engine(config, method, device, ranks)
     step = resume(config, engine, rank)
-    loader = build_loader(config, source, device, rank, ranks, first=step * micro_steps)
-    log, meter, logged = RunLog(config, rank, step, total), Meter(device), step
-    online = OnlineProbe(config, engine.objective, source, rank, step, log.say)
+    micro_steps = config.engine.accumulation
+    loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
+    log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
+    meter, logged = Meter(device), step
+    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
     try:
         while step < total:
-            lr, weight_decay, momentum = schedule.at(step)
+            lr, weight_decay, ema = schedule.at(step)
             for _ in range(micro_steps):
                 begin = time.perf_counter()
                 batch = next(loader)
                 wait = time.perf_counter() - begin
-                packed = batch.extra.to(device, non_blocking=True)
-                loss = engine.backward(batch.images, packed)
-                engine.step(lr, weight_decay, momentum)
-                meter.add(loss, packed, wait)
+                draw = batch.draw.to(device, non_blocking=True)
+                loss, terms = engine.backward(batch.images, draw)
+                engine.step(lr, weight_decay, ema)
+                meter.add(loss, terms, draw, wait)
                 online.add(batch.indices)
             step += 1
             log.advance()
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
                 record = {"epoch": batch.epoch, "replaced": loader.replaced}
-                record |= {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+                record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
                 logged = step
             if saving:
-                checkpoint.save(config.folder, engine, config, step)
+                save(config, engine, step)
                 meter.restart()
     finally:
         loader.close()
         log.close()
     if rank == 0:
-        finish(config, engine.objective, source, folders, device)
+        finish(config, method, source, folders, device, began)
     torch.distributed.barrier()
+
+
+def save(config: Config, engine: Engine, step: int) -> None:
+    """Write a checkpoint of the run. Called by every rank."""
+    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, step)
+    checkpoint.save(config.folder, engine, flatten(config), arch, step, config.log.keep)
 
 
 def resume(config: Config, engine: Engine, rank: int) -> int:
     """Load the run's last checkpoint into `engine`; the step to go on from, 0 for a new run."""
-    last = checkpoint.latest(config.folder)
+    last = latest(config.folder)
     if last is not None and not config.resume:
         raise checkpoint.CheckpointError(f"{config.folder} holds a run (resume=false): set another name, or remove it")
     step = 0
     if last is not None:
-        step = checkpoint.load(last, engine, config)
+        step = checkpoint.load(last, engine, flatten(config))
     elif config.init is not None:
         weights = read(config.init, config.model.heads)
-        checkpoint.begin(weights, engine, config)
+        checkpoint.begin(weights, engine, config.model.heads, config.data.crop)
         if rank == 0:
-            anew = "" if weights.predictor else ", with a new predictor"
+            fresh = ", ".join(sorted(engine.method.trained.keys() - weights.networks.keys()))
+            anew = f", with a new {fresh}" if fresh else ""
             print(f"starting from {config.init}{anew}", file=sys.stderr)
     if rank == 0:
         if step:
@@ -107,7 +120,7 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
     parser = argparse.ArgumentParser(description="Train I-JEPA.", usage="%(prog)s --config FILE [key=value ...]")
-    parser.add_argument("--config", required=True, help="a YAML file, see configs/")
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a ready one such as quickstart")
     parser.add_argument("--plan", action="store_true", help="print memory, work and hours; start nothing")
     parser.add_argument("--gpu", default="H200", help="of --plan: the GPU its hours are for")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8], help="of --plan: numbers of ranks")

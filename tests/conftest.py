@@ -1,7 +1,8 @@
-"""Shared by all tests: Triton's interpreter without a GPU, GPU tests skipped by name, seeds, poisoned memory."""
+"""Shared by all tests: Triton's interpreter, marks of tests, seeds, poisoned memory, and a finished run."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,9 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "finished_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
@@ -44,3 +48,28 @@ def triton_everywhere():
     dispatch.use("triton")
     yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dispatch.use(before)
+
+
+@pytest.fixture(scope="session")
+def red_and_blue(tmp_path_factory):
+    """24 images in two class folders: red ones and blue ones."""
+    image = pytest.importorskip("PIL.Image")
+    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (folder / name).mkdir()
+        for i in range(12):
+            pixels = generator.integers(0, 60, (40, 48, 3), dtype=np.uint8)
+            pixels[..., channel] += 180
+            image.fromarray(pixels).save(folder / name / f"{i}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, red_and_blue):
+    """The folder of a run of 24 steps on `red_and_blue`, with probes along it and the evaluation at its end."""
+    for name in ("deepspeed", "nvidia.dali", "omegaconf"):
+        pytest.importorskip(name)
+    from tests.launch import run
+
+    data = (f"data.source={red_and_blue}", f"probe.test={red_and_blue}", "optim.epochs=8")
+    return run(tmp_path_factory.mktemp("runs"), "name=tiny <run>", *data, "probe.enabled=true", "probe.every=6")

@@ -19,13 +19,11 @@ import torch.nn.functional as F
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
+from ijepa_fast.config import Optim
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import from_masks
-from ijepa_fast.methods.ijepa import IJEPA, target_rows
-from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import Encoder
+from ijepa_fast.methods.ijepa import IJEPA, Options
+from tests.small import from_masks, optimizer_of, setup_of
 
 TOLERANCE = 1e-4
 STEPS = 3
@@ -57,13 +55,12 @@ def build(archive) -> tuple[IJEPA, Schedule]:
     image, patch, dim, depth, heads, predictor_dim, predictor_depth, _, _, iterations, epochs, warmup = map(
         int, archive["config"]
     )
-    encoder = Encoder(image, patch, dim, depth, heads)
-    predictor = Predictor(encoder.grid, dim, predictor_dim, predictor_depth, heads)
-    model = IJEPA(encoder, predictor, loss="smooth_l1", mean=(0, 0, 0), std=(1, 1, 1))
+    sizes = (image, patch, dim, depth, heads, predictor_dim, predictor_depth)
+    model = IJEPA(setup_of(*sizes, Options(loss="smooth_l1"), mean=(0, 0, 0), std=(1, 1, 1), min_keep=1))
     model.encoder.load_state_dict(weights(archive, "init/encoder"))
     model.predictor.load_state_dict(weights(archive, "init/predictor"))
     model.target_encoder.load_state_dict(weights(archive, "init/target_encoder"))
-    return model, Schedule(iterations, epochs, warmup, horizon=1.25)
+    return model, Schedule(Optim(epochs=epochs, warmup_epochs=warmup, horizon=1.25), iterations)
 
 
 def parity_ijepa(archive) -> dict[str, float]:
@@ -74,13 +71,12 @@ def parity_ijepa(archive) -> dict[str, float]:
         key = f"init/{name}/" + ("pos_embed" if name == "encoder" else "predictor_pos_embed")
         if key in archive.files:
             errors[f"positions/{name}"] = relative_error(table.positions[None], archive[key])
-    optimizer = AdamWEMA(parameter_groups(model.encoder, [model.predictor]))
-    tie_encoders(optimizer, model.encoder, model.target_encoder)
+    optimizer = optimizer_of(model)
     for step in range(STEPS):
         golden = {key: archive[f"s{step}/{key}"] for key in STEP_KEYS}
         patches = patches_of(torch.from_numpy(golden["images"]), model.encoder.patch)
-        packed = from_masks(golden["masks_context"], golden["masks_target"], model.encoder.patches)
-        ours = run_step(model, patches, packed)
+        draw = from_masks(golden["masks_context"], golden["masks_target"], model.encoder.patches)
+        ours = run_step(model, patches, draw)
         ours |= {"lr": schedule.learning_rate(step), "wd": schedule.decay(step), "ema": schedule.ema_momentum(step)}
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = ours["lr"], ours["ema"]
@@ -107,18 +103,18 @@ STEP_KEYS = ("images", "masks_context", "masks_target", "target_encoder_out", "t
 STEP_KEYS += ("loss_smooth_l1", "loss_mse", "lr", "wd", "ema")
 
 
-def run_step(model: IJEPA, patches: torch.Tensor, packed) -> dict[str, torch.Tensor]:
+def run_step(model: IJEPA, patches: torch.Tensor, draw) -> dict[str, torch.Tensor]:
     """Forward and backward of one step, with every intermediate the archive holds."""
     with torch.no_grad():
-        features = model.target_encoder.targets(patches, packed)
-        targets = F.layer_norm(features, features.shape[-1:])[target_rows(packed)]
-        predictions = model.predictor(model.encoder.context(patches, packed), packed)
-        mse = target_loss(predictions, features, target_rows(packed), kind="l2")
-    loss = model.loss_of_patches(patches, packed)
+        features = model.target_encoder.targets(patches, draw)
+        targets = F.layer_norm(features, features.shape[-1:])[draw.prediction_rows]
+        predictions = model.predictor(model.encoder.context(patches, draw), draw)
+        mse = target_loss(predictions, features, draw.prediction_rows, kind="l2")
+    loss = model.loss_of_patches(patches, draw)
     loss.backward()
     return {
-        "target_encoder_out": model.target_encoder(patches, packed.images),
-        "context_out": model.encoder.context(patches, packed),
+        "target_encoder_out": model.target_encoder(patches, draw.images),
+        "context_out": model.encoder.context(patches, draw),
         "targets": targets,
         "predictions": predictions,
         "loss_smooth_l1": loss,
@@ -131,7 +127,7 @@ def parity(path: str | Path) -> dict[str, float]:
     with np.load(path) as archive:
         if "s0/masks_context" in archive.files:
             return parity_ijepa(archive)
-        from tests.parity_baselines import parity_ibot, parity_mae
+        from tests.parity_methods import parity_ibot, parity_mae
 
         return parity_ibot(archive) if "center_before" in archive.files else parity_mae(archive)
 

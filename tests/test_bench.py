@@ -233,6 +233,8 @@ SPILLING = """
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 
 @triton.jit
 def _spilling_kernel(x_ptr, out_ptr, N: tl.constexpr):
@@ -253,9 +255,9 @@ def _forgotten_kernel(x_ptr):
 
 def aot_cases(capability=9):
     return [
-        ("spilling", _spilling_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"N": 32768}, 1, 3),
-        ("wrong", _wrong_kernel, {"x_ptr": "*fp32"}, {"N": 16}, 4, 3),
-        ("small", _spilling_kernel, {"x_ptr": "*fp32", "out_ptr": "*fp32"}, {"N": 128}, 4, 3),
+        Case("spilling", _spilling_kernel, {"N": 32768}, 1, types={"x_ptr": "*fp32", "out_ptr": "*fp32"}),
+        Case("wrong", _wrong_kernel, {"N": 16}, 4, types={"x_ptr": "*fp32"}),
+        Case("small", _spilling_kernel, {"N": 128}, 4, types={"x_ptr": "*fp32", "out_ptr": "*fp32"}),
     ]
 """
 CHECK = "import sys; from bench import aot; aot.modules = lambda: ['a.b.c.spilling']; sys.exit(aot.main({}))"

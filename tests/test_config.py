@@ -6,7 +6,20 @@ import pytest
 
 pytest.importorskip("omegaconf")
 
-from ijepa_fast.config import ConfigError, check, flatten, load_config, save_config
+from ijepa_fast.config import (
+    Config,
+    ConfigError,
+    Data,
+    Model,
+    check,
+    flatten,
+    is_fixed,
+    keys,
+    load_config,
+    present,
+    resolve,
+    save_config,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -31,7 +44,7 @@ COMMON = {
     "mask.context_scale": [0.85, 1.0],
     "mask.min_keep": 10,
     "model.predictor_dim": 384,
-    "objective.loss": "smooth_l1",
+    "objective.options.loss": "smooth_l1",
     "optim.lr": 1e-3,
     "optim.start_lr": 2e-4,
     "optim.final_lr": 1e-6,
@@ -40,8 +53,8 @@ COMMON = {
     "optim.weight_decay_shape": "cosine",
     "optim.betas": [0.9, 0.999],
     "optim.eps": 1e-8,
-    "optim.momentum": 0.996,
-    "optim.final_momentum": 1.0,
+    "optim.ema": 0.996,
+    "optim.final_ema": 1.0,
     "optim.clip": 0.0,
     "engine.precision": "bf16",
 }
@@ -86,7 +99,6 @@ def test_every_config_loads_and_names_its_command(path):
         ("data.scale=[0.5,2]", ["data.scale", "at most 1"]),
         ("model.patch_std=0", ["model.patch_std", "more than 0"]),
         ("optim.warmup_epochs=99", ["optim.warmup_epochs", "optim.epochs"]),
-        ("objective.loss=l1", ["objective.loss", "smooth_l1"]),
         ("nonsense", ["nonsense", "key=value"]),
     ],
 )
@@ -108,8 +120,54 @@ def test_a_saved_config_loads_to_the_same(tmp_path):
     assert flatten(load_config(tmp_path / "config.yaml")) == flatten(config)
 
 
-def test_check_is_idempotent():
+def test_checking_changes_nothing():
     config = load_config(QUICKSTART)
     before = flatten(config)
     check(config)
     assert flatten(config) == before
+    unresolved = Config(name="x", data=Data(source="synthetic"), model=Model(arch="vit_tiny"))
+    assert resolve(unresolved).model.dim == 192
+    assert unresolved.model.dim is None
+
+
+@pytest.mark.parametrize(("key", "f"), list(keys(Config)), ids=[name for name, _ in keys(Config)])
+def test_every_key_says_what_it_is(key, f):
+    assert f.metadata["meaning"]
+    assert isinstance(f.metadata["fixed"], bool)
+
+
+def test_keys_of_earlier_versions_are_accepted_with_a_word(capsys):
+    old = ["optim.momentum=0.9", "optim.final_momentum=0.95", "optim.momentum_shape=cosine", "mask.ladder=false"]
+    config = load_config(QUICKSTART, [*old, "objective.loss=l2", "objective.target=pixels"])
+    assert (config.optim.ema, config.optim.final_ema, config.optim.ema_shape) == (0.9, 0.95, "cosine")
+    assert not config.mask.padding
+    assert config.objective.options == {"loss": "l2", "target": "pixels"}
+    assert "optim.momentum is called optim.ema now" in capsys.readouterr().err
+
+
+def test_methods_of_earlier_versions_are_accepted_with_a_word(capsys):
+    old = ["objective.method=bench.baselines.mae", "objective.loss=l2", "objective.target=features"]
+    config = load_config(CONFIGS / "mae_cifar10.yaml", old)
+    assert config.objective.method == "mae"
+    assert config.objective.options == {}
+    assert "bench.baselines.mae is called mae now" in capsys.readouterr().err
+
+
+def test_flattened_configurations_of_earlier_versions():
+    then = {"objective.method": "bench.baselines.mae", "objective.loss": "l2", "objective.options": {"masked": 0.5}}
+    assert present(then) == {"objective.method": "mae", "objective.options.masked": 0.5}
+    assert present({"objective.loss": "l2", "optim.momentum": 1}) == {"objective.options.loss": "l2", "optim.ema": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "fixed"),
+    [
+        ("seed", True),
+        ("data.source", True),
+        ("objective.options.loss", True),
+        ("optim.lr", False),
+        ("engine.zero", False),
+    ],
+)
+def test_what_a_resumed_run_may_change(key, fixed):
+    assert is_fixed(key) is fixed

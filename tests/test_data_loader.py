@@ -41,16 +41,16 @@ def take(source, steps, **options):
         loader.close()
 
 
-def test_batches_have_the_promised_form(photos):
-    for crop in (32, 80):  # below and above the size from which PyTorch resizes
-        batch = take(photos, 1, crop=crop)[0]
-        assert batch.images.shape == (8, crop, crop, 3)
-        assert batch.images.dtype == torch.uint8
-        assert batch.indices.dtype == torch.int64
-        assert batch.epoch == 0
+@pytest.mark.parametrize("crop", [32, 80], ids=["resized by DALI", "resized by resize.py"])
+def test_batches_have_the_promised_form(photos, crop):
+    batch = take(photos, 1, crop=crop)[0]
+    assert batch.images.shape == (8, crop, crop, 3)
+    assert batch.images.dtype == torch.uint8
+    assert batch.indices.dtype == torch.int64
+    assert batch.epoch == 0
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [False, True], ids=["as they are", "flipped"])
 def test_a_resumed_loader_goes_on_exactly(photos, flip):
     whole = take(photos, 9, flip=flip)
     resumed = take(photos, 5, flip=flip, start_step=4)
@@ -90,13 +90,13 @@ def test_seeds_give_other_orders_and_windows(photos):
 
 
 def test_extra_is_made_for_the_step_of_the_batch(photos):
-    batches = take(photos, 3, start_step=7, extra=lambda step: step * 10)
-    assert [b.extra for b in batches] == [70, 80, 90]
+    batches = take(photos, 3, start_step=7, draw=lambda step: step * 10)
+    assert [b.draw for b in batches] == [70, 80, 90]
 
 
 def test_extras_of_later_steps_are_made_while_this_one_is_worked_on(photos):
     made = []
-    loader = TrainLoader(photos, batch_size=8, crop=32, extra=made.append)
+    loader = TrainLoader(photos, batch_size=8, crop=32, draw=made.append)
     next(loader)
     deadline = time.monotonic() + 30
     while len(made) < 4 and time.monotonic() < deadline:
@@ -107,7 +107,7 @@ def test_extras_of_later_steps_are_made_while_this_one_is_worked_on(photos):
 
 def test_an_error_in_extra_reaches_the_caller(photos):
     with pytest.raises(ZeroDivisionError):
-        take(photos, 3, extra=lambda step: 1 // (step - 1))
+        take(photos, 3, draw=lambda step: 1 // (step - 1))
 
 
 def test_arguments_that_cannot_work_are_named(photos):
@@ -150,7 +150,11 @@ def test_nothing_is_left_running(photos):
 
 
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("ending", ["pass", "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), 2)"])
+@pytest.mark.parametrize(
+    "ending",
+    ["pass", "raise KeyboardInterrupt", "import os, signal; os.kill(os.getpid(), 2)"],
+    ids=["end", "exception", "Ctrl-C"],
+)
 def test_a_process_ends_with_a_loader_still_open(photos, ending):
     program = (
         # A shell's background job ignores Ctrl-C, and so would the program.

@@ -73,26 +73,29 @@ def reference_windows(size, count, scale=(0.3, 1.0), ratio=(3 / 4, 4 / 3)):
     return np.array(out, float)
 
 
-@pytest.mark.parametrize("size", [(375, 500), (224, 224), (32, 32)])
+@pytest.mark.parametrize("size", [(375, 500), (224, 224), (32, 32)], ids=["photograph", "square", "small"])
 def test_windows_have_the_distribution_of_random_resized_crops(size):
     windows, expected = windows_of(size), reference_windows(size, 6000)
     assert (windows[:, 0] + windows[:, 2]).max() == size[1]  # the last column is reached, and not crossed
     assert (windows[:, 1] + windows[:, 3]).max() == size[0]
     assert windows.min() >= 0
-    for share in (0.1, 0.5, 0.9):
-        a, b = np.quantile(windows, share, axis=0), np.quantile(expected, share, axis=0)
-        assert np.abs(a - b).max() <= max(0.03 * max(size), 1)
+    found, right = (np.quantile(values, [0.1, 0.5, 0.9], axis=0) for values in (windows, expected))
+    assert np.abs(found - right).max() <= max(0.03 * max(size), 1)
 
 
-@pytest.mark.parametrize(("size", "window"), [((10, 1000), (493, 0, 13, 10)), ((1000, 10), (0, 493, 10, 13))])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [((10, 1000), (493, 0, 13, 10)), ((1000, 10), (0, 493, 10, 13))],
+    ids=["wide", "high"],
+)
 def test_very_long_images_get_the_central_window(size, window):
     windows = windows_of(size, 50, scale=(0.9, 1.0))
     assert windows.tolist() == [list(window)] * 50
 
 
-def test_tiny_images_have_valid_windows():
-    for size in ((1, 1), (1, 2), (2, 1), (3, 2)):
-        windows = windows_of(size, 200)
-        assert windows[:, 2:].min() >= 1
-        assert (windows[:, 0] + windows[:, 2]).max() <= size[1]
-        assert (windows[:, 1] + windows[:, 3]).max() <= size[0]
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (3, 2)], ids=lambda size: "{}x{}".format(*size))
+def test_tiny_images_have_valid_windows(size):
+    windows = windows_of(size, 200)
+    assert windows[:, 2:].min() >= 1
+    assert (windows[:, 0] + windows[:, 2]).max() <= size[1]
+    assert (windows[:, 1] + windows[:, 3]).max() <= size[0]

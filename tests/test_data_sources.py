@@ -85,27 +85,37 @@ def test_a_text_list(tmp_path, jpeg):
     source = open_source(file)
     assert (source.classes, source.labels.tolist()) == (["3", "12"], [1, 0])
     assert source.read(0) == jpeg
-    file.write_text("images/a b.jpg 12\nimages/c.jpg\n")
-    with pytest.raises(ValueError, match="1 of 2 lines have a label"):
-        open_source(file)
-    file.write_text("import os\n")
-    with pytest.raises(ValueError, match="expected paths that end in"):
-        open_source(file)
 
 
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_shards_of_every_tar_format_and_long_names(tmp_path, jpeg, format):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("images/a b.jpg 12\nimages/c.jpg\n", "1 of 2 lines have a label; write one on every line, or on none"),
+        ("import os\n", "expected paths that end in .*, got the line 'import os'"),
+    ],
+    ids=["a label on one line only", "no list of images"],
+)
+def test_a_text_list_that_is_none_says_why(tmp_path, text, words):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        open_source(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("pattern", ["", "train-{000..001}.tar", "train-*.tar"], ids=["folder", "range", "wildcard"])
+@pytest.mark.parametrize(
+    "format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"]
+)
+def test_shards_of_every_tar_format_and_long_names(tmp_path, jpeg, format, pattern):
     long = f"{'d' * 90}/{'n' * 60 if format == tarfile.USTAR_FORMAT else 'n' * 180}.jpg"
     other = encode(photographs()[1].resize((9, 30)), "PNG")
     write_tar(tmp_path / "train-000.tar", {long: jpeg, "ä/1.png": other}, format)
     write_tar(tmp_path / "train-001.tar", {"ä/2.jpg": jpeg}, format)
-    for path in (tmp_path, f"{tmp_path}/train-{{000..001}}.tar", f"{tmp_path}/train-*.tar"):
-        source = open_source(path)
-        assert isinstance(source, TarSource)
-        assert names(source) == [long, "ä/1.png", "ä/2.jpg"]
-        assert [source.read(i) for i in range(3)] == [jpeg, other, jpeg]
-        assert source.classes == ["d" * 90, "ä"]
-        assert source.groups.tolist() == [0, 0, 1]
+    source = open_source(f"{tmp_path}/{pattern}")
+    assert isinstance(source, TarSource)
+    assert names(source) == [long, "ä/1.png", "ä/2.jpg"]
+    assert [source.read(i) for i in range(3)] == [jpeg, other, jpeg]
+    assert source.classes == ["d" * 90, "ä"]
+    assert source.groups.tolist() == [0, 0, 1]
     assert len(open_source(tmp_path / "train-001.tar")) == 1
 
 

@@ -11,10 +11,10 @@ from ijepa_fast.data.synthetic import SyntheticLoader
 
 
 def test_batches_steps_and_epochs_are_a_training_loaders():
-    loader = SyntheticLoader(batch_size=4, crop=8, count=24, world_size=2, rank=1, start_step=2, extra=lambda s: s * 10)
+    loader = SyntheticLoader(batch_size=4, crop=8, count=24, world_size=2, rank=1, start_step=2, draw=lambda s: s * 10)
     batches = [next(loader) for _ in range(3)]
     loader.close()
-    assert [b.extra for b in batches] == [20, 30, 40]
+    assert [b.draw for b in batches] == [20, 30, 40]
     assert [b.epoch for b in batches] == [0, 1, 1]
     assert all(b.images.shape == (4, 8, 8, 3) and b.images.dtype == torch.uint8 for b in batches)
     assert batches[0].indices.tolist() == [4, 5, 6, 7]
@@ -31,7 +31,7 @@ def test_several_sides_give_several_views_and_ranks_see_other_pixels():
 
 def test_the_next_steps_extra_is_made_while_this_step_is_worked_on():
     made = []
-    loader = SyntheticLoader(batch_size=1, crop=4, extra=made.append)
+    loader = SyntheticLoader(batch_size=1, crop=4, draw=made.append)
     next(loader)
     deadline = time.monotonic() + 30
     while len(made) < 2 and time.monotonic() < deadline:
@@ -41,7 +41,7 @@ def test_the_next_steps_extra_is_made_while_this_step_is_worked_on():
 
 
 def test_an_error_in_extra_reaches_the_caller():
-    loader = SyntheticLoader(batch_size=1, crop=4, extra=lambda step: 1 // step)
+    loader = SyntheticLoader(batch_size=1, crop=4, draw=lambda step: 1 // step)
     with pytest.raises(ZeroDivisionError):
         next(loader)
     loader.close()

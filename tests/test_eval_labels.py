@@ -9,7 +9,9 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from ijepa_fast.eval.labels import CLEVR_DISTANCES, Samples, match, open_labelled, read_features
+from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.eval.features import pooled_features
+from ijepa_fast.eval.labels import CLEVR_DISTANCES, Samples, match, open_labelled
 
 
 def write_image(path, value=0, side=32):
@@ -19,7 +21,7 @@ def write_image(path, value=0, side=32):
 
 
 def folders(root, classes, each=2):
-    """A folder a class."""
+    """A folder per class."""
     for name in classes:
         for i in range(each):
             write_image(root / name / f"{i}.jpg")
@@ -104,8 +106,8 @@ def test_features_and_labels_stay_together(tmp_path):
     part = open_labelled(tmp_path)
     wanted = np.array([11, 3, 5, 0, 7])
     mean = lambda images: images.flatten(1, 2).float()  # noqa: E731
-    options = {"batch_size": 2, "crop": 16, "resize": 16, "max_bad_share": 0.5}
-    features, rows = read_features(mean, part, wanted, "cpu", **options)
+    batches = eval_batches(Samples(part.source, wanted), batch_size=2, crop=16, resize=16, max_bad_share=0.5)
+    features, rows = pooled_features(mean, batches)
     assert rows.tolist() == [11, 5, 0, 7]
     assert features[:, 0].tolist() == pytest.approx([180, 50, 0, 140], abs=2)
     assert part.at(rows)["class"].tolist() == [1, 0, 0, 1]
@@ -126,6 +128,7 @@ def test_features_and_labels_stay_together(tmp_path):
         ),
         (lambda p: folders(p, ["."]), lambda p: folders(p, ["a"]), ["no labels", "labels.csv"]),
     ],
+    ids=["unknown class", "another label", "no labels"],
 )
 def test_labels_that_do_not_match(tmp_path, train, test, words):
     train, test = train(tmp_path / "train"), test(tmp_path / "test")
@@ -152,6 +155,7 @@ def test_clevr_without_a_scene_or_with_other_json(tmp_path):
         ({"count": "ranking"}, ["count=ranking", "classification"]),
         ({"metres": "counting"}, ["metres", "no integers"]),
     ],
+    ids=["no such label", "no such task", "numbers that are no counts"],
 )
 def test_tasks_that_labels_cannot_be(tmp_path, task, words):
     table(tmp_path, [(3, 1.5), (4, 2.5)])

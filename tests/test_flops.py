@@ -8,14 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.baselines.plain import Encoder, PlainStep, Predictor, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
+from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.models import flops
-from ijepa_fast.models.flops import Head, Transformer
-from ijepa_fast.models.vit import ARCHITECTURES
+from ijepa_fast.methods import ibot, ijepa, mae
+from ijepa_fast.methods.ibot import HeadSizes
+from ijepa_fast.models.flops import Transformer
 
-# GFLOP an image of the published recipes with the context truncated at the recipe's batch, and with all context; target
-# encoder; arch, patch, crop, predictor depth, batch a GPU.
+# arch, patch, crop, predictor depth, batch per GPU; then GFLOP per image of the published recipes with the context
+# truncated at that batch, with all context, and of the target encoder alone.
 TABLE = [
     ("vit_small", 16, 224, 6, 128, 38, 51, 9),
     ("vit_base", 16, 224, 6, 128, 83, 109, 35),
@@ -40,7 +41,7 @@ def test_reproduces_the_published_recipes(arch, patch, crop, depth, batch, trunc
         masks = sampler(batch, seed=0, step=step)
         for policy, totals in work.items():
             packed = pack(masks, policy)
-            result = flops.ijepa(
+            result = ijepa.step_work(
                 transformer(arch),
                 Transformer(384, depth),
                 patch=patch,
@@ -57,10 +58,10 @@ def test_reproduces_the_published_recipes(arch, patch, crop, depth, batch, trunc
 
 
 def test_reproduces_mae_and_ibot():
-    mae = flops.mae(transformer("vit_huge"), Transformer(512, 8), patch=14, patches=256, visible=64)
-    ibot = flops.ibot(transformer("vit_small"), Head(), patch=16, global_patches=196, local_patches=36)
-    assert mae.total / 1e9 == pytest.approx(291, rel=0.01)
-    assert ibot.total / 1e9 == pytest.approx(163, rel=0.01)
+    of_mae = mae.step_work(transformer("vit_huge"), Transformer(512, 8), patch=14, patches=256, visible=64)
+    of_ibot = ibot.step_work(transformer("vit_small"), HeadSizes(), patch=16, global_patches=196, local_patches=36)
+    assert of_mae.total / 1e9 == pytest.approx(291, rel=0.01)
+    assert of_ibot.total / 1e9 == pytest.approx(163, rel=0.01)
 
 
 @pytest.mark.parametrize(("batch", "contexts"), [(3, 1), (2, 2)])
@@ -74,7 +75,7 @@ def test_ijepa_agrees_with_the_flop_counter(batch, contexts):
     images = torch.randint(256, (batch, 64, 64, 3), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         step.loss(*plain_batch(images, context, target, (0.5,) * 3, (0.2,) * 3)).backward()
-    work = flops.ijepa(
+    work = ijepa.step_work(
         Transformer(64, 3),
         Transformer(32, 2),
         patch=8,
@@ -96,7 +97,7 @@ def test_mae_agrees_with_the_flop_counter():
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(images, 3, 64, 64), order, visible).backward()
     stacks = Transformer(64, 3), Transformer(32, 2)
-    work = flops.mae(*stacks, patch=8, patches=patches, visible=visible, images=images)
+    work = mae.step_work(*stacks, patch=8, patches=patches, visible=visible, images=images)
     assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)
 
 
@@ -109,5 +110,5 @@ def test_ibot_agrees_with_the_flop_counter():
     with FlopCounterMode(display=False) as counter:
         step.loss(large, [torch.randn(images, 3, 24, 24) for _ in range(small)], masks, 0.07).backward()
     sizes = {"patch": 8, "global_patches": 64, "local_patches": 9, "locals_": small, "images": images}
-    work = flops.ibot(Transformer(64, 3), Head(96, 32, 128), **sizes)
+    work = ibot.step_work(Transformer(64, 3), HeadSizes(96, 32, 128), **sizes)
     assert counter.get_total_flops() == pytest.approx(work.total, rel=0.01)

@@ -11,12 +11,12 @@ pytest.importorskip("omegaconf")
 
 from ijepa_fast import kernels
 from ijepa_fast.config import load_config
-from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
 from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.run.build import build_objective
+from ijepa_fast.run.build import build_method
 from tests.launch import ROOT, TINY
+from tests.small import loss_of, optimizer_of, to
 
 # An odd batch, head dims 16 and 8, patch rows of 75 values padded to 80: every op runs in every step.
 SMALL = ["data.crop=20", "model.patch=5", "batch_size=3", "model.predictor_depth=1"]
@@ -38,23 +38,21 @@ def train(config):
     """Yields, at the start with no loss and then after each step, (loss, weights of encoder, predictor, target)."""
     kernels.use(config.kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    objective = build_objective(config).to(device)
-    objective.target_encoder.to(device)
+    method = to(build_method(config), device)
     # With a tiny eps, Adam would make steps of full size out of gradients that are nothing but rounding.
-    optimizer = AdamWEMA(parameter_groups(objective.encoder, [objective.predictor]), eps=1e-4)
-    tie_encoders(optimizer, objective.encoder, objective.target_encoder)
-    sampler = make_sampler("multiblock", objective.encoder.grid, min_keep=1, target_scale=(0.2, 0.3))
+    optimizer = optimizer_of(method, eps=1e-4)
+    sampler = make_sampler("multiblock", method.encoder.grid, min_keep=1, target_scale=(0.2, 0.3))
     generator = torch.Generator().manual_seed(1)
-    networks = {"": objective, "target_": objective.target_encoder}
 
     def weights():
-        return {k + n: p.detach().cpu().clone() for k, net in networks.items() for n, p in net.named_parameters()}
+        networks = method.networks.items()
+        return {f"{k}.{n}": p.detach().cpu().clone() for k, net in networks for n, p in net.named_parameters()}
 
     yield None, weights()
     for step, (lr, weight_decay, momentum) in enumerate(RATES):
         side = config.data.crop
         images = torch.randint(256, (config.batch_size, side, side, 3), dtype=torch.uint8, generator=generator)
-        loss = objective(images.to(device), pack(sampler(config.batch_size, config.seed, step)).to(device))
+        loss = loss_of(method, images.to(device), pack(sampler(config.batch_size, config.seed, step)).to(device))
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
@@ -69,7 +67,7 @@ def forbid_references(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("a reference runs in place of a kernel")
 
-    for op in dispatch.OPS:
+    for op in dispatch.TRITON:
         module = import_module(f"ijepa_fast.kernels.{op}.reference")
         for name, _ in inspect.getmembers(module, inspect.isfunction):
             monkeypatch.setattr(module, name, forbidden)
@@ -100,6 +98,9 @@ def test_each_op_is_set_by_the_config():
     assert kernels.choice("target_loss") == "auto"
     kernels.use(config_with("kernels=reference").kernels)
     assert {kernels.choice(op) for op in dispatch.OPS} == {"reference"}
+    kernels.use(config_with("kernels=triton").kernels)
+    assert {kernels.choice(op) for op in dispatch.TRITON} == {"triton"}
+    assert {kernels.choice(op) for op in set(dispatch.OPS) - set(dispatch.TRITON)} == {"auto"}
 
 
 def test_mistakes_name_the_op():
@@ -107,6 +108,8 @@ def test_mistakes_name_the_op():
         kernels.use(config_with("kernels.layernorm=triton").kernels)
     with pytest.raises(ValueError, match=r"kernels\.layer_norm: expected one of auto, triton, reference, got 'cuda'"):
         kernels.use(config_with("kernels.layer_norm=cuda").kernels)
+    with pytest.raises(ValueError, match=r"kernels\.linear: expected one of auto, reference, got 'triton'"):
+        kernels.use(config_with("kernels.linear=triton").kernels)
     with pytest.raises(ValueError, match=r"kernels\.patchify: expected one of auto, triton, reference, got 'fast'"):
         kernels.use(config_with("kernels=fast").kernels)
 

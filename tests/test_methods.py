@@ -1,11 +1,14 @@
-"""MAE and iBOT through the trainer: the same command, exact resumption, every ZeRO stage; and methods of another's."""
+"""Every method through the trainer and every command; and a method of somebody else's, which is one file."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from tests.launch import ROOT, command, finish, losses, run, start
+from tests.launch import ROOT, TINY, finish, losses, run, start
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
@@ -13,24 +16,63 @@ pytest.importorskip("PIL")
 
 from safetensors.torch import load_file
 
+import ijepa_fast
+from ijepa_fast import probe, report
 from ijepa_fast.config import ConfigError, load_config
-from ijepa_fast.run.build import build_objective
+from ijepa_fast.interop import export
+from ijepa_fast.interop.load import read
+from ijepa_fast.methods.method import METHODS, Method, method_class
+from ijepa_fast.run.build import build_method
+from ijepa_fast.train import main as train
 from tests.data_images import write_photos
 
-TINY = {
-    "mae_cifar10": ["mask.min_keep=null", "model.predictor_dim=32"],
-    "ibot_cifar10": [
-        "mask.min_keep=null",
-        "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",
-    ],
+# The config that each method is tried with, and what makes it small.
+TRIED = {
+    "ijepa": ("quickstart", []),
+    "mae": ("mae_cifar10", ["mask.min_keep=null", "model.predictor_dim=32"]),
+    "ibot": (
+        "ibot_cifar10",
+        [
+            "mask.min_keep=null",
+            "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",
+        ],
+    ),
+    "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
+OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
+
+
+def options_of(name, *more):
+    config, options = TRIED[name]
+    return config, [*options, *more]
+
+
+def train_small(runs, name, *more, ranks=1):
+    config, options = options_of(name, *more)
+    return run(runs, *options, config=config, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
+    """Labelled images, two classes."""
     folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, 40, size=40)
+    for label in ("left", "right"):
+        write_photos(folder / label, 20, size=40)
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, photos):
+    """The folder of a finished run of each method, trained when it is first asked for."""
+    runs, found = tmp_path_factory.mktemp("runs"), {}
+
+    def of(name):
+        if name not in found:
+            images = (f"data.source={photos}", "data.flip=false", "optim.epochs=4", "optim.steps=3")
+            found[name] = train_small(runs, name, f"name={name}", *images)
+        return found[name]
+
+    return of
 
 
 def checkpoint(folder, step):
@@ -41,70 +83,207 @@ def checkpoint(folder, step):
     return tensors
 
 
+def test_every_registered_method_is_tried():
+    assert set(TRIED) - {"toy"} == set(METHODS)
+    assert all(issubclass(method_class(name), Method) for name in METHODS)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", TINY)
-def test_resumed_is_bitwise_unbroken(tmp_path, photos, config):
-    """Views, masks, dropped branches, temperatures and centres are part of it; an epoch is 5 steps."""
-    options = (*TINY[config], f"data.source={photos}", "optim.epochs=4")
-    unbroken = run(tmp_path, "name=unbroken", "optim.steps=6", *options, config=config)
-    run(tmp_path, "name=broken", "optim.steps=3", *options, config=config)
-    broken = run(tmp_path, "name=broken", "optim.steps=6", *options, config=config)
+@pytest.mark.parametrize("name", OTHERS)
+def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
+    """Views, masks, dropped branches, temperatures and what is carried are part of it; an epoch is 5 steps."""
+    options = (f"data.source={photos}", "optim.epochs=4")
+    unbroken = train_small(tmp_path, name, "name=unbroken", "optim.steps=6", *options)
+    train_small(tmp_path, name, "name=broken", "optim.steps=3", *options)
+    broken = train_small(tmp_path, name, "name=broken", "optim.steps=6", *options)
     assert losses(broken) == losses(unbroken)
     expected, found = checkpoint(unbroken, 6), checkpoint(broken, 6)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    if config == "ibot_cifar10":
-        assert found["centre|carried|0"].any()
-    summary = json.loads((broken / "summary.json").read_text())
-    assert summary["steps"] == 6
+    carried = [tensor for key, tensor in found.items() if "|carried|" in key]
+    assert len(carried) == {"ibot": 2, "toy": 1}.get(name, 0)
+    assert all(tensor.any() for tensor in carried)
+    assert json.loads((broken / "summary.json").read_text())["steps"] == 6
 
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("config", "ranks"), [("mae_cifar10", 1), ("ibot_cifar10", 2)])
-def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, config, ranks):
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2)])
+def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
     """Of iBOT on two ranks, whose centres are one."""
-    options = (*TINY[config], "optim.steps=3")
+    options = ("optim.steps=3",)
     folders = [
-        run(tmp_path, f"name=stage{stage}", f"engine.zero={stage}", *options, ranks=ranks, config=config)
+        train_small(tmp_path, name, f"name=stage{stage}", f"engine.zero={stage}", *options, ranks=ranks)
         for stage in (1, 3)
     ]
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
     weights = [load_file(f / "checkpoints" / "step-00000003" / "weights.safetensors") for f in folders]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
-def overrides_of(config, *more):
-    return command("runs", *TINY.get(config, ()), *more)[5:]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIED)
+class TestEveryRunCanBeUsed:
+    """load, probe, export, report and init on a finished run of each method."""
+
+    def test_load(self, finished, name):
+        encoder = ijepa_fast.load(finished(name))
+        features = encoder(torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8))
+        assert features.shape == (3, 1 if name == "ibot" else 64, 32)
+        assert features.isfinite().all()
+        weights = read(finished(name))
+        averaged = [network for network in weights.networks if network.startswith("target_")]
+        assert averaged == {"mae": [], "ibot": ["target_encoder", "target_head"]}.get(name, ["target_encoder"])
+        with pytest.raises(ValueError, match="'target_encoder' or 'encoder'"):
+            ijepa_fast.load(finished(name), network="head")
+
+    def test_probe(self, finished, photos, name, tmp_path, capsys):
+        out = tmp_path / "figures.json"
+        command = ["--checkpoint", str(finished(name)), "--data", str(photos), "--test", str(photos), "--out", str(out)]
+        assert probe.main(command) == 0
+        assert "linear" in capsys.readouterr().out
+        assert json.loads(out.read_text())
+
+    def test_a_last4_probe_needs_layers(self, finished, photos, name, capsys):
+        command = ["--checkpoint", str(finished(name)), "--data", str(photos), "--test", str(photos)]
+        assert probe.main([*command, "--features", "last4"]) == 1
+        assert "the encoder has 2 layers" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("form", ["hf", "timm", "safetensors"])
+    def test_export(self, finished, name, form, tmp_path):
+        """What is written gives the same features when it is loaded again, by this project."""
+        out = tmp_path / ("out.safetensors" if form == "safetensors" else "out")
+        assert export.main(["--checkpoint", str(finished(name)), "--format", form, "--out", str(out)]) == 0
+        images = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+        torch.testing.assert_close(ijepa_fast.load(out)(images), ijepa_fast.load(finished(name))(images))
+
+    def test_transformers_reads_it(self, finished, name, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        assert export.main(["--checkpoint", str(finished(name)), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
+        model, loading = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+        assert not loading["unexpected_keys"]
+        assert not [key for key in loading["missing_keys"] if "pooler" not in key]
+        assert type(model).__name__ == ("ViTModel" if name in ("mae", "ibot") else "IJepaModel")
+        encoder = ijepa_fast.load(finished(name))
+        images = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
+        pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        with torch.no_grad():
+            tokens = model.eval()(pixels).last_hidden_state
+        tokens = {"ibot": tokens[:, :1], "mae": tokens[:, 1:]}.get(name, tokens)
+        assert (encoder(images) - tokens).abs().max() < 1e-5
+
+    def test_the_published_layout_is_ijepas(self, finished, name, tmp_path, capsys):
+        out = tmp_path / "out.pth.tar"
+        status = export.main(["--checkpoint", str(finished(name)), "--format", "reference", "--out", str(out)])
+        assert status == (0 if name == "ijepa" else 1)
+        if status:
+            assert "take hf, timm or safetensors" in capsys.readouterr().err
+            assert not out.exists()
+
+    def test_report(self, finished, name, photos, tmp_path, capsys):
+        out = tmp_path / "report.html"
+        command = [str(finished(name)), "--images", str(photos), "--sample", "20", "--out", str(out)]
+        assert report.main(command) == 0
+        page = out.read_text()
+        assert "Nearest neighbours" in page
+        assert ("only registered methods are imported" in page) == (name == "toy")
+
+    def test_init(self, finished, name, tmp_path):
+        """A run that does not move begins with the weights it was given."""
+        still = ["optim.steps=1", "optim.start_lr=0", "optim.lr=0", "optim.final_lr=0", "optim.ema=1"]
+        folder = train_small(tmp_path, name, f"init={finished(name)}", *still)
+        given, found = (read(path).networks for path in (finished(name), folder))
+        assert given.keys() == found.keys()
+        for network, state in given.items():
+            assert all(torch.equal(found[network][key], tensor) for key, tensor in state.items()), network
 
 
-def test_maes_target_encoder_is_its_encoder():
-    config = load_config(ROOT / "configs" / "mae_cifar10.yaml", overrides_of("mae_cifar10"))
-    assert (config.optim.momentum, config.optim.final_momentum) == (0, 0)
-    objective = build_objective(config)
-    for p, q in zip(objective.encoder.parameters(), objective.target_encoder.parameters(), strict=True):
-        assert torch.equal(p, q)
+def test_a_method_of_somebody_elses_is_one_file(finished):
+    """Its terms are in the log, its options in the saved configuration, its name in the checkpoint."""
+    folder = finished("toy")
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(r["loss_terms"]["doubled"] == pytest.approx(2 * r["loss"]) for r in records)
+    assert load_config(folder / "config.yaml").objective.options == {"noise": 0.1}
+    assert read(folder).arch.method == "tests.toy_method"
+
+
+def test_a_method_is_found_in_the_working_folder(tmp_path, monkeypatch):
+    """Under a launcher too, which does not put it on the search path."""
+    shutil.copy(ROOT / "tests" / "toy_method.py", tmp_path / "somebodys_method.py")
+    script = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", "mae_cifar10", *TINY]
+    options = ["mask.min_keep=null", "objective.method=somebodys_method", f"runs={tmp_path}", "optim.steps=1"]
+    done = subprocess.run([*script, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in sys.path if path == str(tmp_path)]
 
 
 @pytest.mark.parametrize(
-    ("config", "override", "words"),
+    ("config", "overrides", "words"),
     [
-        ("mae_cifar10", "objective.options={maksed: 0.5}", ["objective.options.maksed", "did you mean", "masked"]),
-        ("mae_cifar10", "objective.options={masked: much}", ["objective.options.masked", "much"]),
-        ("mae_cifar10", "mask.strategy=block", ["mask", "draws its own masks"]),
-        ("mae_cifar10", "objective.method=bench.baselines.may", ["objective.method", "bench.baselines.may"]),
-        ("quickstart", "objective.options={masked: 0.5}", ["objective.options", "ijepa"]),
+        ("mae_cifar10", ["objective.options={maksed: 0.5}"], ["objective.options.maksed", "did you mean", "masked"]),
+        ("mae_cifar10", ["objective.options={masked: much}"], ["objective.options.masked", "much"]),
+        ("mae_cifar10", ["mask.strategy=block"], ["mask", "draws its own masks"]),
+        ("mae_cifar10", ["objective.method=bench.baselines.may"], ["objective.method", "bench.baselines.may", "ijepa"]),
+        ("mae_cifar10", ["objective.method=ijepa_fast.masks.draw"], ["one subclass", "found 0"]),
+        ("mae_cifar10", ["objective.method=..draw"], ["objective.method", "import path"]),
+        ("mae_cifar10", ["engine.cuda_graphs=true", "objective.method=ibot"], ["engine.cuda_graphs=true", "ibot"]),
+        ("mae_cifar10", ["engine.target_precision=fp8"], ["engine.target_precision=fp8", "mae"]),
+        ("mae_cifar10", ["engine.target_stream=true"], ["engine.target_stream=true", "mae"]),
+        ("ibot_cifar10", ["objective.options.small_crops=0"], ["objective.options.small_crops", "at least 1"]),
+        ("quickstart", ["objective.options={masked: 0.5}"], ["objective.options.masked", "loss, target"]),
+        ("quickstart", ["objective.options.loss=l1"], ["objective.options.loss", "smooth_l1", "l1"]),
     ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_name_the_key(config, override, words):
+def test_mistakes_name_the_key(config, overrides, words):
     with pytest.raises(ConfigError) as error:
-        build_objective(load_config(ROOT / "configs" / f"{config}.yaml", [override]))
+        build_method(load_config(ROOT / "configs" / f"{config}.yaml", overrides))
     for word in words:
         assert word in str(error.value)
+
+
+BROKEN = {
+    "no_work": ("    def work", "    def labour", "Toy lacks work of the contract"),
+    "capability": ("    Options = Options", "    capabilities = frozenset({'speed'})", "got speed"),
+    "promise": ("    Options = Options", "    capabilities = frozenset({'forecast'})", "lacks saved_values"),
+    "two": ("class Toy(", "class First(Method):\n    pass\n\n\nclass Toy(", "found 2"),
+    "syntax": ("class Toy(", "class Toy)(", "objective.method"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_method_without_a_part_of_the_contract_is_named(tmp_path, monkeypatch, kind):
+    old, new, words = BROKEN[kind]
+    source = (ROOT / "tests" / "toy_method.py").read_text()
+    (tmp_path / f"broken_{kind}.py").write_text(source.replace(old, new))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"objective.method.*broken_{kind}") as error:
+        method_class(f"broken_{kind}")
+    assert words in str(error.value)
 
 
 def test_the_trainer_says_so_too(tmp_path):
     statuses, errors = finish(start(tmp_path, "objective.method=nowhere", "mask.min_keep=null", config="mae_cifar10"))
     assert statuses == [1]
     assert "error: objective.method" in errors
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_method_is_named(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shutil.copytree(finished("mae"), tmp_path / "run")
+    config, options = options_of("toy", f"runs={tmp_path}", "name=run")
+    assert train(["--config", config, *TINY, *options]) == 1
+    errors = capsys.readouterr().err
+    assert "is a checkpoint of objective.method=mae" in errors
+    assert "set another name" in errors
+
+
+@pytest.mark.slow
+def test_weights_of_another_kind_of_encoder_are_named(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, options = options_of("toy", f"runs={tmp_path}", f"init={finished('mae')}")
+    assert train(["--config", config, *TINY, *options]) == 1
+    assert "init: the weights are mae's" in capsys.readouterr().err

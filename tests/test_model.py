@@ -3,23 +3,20 @@
 import pytest
 import torch
 
-from ijepa_fast.masks.packing import from_masks, pack
+from ijepa_fast.config import ARCHITECTURES
+from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.methods.ijepa import IJEPA, target_rows
+from ijepa_fast.methods.ijepa import Options
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import ARCHITECTURES, Encoder, init_weights
+from ijepa_fast.models.vit import Encoder, init_weights
+from tests.small import from_masks, loss_of, small_ijepa, to
 
 IMAGES, PATCH = 3, 8
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    encoder = Encoder(64, PATCH, 32, 3, 2)
-    model = IJEPA(encoder, Predictor(encoder.grid, 32, 16, 2, 2), mean=(0.5,) * 3, std=(0.25,) * 3).double()
-    model.target_encoder.double()
-    return model
+    return to(small_ijepa(depth=3), torch.double)
 
 
 @pytest.fixture
@@ -66,7 +63,7 @@ def test_target_rows_equal_the_dense_encoding(model, masks, patches):
     torch.testing.assert_close(
         model.target_encoder.targets(patches, packed), dense[packed.union_index], rtol=0, atol=1e-12
     )
-    rows = model.target_encoder.targets(patches, packed)[target_rows(packed)]
+    rows = model.target_encoder.targets(patches, packed)[packed.prediction_rows]
     wanted = dense[packed.target_index.long()][:, None].expand(-1, 2, -1, -1, -1).reshape(-1, 32)
     torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-12)
 
@@ -90,11 +87,9 @@ def test_nothing_of_the_target_encoder_is_trained(model, masks, patches):
 
 
 def test_pixel_targets(masks):
-    encoder = Encoder(64, PATCH, 32, 2, 2)
-    predictor = Predictor(encoder.grid, 32, 16, 1, 2, out_dim=3 * PATCH**2)
-    model = IJEPA(encoder, predictor, target="pixels", mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = small_ijepa(options=Options(target="pixels"), predictor_depth=1)
     images = torch.randint(0, 256, (IMAGES, 64, 64, 3), dtype=torch.uint8)
-    loss = model(images, pack(masks))
+    loss = loss_of(model, images, pack(masks))
     loss.backward()
     assert loss.isfinite()
     # The targets are the patches' own values, normalised patch by patch.
@@ -115,12 +110,8 @@ def test_initialisation_is_the_published_one():
 
 
 def test_the_patch_embedding_can_start_larger():
-    models = []
-    for patch_std in (0.02, 0.09):
-        torch.manual_seed(0)
-        encoder = Encoder(64, PATCH, 192, 2, 3)
-        predictor = Predictor(encoder.grid, 192, 96, 1, 3)
-        models.append(IJEPA(encoder, predictor, mean=(0.5,) * 3, std=(0.25,) * 3, patch_std=patch_std))
+    sizes = {"dim": 192, "heads": 3, "predictor_dim": 96, "predictor_depth": 1}
+    models = [small_ijepa(**sizes, patch_std=patch_std) for patch_std in (0.02, 0.09)]
     small, large = (dict(model.named_parameters()) for model in models)
     for name, parameter in small.items():
         factor = 4.5 if name == "encoder.patch_embed.proj.weight" else 1
@@ -139,43 +130,39 @@ def test_positions():
         sincos_2d(18, (2, 2))
 
 
-def test_sizes_of_the_published_architectures():
-    """Millions of parameters: 85.6 base, 303 large, 630 huge, 1011 giant."""
-    for name, patch, millions in (("vit_base", 16, 85.6), ("vit_large", 16, 303), ("vit_huge", 14, 630)):
-        with torch.device("meta"):
-            encoder = Encoder(224, patch, *ARCHITECTURES[name])
-        count = sum(p.numel() for p in encoder.parameters()) / 1e6
-        assert count == pytest.approx(millions, rel=0.005)
+@pytest.mark.parametrize(
+    ("name", "patch", "millions"),
+    [("vit_base", 16, 85.6), ("vit_large", 16, 303), ("vit_huge", 14, 630), ("vit_giant", 16, 1011)],
+)
+def test_sizes_of_the_published_architectures(name, patch, millions):
     with torch.device("meta"):
-        giant = Encoder(224, 16, *ARCHITECTURES["vit_giant"])
-    assert sum(p.numel() for p in giant.parameters()) / 1e6 == pytest.approx(1011, rel=0.005)
+        encoder = Encoder(224, patch, *ARCHITECTURES[name])
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 def test_the_fp8_target_encoder_stays_close(masks):
     """Per token, the emulation's features point where fp32's do; after new weights, where theirs do."""
-    encoder = Encoder(64, PATCH, 192, 6, 3)
-    model = IJEPA(encoder, Predictor(encoder.grid, 192, 96, 1, 3), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = small_ijepa(dim=192, depth=6, heads=3, predictor_dim=96, predictor_depth=1)
     patches, packed = torch.randn(IMAGES * 64, 3 * PATCH**2), pack(masks)
 
     def cosines():
         wanted = model.target_encoder.targets(patches, packed)
         return torch.cosine_similarity(model.targets(patches, packed), wanted)
 
-    model.use_fp8_targets()
+    model.use_fp8()
     assert len(model.fp8_blocks) == 5
     assert 0.999 < cosines().min() < 1 - 1e-7
     with torch.no_grad():
         for p in model.target_encoder.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)
     assert cosines().min() < 0.99
-    model.target_changed()
+    model.average_changed()
     assert cosines().min() > 0.999
 
 
 def test_fp8_targets_leave_gradients_to_the_trained_networks(masks):
-    encoder = Encoder(64, PATCH, 32, 2, 2)
-    model = IJEPA(encoder, Predictor(encoder.grid, 32, 16, 1, 2), mean=(0.5,) * 3, std=(0.25,) * 3)
-    model.use_fp8_targets()
+    model = small_ijepa(predictor_depth=1)
+    model.use_fp8()
     model.loss_of_patches(torch.randn(IMAGES * 64, 3 * PATCH**2), pack(masks)).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in model.target_encoder.parameters())

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("omegaconf")
 
 from ijepa_fast.config import ConfigError, load_config
-from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.run import forecast as plan
-from ijepa_fast.run.build import build_masks, build_objective
+from ijepa_fast.run import forecast
+from ijepa_fast.run.build import build_method
 from ijepa_fast.train import main
 from tests.launch import ROOT, TINY
+from tests.small import loss_of, optimizer_of
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -19,9 +19,9 @@ def config(*overrides):
     return load_config(QUICKSTART, [*TINY, *overrides])
 
 
-def saved_bytes(objective, images, packed) -> int:
+def saved_bytes(method, images, draw) -> int:
     """Bytes of distinct storages that autograd keeps from one forward pass, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
     kept = {}
 
     def keep(x):
@@ -30,7 +30,7 @@ def saved_bytes(objective, images, packed) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = objective(images, packed)
+        loss = loss_of(method, images, draw)
     assert loss.isfinite()
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
@@ -46,48 +46,46 @@ def test_activations_are_what_autograd_keeps(recompute):
         "mask.policy=truncate",
     )
     cfg = config(*sizes, f"model.recompute={recompute}")
-    packed = build_masks(cfg, torch.device("cpu"), 0, 1)(0)
+    method = build_method(cfg)
+    draw = method.draw(cfg.batch_size, cfg.seed, 0)
     images = torch.randint(256, (cfg.batch_size, cfg.data.crop, cfg.data.crop, 3), dtype=torch.uint8)
-    found, planned = saved_bytes(build_objective(cfg), images, packed), plan.activations(cfg, packed)
+    found, planned = saved_bytes(method, images, draw), 4 * method.saved_values(draw)
     if recompute == "true":  # the plan adds the block that is being recomputed, in each network
-        assert found < planned < plan.activations(config(*sizes), packed)
+        assert found < planned < 4 * build_method(config(*sizes)).saved_values(draw)
     else:
         assert planned == pytest.approx(found, rel=0.1)
 
 
 def test_the_optimisers_bytes_are_those_it_holds():
     cfg = config("engine.zero=0", "engine.precision=fp32")
-    sizes = plan.parameters(cfg)
-    objective = build_objective(cfg)
-    optimizer = AdamWEMA(parameter_groups(objective.encoder, [objective.predictor]))
-    tie_encoders(optimizer, objective.encoder, objective.target_encoder)
-    for p in objective.parameters():
+    method = build_method(cfg)
+    optimizer = optimizer_of(method)
+    for p in method.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    found = plan.memory(cfg, sizes, 0, 1, activations=0)
+    found = forecast.memory("fp32", forecast.parameters(method), 0, 1, activations=0)
     moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert found.moments == sum(x.nbytes for x in moments)
-    assert found.weights == found.gradients == sum(p.nbytes for p in objective.parameters())
-    assert found.target == sum(p.nbytes for p in objective.target_encoder.parameters())
+    assert found.weights == found.gradients == sum(p.nbytes for p in method.parameters())
+    assert found.target == sum(p.nbytes for p in method.target_encoder.parameters())
     assert found.masters == found.average == 0
 
 
 def test_stages_shard_what_they_say():
     """bf16: 2 + 2 + 4 + 8 bytes a parameter, 4 + 2 a parameter of the encoder; each stage divides one thing more."""
-    cfg = config("engine.precision=bf16")
     encoder, predictor = sizes = 8_000, 800
-    at = [plan.memory(cfg, sizes, stage, 8, 1000) for stage in range(4)]
+    at = [forecast.memory("bf16", sizes, stage, 8, 1000) for stage in range(4)]
     whole = encoder + predictor
     assert at[0].total == 16 * whole + 6 * encoder + 1000
     assert [m.moments for m in at] == [8 * whole, whole, whole, whole]
     assert [m.gradients for m in at] == [2 * whole, 2 * whole, whole // 4, whole // 4]
     assert [m.weights for m in at] == [2 * whole, 2 * whole, 2 * whole, whole // 4]
     assert [m.target for m in at] == [2 * encoder] * 3 + [4 * encoder]
-    assert all(plan.memory(cfg, sizes, stage, 1, 0).moments == 8 * whole for stage in range(4))
+    assert all(forecast.memory("bf16", sizes, stage, 1, 0).moments == 8 * whole for stage in range(4))
 
 
 def test_hours_are_the_work_over_the_peak():
-    made = plan.make(config("optim.epochs=3", "batch_size=8"), images=80, gpu="A100", ranks=(1, 3, 4))
+    made = forecast.make(config("optim.epochs=3", "batch_size=8"), images=80, gpu="A100", ranks=(1, 3, 4))
     assert {ranks for _, ranks in made.memory} == {1, 4}
     assert made.steps == 30
     assert made.hours[1.0] == pytest.approx(made.gflop_per_image * 1e9 * 240 / 312e12 / 3600)
@@ -110,8 +108,9 @@ def test_the_command_starts_nothing(tmp_path, monkeypatch, capsys):
     [
         (["--gpu", "B9000"], ["--gpu", "H200", "B9000"]),
         (["--ranks", "3", "5"], ["--ranks", "batch_size=8"]),
-        (["objective.method=ijepa_fast.methods.mae", "mask={}"], ["objective.method"]),
+        (["--config", str(ROOT / "configs" / "mae_cifar10.yaml")], ["objective.method=mae", "--plan"]),
     ],
+    ids=["gpu", "ranks", "method"],
 )
 def test_what_cannot_be_planned_is_said(arguments, words, capsys):
     assert main(["--plan", "--config", QUICKSTART, *[o for o in TINY if "mask" not in o], *arguments]) == 1
@@ -122,4 +121,4 @@ def test_what_cannot_be_planned_is_said(arguments, words, capsys):
 
 def test_a_gpu_unknown_raises():
     with pytest.raises(ConfigError):
-        plan.make(config(), gpu="none")
+        forecast.make(config(), gpu="none")

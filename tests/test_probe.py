@@ -1,7 +1,7 @@
 """The probe command: every probe, from weights in a file to the JSON; low-shot learning; bad input."""
 
 import json
-import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,12 +14,14 @@ from PIL import Image
 
 from ijepa_fast.__main__ import main
 from ijepa_fast.eval.attentive import AttentiveProtocol
+from ijepa_fast.eval.evaluate import PROBES, Options, read_split
+from ijepa_fast.eval.figures import figures_of, table
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.interop.weights import Arch, Weights, save_weights
 from ijepa_fast.models.vit import Encoder, init_weights
-from ijepa_fast.probe import PROBES
+from ijepa_fast.run.provenance import FORMAT
 
 ARCH = Arch(image_size=32, patch=8, dim=32, depth=4, heads=2)
 CLASSES = {"dots": 2, "stripes": 8}
@@ -32,7 +34,7 @@ def random_weights(arch=ARCH, seed=0):
         torch.manual_seed(seed + offset)
         encoder = Encoder(**arch.encoder_options()).apply(init_weights)
         states.append(encoder.state_dict() | {"pos_embed": encoder.positions[None]})
-    return Weights(arch, states[0], {}, states[1])
+    return Weights(arch, {"encoder": states[0], "target_encoder": states[1]})
 
 
 def write_images(root, each, seed):
@@ -72,24 +74,20 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     out = tmp_path / "probes.json"
     assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
     results = json.loads(out.read_text())
-    assert results["network"] == "target_encoder"
-    assert results["images"] == {"train": 80, "test": 40}
+    assert results["version"] == FORMAT
+    assert results["network"] is None
     assert results["arch"]["dim"] == 32
-    probes = results["results"]["class"]["probes"]
+    assert results["options"]["share"] == 0.2
+    figures = {figure.probe: figure for figure in figures_of(results)}
     low = "low-shot 0.2 of labels, "
-    names = ["linear, last", "linear, last4", "linear, best", "k-NN, k=10", "k-NN, k=20", "attentive"]
-    assert list(probes) == ["chance", *names, low + "linear", low + "fine-tuned"]
-    assert probes["chance"]["accuracy"]["mean"] == 0.5
-    for name in ("linear, last", "attentive", low + "linear", low + "fine-tuned"):
-        assert len(probes[name]["accuracy"]["seeds"]) == 2
-    best = probes["linear, best"]["chosen"]
-    for seed in range(2):
-        held = [probes[f"linear, {features}"]["chosen"][seed]["held_out"] for features in ("last", "last4")]
-        assert best[seed]["held_out"] == max(held)
-    table = capsys.readouterr().out
-    for name in ("class (classification)", *probes):
-        assert name in table
-    assert "+-" in table
+    names = ["linear", "linear, last4", "linear, best", "10-NN", "20-NN", "attentive"]
+    assert list(figures) == [*names, low + "linear", low + "fine-tuned"]
+    for name, figure in figures.items():
+        assert (figure.task, figure.metric, figure.chance, figure.n) == ("class", "accuracy", 0.5, 40)
+        assert len(figure.seeds) == (1 if name.endswith("-NN") else 2)
+    for last, last4, best in zip(*(figures[name].chosen for name in names[:3])):
+        assert best == max(last, last4, key=lambda run: run["held_out"])
+    assert capsys.readouterr().out == table(figures_of(results)) + "\n"
 
 
 @pytest.mark.gpu
@@ -100,41 +98,23 @@ def test_every_probe_on_a_gpu(files, tmp_path):
         out = tmp_path / f"{device}-{precision}.json"
         options = ["--probes", ",".join(PROBES), "--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
         assert main(command(files, *options, "--device", device, "--precision", precision, "--out", str(out))) == 0
-        found[device, precision] = json.loads(out.read_text())["results"]["class"]["probes"]
+        found[device, precision] = {f.probe: f.value for f in figures_of(json.loads(out.read_text()))}
     assert len({tuple(probes) for probes in found.values()}) == 1
-    means = {key: probes["k-NN, k=10"]["accuracy"]["mean"] for key, probes in found.items()}
-    assert means["cuda", "fp32"] == pytest.approx(means["cpu", "fp32"], abs=0.06)
+    assert found["cuda", "fp32"]["10-NN"] == pytest.approx(found["cpu", "fp32"]["10-NN"], abs=0.06)
 
 
-def test_networks_and_layers_are_the_ones_asked_for(files, tmp_path):
-    """Features of the command against ijepa_fast.load's: last layer normalised, last four not; either encoder."""
-    from ijepa_fast.probe import read_split
-
+@pytest.mark.parametrize("network", ["encoder", "target_encoder", None])
+def test_networks_and_layers_are_the_ones_asked_for(files, network):
+    """Features of the evaluation against ijepa_fast.load's: last layer normalised, last four not; either encoder."""
     part = open_labelled(files / "test")
-    pixels = np.stack([np.asarray(Image.open(part.source.name(i))) for i in range(3)])
-    options = {"crop": 32, "resize": 32, "batch_size": 8}
-    for network in ("encoder", "target_encoder"):
-        encoder = load(files / "weights.safetensors", network)
-        split = read_split(encoder, part, ("last", "last4"), None, torch.device("cpu"), **options)
-        images = torch.from_numpy(pixels.copy())
-        expected = encoder(images).mean(1)
-        torch.testing.assert_close(split.features["last"][:3], expected, atol=1e-4, rtol=1e-4)
-        layers = torch.cat([layer.mean(1) for layer in encoder.layers(images, 4)], 1)
-        torch.testing.assert_close(split.features["last4"][:3], layers, atol=1e-4, rtol=1e-4)
-        alone = read_split(encoder, part, ("last",), None, torch.device("cpu"), **options)
-        torch.testing.assert_close(alone.features["last"], split.features["last"], atol=1e-5, rtol=1e-5)
-
-
-def test_a_run_knows_its_images(files, tmp_path, capsys):
-    from ijepa_fast.config import load_config, save_config
-
-    run = tmp_path / "run"
-    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
-    save_weights(run / "checkpoints" / "step-00000001" / "weights.safetensors", random_weights())
-    overrides = [f"data.source={files / 'train'}", f"probe.test={files / 'test'}", f"runs={tmp_path}", "data.crop=32"]
-    save_config(load_config("configs/quickstart.yaml", overrides), run / "config.yaml")
-    assert main(["probe", "--checkpoint", str(run), "--probes", "knn", "--device", "cpu"]) == 0
-    assert "k-NN, k=20" in capsys.readouterr().out
+    images = torch.from_numpy(np.stack([np.array(Image.open(part.source.name(i))) for i in range(3)]))
+    encoder, options = load(files / "weights.safetensors", network), Options(crop=32, batch_size=8)
+    split = read_split(encoder, part, replace(options, features=("last", "last4")))
+    torch.testing.assert_close(split.features["last"][:3], encoder(images).mean(1), atol=1e-4, rtol=1e-4)
+    layers = torch.cat([layer.mean(1) for layer in encoder.layers(images, 4)], 1)
+    torch.testing.assert_close(split.features["last4"][:3], layers, atol=1e-4, rtol=1e-4)
+    alone = read_split(encoder, part, options)
+    torch.testing.assert_close(alone.features["last"], split.features["last"], atol=1e-5, rtol=1e-5)
 
 
 def test_a_share_of_every_class():
@@ -181,7 +161,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone(files):
 
 def _change(files, tmp_path, change):
     weights = random_weights()
-    change(weights.target_encoder)
+    change(weights.networks["target_encoder"])
     save_weights(tmp_path / "changed.safetensors", weights)
     return ["--checkpoint", str(tmp_path / "changed.safetensors")]
 
@@ -247,5 +227,5 @@ def test_another_resolution(files, tmp_path):
     out = tmp_path / "out.json"
     assert main(command(files, "--image-size", "64", "--probes", "knn", "--out", str(out))) == 0
     results = json.loads(out.read_text())
-    assert results["arch"]["image_size"] == 64
-    assert math.isfinite(results["results"]["class"]["probes"]["k-NN, k=10"]["accuracy"]["mean"])
+    assert results["arch"]["image_size"] == results["options"]["crop"] == 64
+    assert [figure.probe for figure in figures_of(results)] == ["10-NN", "20-NN"]

@@ -12,154 +12,144 @@ pytest.importorskip("omegaconf")
 
 from ijepa_fast.config import load_config
 from ijepa_fast.eval.online import OnlineProbe
-from ijepa_fast.methods.ijepa import make_batches
-from ijepa_fast.run.build import build_objective
+from ijepa_fast.run.build import build_method
 from tests.launch import ROOT, losses, run
 from tests.test_train import state
 
 WIDTH = 24
 
 
-def make(every=10, images=2000, step=0):
-    """A probe on an objective that is only its `watch`, what it said, and a source with labels."""
+CLASSES = {"kind": ["a", "b", "c"]}
+
+
+def make(every=10, images=2000):
+    """A probe on a method that is only its `watch`, the labels of its images, and what it says."""
     g = np.random.default_rng(0)
     columns = {"kind": g.integers(0, 3, images), "metres": g.random(images)}
-    index = SimpleNamespace(classes={"kind": ["a", "b", "c"]})
-    source, objective, said = SimpleNamespace(columns=columns, index=index), SimpleNamespace(watch=None), []
-    config = SimpleNamespace(probe=SimpleNamespace(every=every))
-    return OnlineProbe(config, objective, source, 0, step, said.append), objective, source, said
+    method, said = SimpleNamespace(watch=None), []
+    return OnlineProbe(method, every, columns, CLASSES, say=said.append), method, columns, said
 
 
-def feed(probe, objective, batch, indices, informed=None, seed=0, device="cpu"):
-    """One batch: 2 to 5 of 16 places an image; features are noise and, `informed` by a source, its kind and metres."""
+def draw_of(images, places, lengths, device="cpu"):
+    """What the probe reads of a draw: the place of each target patch, and how many each image has."""
+    return SimpleNamespace(images=images, union_places=places.int().to(device), union_lengths=lengths.to(device))
+
+
+def feed(probe, method, batch, indices, informed=None, seed=0, device="cpu"):
+    """One batch, 2 to 5 of 16 places per image; features are noise and, `informed` by labels, kind and metres."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 6, (batch,), generator=g)
     image = torch.arange(batch).repeat_interleave(lengths)
     place = torch.cat([torch.randperm(16, generator=g)[:n].sort().values for n in lengths])
     features = torch.randn(len(image), WIDTH, generator=g)
     if informed is not None:
-        features[:, :3] += 3 * torch.eye(3)[torch.from_numpy(informed.columns["kind"][indices])][image]
-        features[:, 3] += 20 * torch.from_numpy(informed.columns["metres"][indices])[image]
-    packed = SimpleNamespace(
-        images=batch,
-        patches=16,
-        union_index=(image * 16 + place).int().to(device),
-        union_cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().to(device),
-    )
-    objective.watch(features.to(device), packed)
+        features[:, :3] += 3 * torch.eye(3)[torch.from_numpy(informed["kind"][indices])][image]
+        features[:, 3] += 20 * torch.from_numpy(informed["metres"][indices])[image]
+    method.watch(features.to(device), draw_of(batch, place, lengths, device))
     probe.add(torch.from_numpy(indices))
-    return features, packed
+    return features, lengths
+
+
+def reading(informed=True, device="cpu"):
+    """What a probe of ten batches of 100 images finds; it says nothing, and finds nothing earlier."""
+    probe, method, columns, said = make()
+    for step in range(1, 11):
+        indices = np.arange(100 * (step - 1), 100 * step)
+        feed(probe, method, 100, indices, columns if informed else None, step, device)
+        found = probe.read(step)
+        assert (found == {}) is (step < 10)
+    assert not said
+    return found["probe"]
 
 
 def test_it_measures_what_the_features_say():
-    results = {}
-    for informed in (True, False):
-        probe, objective, source, said = make()
-        for step in range(1, 11):
-            indices = np.arange(100 * (step - 1), 100 * step)
-            feed(probe, objective, 100, indices, source if informed else None, seed=step)
-            found = probe.read(step)
-            assert (found == {}) is (step < 10)
-        results[informed] = found["probe"]
-        assert not said
-    assert results[True]["kind"]["accuracy"] > 0.9
-    assert results[True]["metres"]["r2"] > 0.5
-    assert results[False]["kind"]["accuracy"] < 0.5
-    assert results[False]["metres"]["r2"] < 0.1
-    assert results[False]["target_variance"] == pytest.approx(1, abs=0.05)
-    assert results[False]["rankme"] > 20
-    assert results[True]["collapsed"] is False
+    found = reading()
+    assert found["kind"]["accuracy"] > 0.9
+    assert found["metres"]["r2"] > 0.5
+    assert found["collapsed"] is False
+
+
+def test_it_finds_nothing_in_noise():
+    found = reading(informed=False)
+    assert found["kind"]["accuracy"] < 0.5
+    assert found["metres"]["r2"] < 0.1
+    assert found["target_variance"] == pytest.approx(1, abs=0.05)
+    assert found["rankme"] > 20
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_measures_the_same():
-    found = {}
-    for device in ("cpu", "cuda"):
-        probe, objective, source, _ = make()
-        for step in range(10):
-            feed(probe, objective, 100, np.arange(100 * step, 100 * (step + 1)), source, step, device)
-        found[device] = probe.read(10)["probe"]
-    assert found["cuda"].pop("kind")["accuracy"] == pytest.approx(found["cpu"].pop("kind")["accuracy"], abs=0.02)
-    assert found["cuda"].pop("metres") == pytest.approx(found["cpu"].pop("metres"), abs=1e-3)
-    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
+    ours, cpus = reading(device="cuda"), reading()
+    assert ours.pop("kind")["accuracy"] == pytest.approx(cpus.pop("kind")["accuracy"], abs=0.02)
+    assert ours.pop("metres") == pytest.approx(cpus.pop("metres"), abs=1e-3)
+    assert ours == pytest.approx(cpus, rel=1e-4)
 
 
 def test_images_it_was_fitted_on_do_not_test_it():
     """Features that name the image, and images that come twice: nothing is learned by heart."""
-    probe, objective, _, _ = make(images=200)
+    probe, method, _, _ = make(images=200)
     for batch in range(10):
         indices = torch.arange(40) + 40 * (batch % 5)
-        packed = SimpleNamespace(
-            images=40, patches=1, union_index=torch.arange(40), union_cu_seqlens=torch.arange(41, dtype=torch.int32)
-        )
-        objective.watch(torch.eye(200)[indices], packed)
+        method.watch(torch.eye(200)[indices], draw_of(40, torch.zeros(40), torch.ones(40, dtype=torch.int64)))
         probe.add(indices)
     assert probe.read(10)["probe"]["kind"]["accuracy"] < 0.6
 
 
 def test_it_pools_over_the_targets_of_each_image():
-    probe, objective, _, _ = make()
-    features, packed = feed(probe, objective, 8, np.arange(8))
-    expected = [part.mean(0) for part in features.split(packed.union_cu_seqlens.diff().tolist())]
+    probe, method, _, _ = make()
+    features, lengths = feed(probe, method, 8, np.arange(8))
+    expected = [part.mean(0) for part in features.split(lengths.tolist())]
     torch.testing.assert_close(probe._pooled[0], torch.stack(expected))
 
 
 @pytest.mark.parametrize("kind", ["point", "places"])
 def test_it_warns_of_a_collapse_once(kind):
     """All features alike, or alike at the same place: whatever the images are."""
-    probe, objective, _, said = make(every=1)
+    probe, method, _, said = make(every=1)
     for step in range(1, 4):
         g = torch.Generator().manual_seed(7)
         by_place = torch.randn(16, WIDTH, generator=g) + (3 if kind == "point" else 0)
         place = torch.arange(16).repeat(30)
         features = by_place[place] if kind == "places" else by_place[:1].expand(480, -1)
-        cu_seqlens = torch.arange(0, 481, 16, dtype=torch.int32)
-        packed = SimpleNamespace(images=30, patches=16, union_index=torch.arange(480), union_cu_seqlens=cu_seqlens)
-        objective.watch(features + 1e-4 * torch.randn(480, WIDTH, generator=g), packed)
+        noise = 1e-4 * torch.randn(480, WIDTH, generator=g)
+        method.watch(features + noise, draw_of(30, place, torch.full((30,), 16)))
         probe.add(torch.arange(30))
         found = probe.read(step)["probe"]
         assert found["collapsed"] is True
         assert found["target_variance"] < 1e-3
     assert len(said) == 1
-    for word in ("step 1", "the targets have collapsed", "RankMe", "optim.lr", "optim.momentum"):
+    for word in ("step 1", "the targets have collapsed", "RankMe", "optim.lr", "optim.ema"):
         assert word in said[0]
 
 
-def test_other_ranks_other_objectives_and_zero_are_not_probed():
-    config = SimpleNamespace(probe=SimpleNamespace(every=5))
-    objective = SimpleNamespace(watch=None)
-    for probe in (
-        OnlineProbe(config, objective, None, 1, 0, print),
-        OnlineProbe(SimpleNamespace(probe=SimpleNamespace(every=0)), objective, None, 0, 0, print),
-        OnlineProbe(config, SimpleNamespace(), None, 0, 0, print),
-    ):
-        assert objective.watch is None
-        probe.add(torch.arange(3))
-        assert probe.read(5) == {}
+@pytest.mark.parametrize(("every", "rank"), [(5, 1), (0, 0)], ids=["another rank", "every 0 steps"])
+def test_what_is_not_probed(every, rank):
+    method = SimpleNamespace(watch=None)
+    probe = OnlineProbe(method, every, {}, {}, rank)
+    assert method.watch is None
+    probe.add(torch.arange(3))
+    assert probe.read(5) == {}
 
 
 def test_it_costs_less_than_a_hundredth_of_the_quickstart():
-    """`watch` and `add` on every step and `read` on every hundredth, against the objective's forward and backward."""
+    """`watch` and `add` on every step and `read` on every hundredth, against the method's forward and backward."""
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     assert config.probe.every == 100
-    objective = build_objective(config)
+    method = build_method(config)
     batch = config.batch_size
-    draw = make_batches(config, 1)
     g = np.random.default_rng(0)
-    source = SimpleNamespace(
-        columns={"kind": g.integers(0, 4, 4000), "count": g.integers(0, 6, 4000), "metres": g.random(4000)},
-        index=SimpleNamespace(classes={"kind": list("abcd"), "count": list("123456")}),
-    )
+    columns = {"kind": g.integers(0, 4, 4000), "count": g.integers(0, 6, 4000), "metres": g.random(4000)}
+    classes = {"kind": list("abcd"), "count": list("123456")}
     images = torch.randint(0, 256, (batch, 64, 64, 3), dtype=torch.uint8)
-    probe = OnlineProbe(config, objective, source, 0, 0, print)
-    watch, objective.watch = objective.watch, None
-    packed = [draw(batch, 0, step, 0) for step in range(3)]
-    targets = [objective.targets(objective.patchify(images), p).detach() for p in packed]
-    step = min(_seconds(lambda p=p: objective(images, p).backward()) for p in packed)
+    probe = OnlineProbe(method, config.probe.every, columns, classes)
+    watch, method.watch = method.watch, None
+    draws = [method.draw(batch, 0, step) for step in range(3)]
+    targets = [method.targets(method.patchify(images), draw).detach() for draw in draws]
+    step = min(_seconds(lambda draw=draw: method(images, draw)[0].backward()) for draw in draws)
 
     def window():
         for i in range(100):
-            watch(targets[i % 3], packed[i % 3])
+            watch(targets[i % 3], draws[i % 3])
             probe.add(torch.from_numpy(g.integers(0, 4000, batch)))
         assert probe.read(100 * (1 + probe._last // 100))
 
@@ -200,7 +190,7 @@ def test_a_run_that_collapses_says_so(tmp_path):
     from tests.launch import finish, start
 
     ruin = ("optim.lr=1e-2", "optim.start_lr=1e-2", "optim.weight_decay=50", "optim.final_weight_decay=50")
-    average = ("optim.momentum=0.5", "optim.final_momentum=0.5")
+    average = ("optim.ema=0.5", "optim.final_ema=0.5")
     statuses, errors = finish(start(tmp_path, *ruin, *average, "probe.every=10", "optim.steps=40"))
     assert statuses == [0]
     assert "the targets have collapsed" in errors

@@ -2,12 +2,17 @@
 
 import pytest
 
+from ijepa_fast.config import Optim
 from ijepa_fast.engine.schedules import Schedule
+
+
+def schedule_of(**changes):
+    return Schedule(Optim(epochs=20, warmup_epochs=4, **changes), steps_per_epoch=10)
 
 
 @pytest.fixture
 def schedule():
-    return Schedule(steps_per_epoch=10, epochs=20, warmup_epochs=4)
+    return schedule_of()
 
 
 def test_learning_rate_rises_to_its_peak_and_falls(schedule):
@@ -19,8 +24,8 @@ def test_learning_rate_rises_to_its_peak_and_falls(schedule):
 
 
 def test_weight_decay_shapes():
-    cosine = Schedule(10, 20, 4)
-    linear = Schedule(10, 20, 4, weight_decay_shape="linear")
+    cosine = schedule_of()
+    linear = schedule_of(weight_decay_shape="linear")
     assert cosine.decay(199) == pytest.approx(0.4)
     assert linear.decay(199) == pytest.approx(0.4)
     assert linear.decay(99) == pytest.approx(0.22)
@@ -33,7 +38,7 @@ def test_momentum_is_linear_and_not_advanced(schedule):
 
 
 def test_momentum_may_rise_along_a_cosine():
-    cosine = Schedule(10, 20, 4, momentum_shape="cosine")
+    cosine = schedule_of(ema_shape="cosine")
     assert cosine.ema_momentum(0) == pytest.approx(0.996)
     assert cosine.ema_momentum(50) < 0.997
     assert cosine.ema_momentum(100) == pytest.approx(0.998)
@@ -41,6 +46,6 @@ def test_momentum_may_rise_along_a_cosine():
 
 
 def test_a_longer_horizon_stops_short_of_the_end():
-    stretched = Schedule(10, 20, 4, horizon=1.25)
+    stretched = schedule_of(horizon=1.25)
     assert stretched.learning_rate(199) > 1e-5
     assert stretched.ema_momentum(199) < 0.9995

@@ -1,24 +1,16 @@
-"""The step as a whole: the ladder changes no result, blocks compile once, and nothing in it waits for the device."""
+"""The step as a whole: padding changes no result, blocks compile once, and nothing in it waits for the device."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ijepa_fast.engine.graphs import Graphs
-from ijepa_fast.engine.optim import AdamWEMA, parameter_groups, tie_encoders
-from ijepa_fast.masks.packing import LENGTHS, pack, rung
+from ijepa_fast.masks.packing import LENGTHS, bucket_of, pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.methods.ijepa import IJEPA
-from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import Encoder, compile_blocks
+from ijepa_fast.models.vit import compile_blocks
+from tests.small import loss_of, optimizer_of, small_ijepa, to
 
 SAMPLER = make_sampler("multiblock", (8, 8), min_keep=3)
-
-
-def tiny(depth=2, predictor_depth=2):
-    torch.manual_seed(0)
-    encoder = Encoder(64, 8, 32, depth, 2)
-    return IJEPA(encoder, Predictor(encoder.grid, 32, 16, predictor_depth, 2), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def images_of(count):
@@ -27,26 +19,26 @@ def images_of(count):
 
 def loss_and_gradients(model, images, packed):
     model.zero_grad()
-    loss = model(images, packed)
+    loss = loss_of(model, images, packed)
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-def test_rungs_waste_under_one_percent_and_are_few():
-    rungs = {rung(n) for n in range(1, 65536)}
-    assert all(n <= rung(n) < n * (1 + 1 / 127) for n in range(1, 65536))
-    assert all(rung(n) == n for n in rungs)
-    assert len([n for n in rungs if 4096 <= n < 8192]) == 128
+def test_buckets_waste_under_one_percent_and_are_few():
+    buckets = {bucket_of(n) for n in range(1, 65536)}
+    assert all(n <= bucket_of(n) < n * (1 + 1 / 127) for n in range(1, 65536))
+    assert all(bucket_of(n) == n for n in buckets)
+    assert len([n for n in buckets if 4096 <= n < 8192]) == 128
 
 
 @pytest.mark.parametrize("policy", ["full", "truncate", "budget"])
-def test_the_ladder_pads_with_sequences_of_their_own(policy):
+def test_padding_adds_sequences_of_their_own(policy):
     for step in range(4):
         masks, options = SAMPLER(43, 0, step, 0), {"policy": policy, "budget": 12 if policy == "budget" else None}
-        plain, padded = pack(masks, **options), pack(masks, **options, ladder=True)
+        plain, padded = pack(masks, **options), pack(masks, **options, padding=True)
         tokens, sequences = plain.context_tokens, plain.sequences
         assert padded.context_tokens == tokens == plain.context_index.numel()
-        assert padded.context_index.numel() == (tokens if policy == "budget" else rung(tokens))
+        assert padded.context_index.numel() == (tokens if policy == "budget" else bucket_of(tokens))
         assert torch.equal(padded.context_index[:tokens], plain.context_index)
         assert torch.equal(padded.context_lengths, plain.context_lengths)
         blocks = padded.predictor_cu_seqlens.diff().view(padded.targets, -1)
@@ -58,32 +50,38 @@ def test_the_ladder_pads_with_sequences_of_their_own(policy):
         assert padded.context_max_seqlen in (LENGTHS, padded.patches)
         assert torch.equal(padded.union_index, padded.union_index.unique())
         assert padded.union_cu_seqlens[-1] == padded.union_index.numel()
-        assert torch.equal(padded.union_index[padded.target_in_union], padded.target_index)
+        rows = padded.prediction_rows.view(padded.targets, padded.contexts, padded.images, -1)
+        assert torch.equal(padded.union_index[rows], padded.target_index[:, None].expand_as(rows))
+        queries = padded.predictor_query_cu_seqlens.diff().view(padded.targets, -1)
+        assert (queries[:, :sequences] == padded.target_size).all()
+        assert not queries[:, sequences:].any()
+        assert torch.equal(padded.context_places, padded.context_index % padded.patches)
+        assert torch.equal(padded.union_places, padded.union_index % padded.patches)
+        assert torch.equal(padded.union_lengths, padded.union_cu_seqlens.diff())
         assert padded.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("policy", ["full", "truncate"])
-def test_the_ladder_changes_no_loss_and_no_gradient(policy):
-    model = tiny().double()
-    model.target_encoder.double()
+def test_padding_changes_no_loss_and_no_gradient(policy):
+    model = to(small_ijepa(), torch.double)
     padded = 0
     for step in range(3):
         images, masks = images_of(43), SAMPLER(43, 0, step, 0)
         plain = loss_and_gradients(model, images, pack(masks, policy))
-        packed = pack(masks, policy, ladder=True)
+        packed = pack(masks, policy, padding=True)
         padded += packed.context_index.numel() > packed.context_tokens
         for a, b in zip(plain, loss_and_gradients(model, images, packed), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     assert padded
 
 
-def test_the_ladder_makes_shapes_come_again():
-    """All that kernels are launched with, of 60 batches: it never comes again, and on the ladder mostly does."""
+def test_padding_makes_shapes_come_again():
+    """All that kernels are launched with, of 60 batches: it never comes again, and padded it mostly does."""
     plain, padded = set(), set()
     for step in range(60):
         masks = SAMPLER(256, 0, step, 0)
         plain.add(pack(masks).shape)
-        padded.add(pack(masks, ladder=True).shape)
+        padded.add(pack(masks, padding=True).shape)
     assert len(plain) > 55
     assert len(padded) < 30
 
@@ -95,14 +93,12 @@ def test_blocks_compile_once_for_all_token_counts_and_depths(triton_everywhere):
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    model, eager = (tiny(depth=3, predictor_depth=3).to(triton_everywhere) for _ in range(2))
-    for either in (model, eager):
-        either.target_encoder.to(triton_everywhere)
-    compile_blocks(model.encoder, model.predictor, model.target_encoder, backend=counter, fullgraph=True)
+    model, eager = (to(small_ijepa(depth=3, predictor_depth=3), triton_everywhere) for _ in range(2))
+    compile_blocks(*model.networks.values(), backend=counter, fullgraph=True)
     counts = []
     for step in range(3):
         images = images_of(2).to(triton_everywhere)
-        packed = pack(SAMPLER(2, 0, step, 0), ladder=True).to(triton_everywhere)
+        packed = pack(SAMPLER(2, 0, step, 0), padding=True).to(triton_everywhere)
         before = counter.frame_count
         found = loss_and_gradients(model, images, packed)
         counts.append(counter.frame_count - before)
@@ -113,8 +109,8 @@ def test_blocks_compile_once_for_all_token_counts_and_depths(triton_everywhere):
 
 
 @pytest.mark.parametrize("policy", ["full", "budget"])
-@pytest.mark.parametrize("ladder", [False, True])
-def test_no_operation_of_the_step_reads_the_device(triton_everywhere, monkeypatch, policy, ladder):
+@pytest.mark.parametrize("padding", [False, True])
+def test_no_operation_of_the_step_reads_the_device(triton_everywhere, monkeypatch, policy, padding):
     """On fake tensors, which have shapes and no values, any .item(), .tolist() or data-dependent size is an error.
 
     So the step can be captured as a CUDA graph where shapes are static. The kernels' path is taken; what is switched
@@ -126,11 +122,12 @@ def test_no_operation_of_the_step_reads_the_device(triton_everywhere, monkeypatc
     for module in (predictor_ops, attention_ops):
         monkeypatch.setattr(module, "check_sequences", lambda *arguments: None)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # reads values, and is no step
-    packed = pack(SAMPLER(4, 0, 0, 0), policy, budget=12 if policy == "budget" else None, ladder=ladder)
+    packed = pack(SAMPLER(4, 0, 0, 0), policy, budget=12 if policy == "budget" else None, padding=padding)
     with FakeTensorMode() as mode:
-        model = tiny()
-        model._target_encoder = (tiny().encoder.requires_grad_(False),)  # a deep copy would have a fake mode of its own
-        loss = model(images_of(4), packed.map(mode.from_tensor))
+        model = small_ijepa()
+        # A deep copy would have a fake mode of its own.
+        model.averaged = {"encoder": small_ijepa().encoder.requires_grad_(False)}
+        loss = loss_of(model, images_of(4), packed.map(mode.from_tensor))
         loss.backward()
         assert loss.shape == ()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
@@ -141,16 +138,15 @@ def test_the_check_above_would_find_a_read():
         torch.ones(3).sum().item()
 
 
-def test_an_optimiser_step_follows_the_ladder_too():
+def test_an_optimiser_step_is_the_same_with_padding():
     """Three steps with and without it end at the same weights and averages, in fp32."""
     ends = []
-    for ladder in (False, True):
-        model = tiny()
-        optimizer = AdamWEMA(parameter_groups(model.encoder, [model.predictor]))
-        tie_encoders(optimizer, model.encoder, model.target_encoder)
+    for padding in (False, True):
+        model = small_ijepa()
+        optimizer = optimizer_of(model)
         for step in range(3):
             torch.manual_seed(step)
-            model(images_of(43), pack(SAMPLER(43, 0, step, 0), ladder=ladder)).backward()
+            loss_of(model, images_of(43), pack(SAMPLER(43, 0, step, 0), padding=padding)).backward()
             optimizer.step()
             optimizer.zero_grad()
         ends.append([*model.parameters(), *model.target_encoder.parameters()])
@@ -163,17 +159,16 @@ def test_an_optimiser_step_follows_the_ladder_too():
 def test_graphs_change_no_loss_and_no_gradient(fp8):
     """Batches of shapes that come again: run, captured, replayed; with what `watch` is given, and into full memory."""
     dtype = torch.bfloat16 if fp8 else torch.float32
-    model, eager = (tiny().to("cuda", dtype) for _ in range(2))
-    for either in (model, eager):
-        either.target_encoder.to("cuda", dtype)
-        if fp8:
-            either.use_fp8_targets()
+    model, eager = (to(small_ijepa(), "cuda", dtype) for _ in range(2))
+    if fp8:
+        for either in (model, eager):
+            either.use_fp8()
     graphs = model.forward = Graphs(model)
     watched = {}
     for name, either in (("graphs", model), ("eager", eager)):
         either.watch = lambda features, packed, name=name: watched.__setitem__(name, features.clone())
     for step in range(12):
-        images, packed = images_of(43).cuda(), pack(SAMPLER(43, 0, step % 3, 0), ladder=True).to("cuda")
+        images, packed = images_of(43).cuda(), pack(SAMPLER(43, 0, step % 3, 0), padding=True).to("cuda")
         found, expected = (loss_and_gradients(either, images, packed) for either in (model, eager))
         for a, b in zip([*found, watched["graphs"]], [*expected, watched["eager"]], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2 if fp8 else 1e-4, atol=1e-6)
@@ -181,12 +176,12 @@ def test_graphs_change_no_loss_and_no_gradient(fp8):
             for either in (model, eager):
                 for p in (*either.parameters(), *either.target_encoder.parameters()):
                     p.add_(0.01)
-                either.target_changed()
+                either.average_changed()
     assert 1 <= len(graphs.pairs) <= 3
 
 
 def test_graphs_hand_out_gradients_in_their_parameters_shapes():
-    graphs = Graphs(tiny())
+    graphs = Graphs(small_ijepa())
     flat = torch.arange(sum(-(-p.numel() // 64) * 64 for p in graphs.params), dtype=torch.float32)
     parts = graphs.parts(flat)
     assert [x.shape for x in parts] == [p.shape for p in graphs.params]

@@ -134,12 +134,12 @@ def test_a_run_leaves_what_a_person_needs(tmp_path):
     folder = run(tmp_path, "optim.steps=3", "log.tensorboard=true")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3
-    assert {"loss_first", "loss_last", "images_per_second", "tokens_per_image", "probe"} <= summary.keys()
+    assert {"loss_first", "loss_last", "images_per_second", "tokens_per_image", "figures"} <= summary.keys()
     for name in ("config.yaml", "loss.png", "masks.png"):
         assert (folder / name).stat().st_size > 100, name
     assert list((folder / "tensorboard").iterdir())
     record = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    keys = {"step", "loss", "lr", "weight_decay", "momentum", "images_per_second", "tokens_per_image", "data_wait"}
+    keys = {"step", "loss", "lr", "weight_decay", "ema", "images_per_second", "tokens_per_image", "data_wait"}
     assert keys <= record.keys()
 
 

@@ -1,1 +1,1 @@
-"""Opponents of the engine: plain and strong PyTorch renderings, and MAE and iBOT on the engine's own blocks."""
+"""Opponents of the engine: plain and strong PyTorch renderings of the methods, and what compares them."""

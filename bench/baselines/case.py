@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ijepa_fast.masks.crops import LARGE, CropSampler
-from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.config import ARCHITECTURES, Data, Mask, Model
+from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
+from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods import ibot, mae
-from ijepa_fast.models.vit import ARCHITECTURES
+from ijepa_fast.methods.method import Setup
 
+DECODER_WIDTH, DECODER_DEPTH = 512, 8  # MAE's
 PREDICTOR_DEPTHS = {"vit_tiny": 6, "vit_small": 6, "vit_base": 6, "vit_large": 12, "vit_huge": 12, "vit_giant": 16}
 
 
@@ -39,7 +41,7 @@ class Case:
 
     @property
     def patches(self) -> int:
-        """Patches an image."""
+        """Patches per image."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -56,11 +58,25 @@ class Case:
 
     @property
     def predictor_sizes(self) -> dict:
-        """Keyword arguments of a predictor."""
-        dim = self.widths[4] if self.widths else 384
+        """Keyword arguments of a predictor, of MAE's decoder."""
+        width, depth = (DECODER_WIDTH, DECODER_DEPTH) if self.method == "mae" else (384, PREDICTOR_DEPTHS[self.arch])
+        dim = self.widths[4] if self.widths else width
         sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": dim, "heads": self.sizes["heads"]}
-        depth = self.predictor_depth or PREDICTOR_DEPTHS[self.arch]
-        return sizes | {"depth": depth, "mlp_ratio": self.sizes["mlp_ratio"]}
+        return sizes | {"depth": self.predictor_depth or depth, "mlp_ratio": self.sizes["mlp_ratio"]}
+
+    @property
+    def mask(self) -> Mask:
+        """I-JEPA's masks as published, but on grids too small for that."""
+        return Mask(strategy="multiblock-reference", min_keep=min(10, self.patches // 16))
+
+    def setup(self, options: object) -> Setup:
+        """What a method of this size is made from; options: the method's."""
+        sizes, predictor = self.sizes, self.predictor_sizes
+        names = ("dim", "depth", "heads", "mlp_ratio", "patch")
+        narrow = {"predictor_dim": predictor["dim"], "predictor_depth": predictor["depth"]}
+        model = Model(**{name: sizes[name] for name in names}, **narrow)
+        mask = self.mask if self.method == "ijepa" else Mask()
+        return Setup(model, Data(source="synthetic", crop=self.crop), mask, options)
 
     def images(self, i: int) -> torch.Tensor | list[torch.Tensor]:
         """Random images of batch `i`, uint8 (B, H, W, 3); for iBOT a list of them, one a view."""
@@ -74,8 +90,8 @@ class Case:
         small = ibot.small_crop_side(self.grid[0]) * self.patch
         return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
 
-    def masks(self, i: int):
-        """The masks of batch `i`: Masks, for iBOT a CropBatch."""
+    def masks(self, i: int) -> Masks | CropDraw:
+        """The masks of batch `i`; of iBOT a whole draw."""
         if self.method == "ibot":
             side, published = self.grid[0], ibot.Options
             temperatures = published.first_temperature, published.temperature
@@ -84,5 +100,4 @@ class Case:
             return sampler(self.batch, self.seed, i)
         if self.method == "mae":
             return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
-        smallest = min(10, self.patches // 16)  # as published, but on grids too small for that
-        return make_sampler("multiblock-reference", self.grid, min_keep=smallest)(self.batch, self.seed, i)
+        return make_sampler(self.mask.strategy, self.grid, min_keep=self.mask.min_keep)(self.batch, self.seed, i)

@@ -6,7 +6,6 @@ host memory (pinned for a GPU); the step's own time includes bringing them to th
 
 from __future__ import annotations
 
-import copy
 import importlib
 import logging
 import sys
@@ -28,17 +27,19 @@ from bench.baselines.steps import BareStep, EngineStep
 from bench.baselines.strong import StrongStep
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.masks.crops import LARGE
-from ijepa_fast.masks.packing import PackedBatch, pack
+from ijepa_fast.masks.packing import MaskDraw, pack
 from ijepa_fast.masks.samplers import Masks
-from ijepa_fast.methods import ibot, mae
+from ijepa_fast.methods import ibot, ijepa, mae
+from ijepa_fast.methods.ibot import IBOT
 from ijepa_fast.methods.ijepa import IJEPA
-from ijepa_fast.models import flops
-from ijepa_fast.models.flops import Head, Transformer
-from ijepa_fast.models.predictor import Predictor
-from ijepa_fast.models.vit import Encoder
+from ijepa_fast.methods.mae import MAE
+from ijepa_fast.methods.method import Method
+from ijepa_fast.models.flops import Transformer, Work
 
 LR = 1e-4
 FAST = ("fast", "fast-fp8", "fast-graphs", "fast-graphs-fp8")
+BETAS = {"mae": (0.9, 0.95)}  # AdamW's, where not (.9, .999)
+PLAIN_PARTS = (("backbone", "encoder"), ("head", "head"))  # of the plain iBOT's network, and this project's names
 
 
 @dataclass
@@ -48,8 +49,8 @@ class Contender:
     prepare: (images uint8 (B, H, W, 3), masks) -> a batch.
     step: one training step on a batch; evaluate: only its loss.
     network: what is trained; None where only the step as a whole may touch it (DeepSpeed).
-    tokens: an image.
-    work: GFLOP an image as published, the same for every implementation; executed: as computed here.
+    tokens: per image.
+    work: GFLOP per image as published, the same for every implementation; executed: as computed here.
     """
 
     name: str
@@ -109,9 +110,8 @@ def published_networks(case: Case, path: str | Path):
 
 def masks_at_equal_tokens(masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     """The published rectangular masks, context (C, B, Kc) and target (M, B, K) int64, contexts cut to the shortest."""
-    packed = pack(masks, "truncate")
-    length = packed.context_max_seqlen
-    context = packed.context_index.view(packed.contexts, packed.images, length) % packed.patches
+    draw = pack(masks, "truncate")
+    context = draw.context_places.view(draw.contexts, draw.images, draw.context_max_seqlen)
     return context.long(), masks.target.long()
 
 
@@ -134,7 +134,7 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
 
 
 def work_of(case: Case, context: str = "full") -> tuple[float, float, float]:
-    """Tokens, work as published and as executed here, of an image; work in GFLOP. Only I-JEPA has a context to cut."""
+    """Tokens, work as published and as executed here, per image; work in GFLOP. Only I-JEPA has a context to cut."""
     return METHODS[case.method][1](case, context)
 
 
@@ -147,28 +147,36 @@ def _pin(value, device: str):
     return value.pin_memory() if hasattr(value, "pin_memory") else value
 
 
+def _fast(case: Case, impls: list[str], make: Callable[[], Method]) -> list[tuple[str, BareStep]]:
+    """This project's steps among `impls`, each on a method of its own."""
+    steps = []
+    for impl in FAST:
+        if impl in impls:
+            options = {"compile": "fast" in case.compile, "fp8": "fp8" in impl, "graphs": "graphs" in impl}
+            steps.append((impl, BareStep(make(), case, betas=BETAS.get(case.method, (0.9, 0.999)), **options)))
+    return steps
+
+
 def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
-    torch.manual_seed(case.seed)
-    weights = [{k: v.clone() for k, v in n.state_dict().items()} for n in _networks(_ijepa_objective(case))]
+    def make() -> IJEPA:
+        torch.manual_seed(case.seed)
+        return IJEPA(case.setup(ijepa.Options(loss="smooth_l1")))
+
     contenders = []
     for context in contexts:
         facts = work_of(case, context)
-        prepare = partial(_packed_batch, context=context, case=case)
-        for impl in FAST:
-            if impl in impls:
-                graphs = "graphs" in impl
-                options = {"compile": "fast" in case.compile, "fp8": "fp8" in impl, "graphs": graphs}
-                step = BareStep(_ijepa_objective(case, weights), case, **options)
-                made = partial(prepare, ladder=graphs)
-                contenders.append(Contender(impl, context, made, step, step.loss, step.objective, *facts))
-                if engine is not None:
-                    options = {"fp8": "fp8" in impl, "graphs": graphs}
-                    step = EngineStep(_ijepa_objective(case, weights), case, engine, **options)
-                    name = f"{impl}, ZeRO {engine}"
-                    contenders.append(Contender(name, context, made, step, step.loss, None, *facts))
+        for impl, step in _fast(case, impls, make):
+            prepare = partial(_packed_batch, context=context, case=case, padding="graphs" in impl)
+            contenders.append(Contender(impl, context, prepare, step, step.loss, step.method, *facts))
+            if engine is not None:
+                options = {"fp8": "fp8" in impl, "graphs": "graphs" in impl}
+                step = EngineStep(make(), case, engine, **options)
+                contenders.append(Contender(f"{impl}, ZeRO {engine}", context, prepare, step, step.loss, None, *facts))
     if "truncate" not in contexts:
         return contenders
     count, work, _ = work_of(case, "truncate")
+    networks = make().networks
+    weights = [networks[name].state_dict() for name in ("encoder", "predictor", "target_encoder")]
     for impl in ("strong", "published", "plain"):
         if impl not in impls:
             continue
@@ -191,13 +199,13 @@ def _opponent(case: Case, impl: str, external: str | None):
     return step
 
 
-def _pack(masks: Masks, context: str, case: Case, ladder: bool = False) -> PackedBatch:
+def _pack(masks: Masks, context: str, case: Case, padding: bool = False) -> MaskDraw:
     """`budget` keeps a quarter of the patches, a number every batch has."""
-    return pack(masks, context, budget=case.patches // 4 if context == "budget" else None, ladder=ladder)
+    return pack(masks, context, budget=case.patches // 4 if context == "budget" else None, padding=padding)
 
 
-def _packed_batch(images, masks, context, case, ladder=False):
-    return images, _pack(masks, context, case, ladder)
+def _packed_batch(images, masks, context, case, padding=False):
+    return images, _pack(masks, context, case, padding)
 
 
 def _strong_batch(images, masks):
@@ -208,62 +216,50 @@ def _plain_batch(images, masks):
     return plain_batch(images, *masks_at_equal_tokens(masks), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _networks(objective: IJEPA):
-    return objective.encoder, objective.predictor, objective.target_encoder
+def _stacks(case: Case) -> tuple[Transformer, Transformer]:
+    """Sizes of the encoder, and of the predictor or decoder."""
+    encoder, predictor = (Transformer(s["dim"], s["depth"], s["mlp_ratio"]) for s in (case.sizes, case.predictor_sizes))
+    return encoder, predictor
 
 
-def _ijepa_objective(case: Case, weights=None) -> IJEPA:
-    objective = IJEPA(
-        Encoder(**case.sizes),
-        Predictor(**case.predictor_sizes),
-        loss="smooth_l1",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-    )
-    for network, state in zip(_networks(objective), weights or ()):
-        network.load_state_dict(state)
-    return objective
+def ijepa_work(case: Case, draw: MaskDraw) -> tuple[Work, Work]:
+    """Work of a step on `draw`, as published and as executed here."""
+    sizes = {
+        "patch": case.patch,
+        "patches": case.patches,
+        "context": draw.context_lengths.tolist(),
+        "targets": draw.targets,
+        "target_size": draw.target_size,
+        "images": draw.images,
+    }
+    published = ijepa.step_work(*_stacks(case), **sizes, embed_all=True)
+    return published, ijepa.step_work(*_stacks(case), **sizes, unions=draw.union_lengths.tolist())
 
 
 def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
-    batches = [_pack(case.masks(i), context, case) for i in range(case.batches)]
-    encoder, predictor = (
-        Transformer(sizes["dim"], sizes["depth"], sizes["mlp_ratio"]) for sizes in (case.sizes, case.predictor_sizes)
-    )
-    sums = [0, 0, 0]
-    for packed in batches:
-        sizes = {
-            "patch": case.patch,
-            "patches": case.patches,
-            "context": packed.context_lengths.tolist(),
-            "targets": packed.targets,
-            "target_size": packed.target_size,
-            "images": packed.images,
-        }
-        published = flops.ijepa(encoder, predictor, **sizes, embed_all=True).total
-        executed = flops.ijepa(encoder, predictor, **sizes, unions=packed.union_cu_seqlens.diff().tolist()).total
-        sums = [a + b for a, b in zip(sums, (packed.tokens, published, executed))]
-    images = case.batch * len(batches)
-    return sums[0] / images, sums[1] / images / 1e9, sums[2] / images / 1e9
+    draws = [_pack(case.masks(i), context, case) for i in range(case.batches)]
+    works = [ijepa_work(case, draw) for draw in draws]
+    images = case.batch * len(draws)
+    published, executed = (sum(pair[i].total for pair in works) / images / 1e9 for i in (0, 1))
+    return sum(draw.tokens for draw in draws) / images, published, executed
 
 
 def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
-    torch.manual_seed(case.seed)
-    encoder = mae.ClassTokenEncoder(**case.sizes)
-    depth = case.predictor_depth or 8
-    decoder = mae.Decoder(encoder.grid, case.patch, encoder.dim, depth=depth)
-    objective = mae.MAE(encoder, decoder, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    weights = {k: v.clone() for k, v in (encoder.state_dict() | decoder.state_dict()).items()}
-    count, work, own = work_of(case)
-    contenders = []
-    for impl in ("fast", "fast-graphs"):
-        if impl in impls:
-            options = {"compile": "fast" in case.compile, "graphs": "graphs" in impl}
-            own_objective = copy.deepcopy(objective)
-            step = BareStep(own_objective, case, betas=(0.9, 0.95), average=False, **options)
-            contenders.append(Contender(impl, "full", _mae_batch, step, step.loss, own_objective, count, work, own))
+    def make() -> MAE:
+        torch.manual_seed(case.seed)
+        return MAE(case.setup(mae.Options()))
+
+    facts = count, work, _ = work_of(case)
+    contenders = [
+        Contender(impl, "full", _mae_batch, step, step.loss, step.method, *facts)
+        for impl, step in _fast(case, impls, make)
+    ]
     if "plain" in impls:
-        step = PlainMAEStep(case.sizes | {"decoder_depth": depth}, case.device, case.low_precision)
+        decoder = case.predictor_sizes
+        sizes = case.sizes | {"decoder_dim": decoder["dim"], "decoder_depth": decoder["depth"]}
+        sizes["decoder_heads"] = decoder["dim"] // mae.HEAD_DIM
+        step = PlainMAEStep(sizes, case.device, case.low_precision)
+        weights = {k: v for network in make().trained.values() for k, v in network.state_dict().items()}
         step.model.load_state_dict(step.model.state_dict() | weights)
         contenders.append(
             Contender("plain", "full", _plain_mae_batch, step, step.loss_of, step.model, count, work, work)
@@ -274,37 +270,36 @@ def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
 def _mae_work(case: Case, context: str) -> tuple[float, float, float]:
     visible = case.patches - round(case.patches * mae.MASKED_SHARE)
     sizes = {"patch": case.patch, "patches": case.patches, "visible": visible}
-    encoder = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"])
-    stacks = encoder, Transformer(512, case.predictor_depth or 8)
-    executed = flops.mae(*stacks, **sizes, embed_all=False, used_rows_only=True).total
-    return 2 + visible + case.patches, flops.mae(*stacks, **sizes).total / 1e9, executed / 1e9
+    stacks = _stacks(case)
+    executed = mae.step_work(*stacks, **sizes, embed_all=False, used_rows_only=True).total
+    return 2 + visible + case.patches, mae.step_work(*stacks, **sizes).total / 1e9, executed / 1e9
 
 
 def _mae_batch(images, masks):
-    return images, pack(masks)
+    return images, mae.pack_visible(masks)
 
 
 def _plain_mae_batch(images, masks):
-    packed = pack(masks)
-    visible = packed.context_index.view(packed.images, -1) % packed.patches
-    order = torch.cat([visible, masks.target[0]], dim=1).long()
-    return normalise(images, IMAGENET_MEAN, IMAGENET_STD), order, visible.shape[1]
+    draw = mae.pack_visible(masks)
+    order = draw.decoder_places.view(draw.images, -1).long()
+    return normalise(images, IMAGENET_MEAN, IMAGENET_STD), order, draw.context_max_seqlen
 
 
 def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
-    torch.manual_seed(case.seed)
-    network = ibot.Network(
-        ibot.Backbone(**case.sizes, drop=ibot.Options.drop_path), ibot.Head(case.sizes["dim"], **case.head)
-    )
-    objective = ibot.IBOT(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    weights = {k: v.clone() for k, v in network.state_dict().items()}
-    count, work, own = work_of(case)
-    contenders = []
-    if "fast" in impls:
-        step = BareStep(objective, case, compile="fast" in case.compile)
-        contenders.append(Contender("fast", "full", _crop_batch, step, step.loss, objective, count, work, own))
+    def make() -> IBOT:
+        torch.manual_seed(case.seed)
+        return IBOT(case.setup(ibot.Options(**case.head)))
+
+    facts = count, work, _ = work_of(case)
+    contenders = [
+        Contender(impl, "full", _crop_batch, step, step.loss, step.method, *facts)
+        for impl, step in _fast(case, impls, make)
+    ]
     if "plain" in impls:
-        step = PlainIBOTStep(case.sizes, case.head, case.device, case.low_precision)
+        step, method = PlainIBOTStep(case.sizes, case.head, case.device, case.low_precision), make()
+        weights = {
+            f"{part}.{k}": v for part, name in PLAIN_PARTS for k, v in getattr(method, name).state_dict().items()
+        }
         for side in (step.student, step.teacher):
             side.load_state_dict(weights)
         contenders.append(
@@ -317,21 +312,22 @@ def _ibot_work(case: Case, context: str) -> tuple[float, float, float]:
     drawn = [case.masks(i) for i in range(case.batches)]
     sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_side ** 2}
     sizes |= {"images": case.batch, "locals_": drawn[0].small}
-    encoder, head = Transformer(case.sizes["dim"], case.sizes["depth"], case.sizes["mlp_ratio"]), Head(**case.head)
+    encoder, head = _stacks(case)[0], ibot.HeadSizes(**case.head)
     masked = sum(int(batch.mask.sum()) for batch in drawn) // len(drawn)
-    published, executed = flops.ibot(encoder, head, **sizes), flops.ibot(encoder, head, **sizes, masked=masked)
+    published = ibot.step_work(encoder, head, **sizes)
+    executed = ibot.step_work(encoder, head, **sizes, masked=masked)
     scale = case.batch * 1e9
     return drawn[0].tokens / case.batch, published.total / scale, executed.total / scale
 
 
-def _crop_batch(views, crops):
-    return views, crops
+def _crop_batch(views, draw):
+    return views, draw
 
 
-def _plain_crop_batch(views, crops):
+def _plain_crop_batch(views, draw):
     views = [normalise(view, IMAGENET_MEAN, IMAGENET_STD) for view in views]
-    masks = crops.mask.view(LARGE, crops.images, -1)
-    return views[:LARGE], views[LARGE:], list(masks), crops.temperature
+    masks = draw.mask.view(LARGE, draw.images, -1)
+    return views[:LARGE], views[LARGE:], list(masks), draw.temperature
 
 
 METHODS = {"ijepa": (_ijepa, _ijepa_work), "mae": (_mae, _mae_work), "ibot": (_ibot, _ibot_work)}

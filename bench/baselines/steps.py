@@ -5,30 +5,33 @@ from __future__ import annotations
 import torch
 
 from bench.baselines.case import Case
+from ijepa_fast import config
 from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.engine.optim import parameter_groups
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
+from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class BareStep:
-    """This project's step without DeepSpeed: objective, and AdamW with EMA in one pass.
+    """This project's step without DeepSpeed: a method, and AdamW with EMA in one pass.
 
-    Below fp32 the optimiser updates fp32 masters of weights and average, and writes both low-precision copies.
+    Below fp32 the optimiser updates fp32 masters of weights and averages, and writes both low-precision copies.
     """
 
-    def __init__(self, objective, case: Case, betas=(0.9, 0.999), average=True, compile=False, fp8=False, graphs=False):
-        self.device, self.objective, self.betas, self.steps = torch.device(case.device), objective, betas, 0
+    def __init__(self, method: Method, case: Case, betas=(0.9, 0.999), compile=False, fp8=False, graphs=False):
+        self.device, self.method, self.betas, self.steps = torch.device(case.device), method, betas, 0
         dtype = DTYPES[case.precision]
-        objective.to(self.device, dtype)
-        objective.target_encoder.to(self.device, dtype)
-        targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
+        for network in method.networks.values():
+            network.to(self.device, dtype)
+        method.carried = {name: tensor.to(self.device) for name, tensor in method.carried.items()}
+        targets = {f"{name}.{k}": p for name, network in method.averaged.items() for k, p in network.named_parameters()}
         self.groups = []
-        for group in parameter_groups(objective.encoder, [objective.predictor]):
+        for group in parameter_groups(method.trained, method.averaged):
             params = [p.data for p in group["params"]]
-            averages = [targets[name].data for name in group["names"]] if group["ema"] and average else None
+            averages = [targets[name].data for name in group["names"]] if group["ema"] else None
             masters = params if dtype == torch.float32 else [p.float() for p in params]
             states = {
                 "params": masters,
@@ -42,14 +45,14 @@ class BareStep:
                     states |= {"emas": [p.float() for p in averages], "ema_out": averages}
             self.groups.append((group["params"], group["decay"], states))
         if compile:
-            compile_blocks(objective, objective.target_encoder)
+            compile_blocks(*method.networks.values())
         if fp8:
-            objective.use_fp8_targets()
+            method.use_fp8()
         if graphs:
-            objective.forward = Graphs(objective)
+            method.forward = Graphs(method)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
-        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
+        """One step on `batch`, the method's arguments in host memory -> the loss, on the device."""
         loss = self.loss(batch)
         loss.backward()
         self.update(lr, weight_decay, momentum)
@@ -72,42 +75,32 @@ class BareStep:
             )
             for p in params:
                 p.grad = None
-        if hasattr(self.objective, "target_changed"):
-            self.objective.target_changed()
+        self.method.average_changed()
 
     def loss(self, batch) -> torch.Tensor:
         """The loss of `batch`."""
-        return self.objective(*(_move(x, self.device) for x in batch))
+        return self.method(*(_move(x, self.device) for x in batch))[0]
 
 
 class EngineStep:
     """This project's step through DeepSpeed, as train.py runs it."""
 
-    def __init__(self, objective, case: Case, zero: int, fp8=False, graphs=False):
-        # These need OmegaConf and DeepSpeed; the other steps do not.
-        from ijepa_fast.config import Config, Data, Model, check
-        from ijepa_fast.config import Engine as EngineConfig
+    def __init__(self, method: Method, case: Case, zero: int, fp8=False, graphs=False):
+        # It needs DeepSpeed; the other steps do not.
         from ijepa_fast.engine.engine import Engine, start
 
-        sizes, predictor = case.sizes, case.predictor_sizes
-        names = ("dim", "depth", "heads", "mlp_ratio", "patch")
-        narrow = {"predictor_dim": predictor["dim"], "predictor_depth": predictor["depth"]}
-        model = Model(**{name: sizes[name] for name in names}, **narrow)
-        settings = EngineConfig(device=torch.device(case.device).type, precision=case.precision, zero=zero)
+        settings = config.Engine(device=torch.device(case.device).type, precision=case.precision, zero=zero)
         settings.cuda_graphs, settings.target_precision = graphs, "fp8" if fp8 else None
-        data = Data(source="synthetic", crop=sizes["image_size"])
-        config = Config(name="throughput", batch_size=case.batch, data=data, model=model, engine=settings)
-        check(config)
-        self.device, self.objective = torch.device(case.device), objective
+        self.device, self.method = torch.device(case.device), method
         if not torch.distributed.is_initialized():
             threads = torch.get_num_threads()
-            start(config, self.device)
+            start(self.device, settings.timeout)
             torch.set_num_threads(threads)
-        self.engine = Engine(config, objective, self.device)
+        self.engine = Engine(method, settings, config.Optim(), case.batch, self.device)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
-        """One step on `batch`, the objective's arguments in host memory -> the loss, on the device."""
-        loss = self.engine.backward(*(x.to(self.device, non_blocking=True) for x in batch))
+        """One step on `batch`, the method's arguments in host memory -> the loss, on the device."""
+        loss, _ = self.engine.backward(*(_move(x, self.device) for x in batch))
         self.engine.step(lr, weight_decay, momentum)
         return loss
 

@@ -1,5 +1,5 @@
-"""Images: where they lie, how they are decoded and cropped."""
+"""Images: where they are stored, how they are decoded, and how they are cropped."""
 
-# Of each channel, for pixels in [0, 1]. Training subtracts the one and divides by the other.
+# Mean and standard deviation of ImageNet's pixels, per channel, in units of 0..1. They normalise images by default.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from ijepa_fast.command import one_sentence
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.sources import Source, open_source
@@ -20,7 +20,7 @@ _BATCH = 32
 
 
 class _Checker(Decoder):
-    """Decodes whole images and gives only their shapes."""
+    """Decodes whole images and returns only their shapes."""
 
     def _graph(self, works: Iterable[tuple]) -> tuple:
         (images,) = self._decoded(works, 0)
@@ -28,7 +28,10 @@ class _Checker(Decoder):
 
 
 def find_bad_files(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[str, str] | None]:
-    """For every sample, in no order: None where it decodes, else its name and the reason."""
+    """Decode every sample, in any order: None for one that decodes, else its name and the reason.
+
+    threads: how many decode; twice as many read. max_pixels: an image that declares more counts as bad.
+    """
     found: deque[tuple[str, str] | None] = deque()
 
     def read_one(index: int) -> tuple | str:
@@ -69,9 +72,10 @@ def find_bad_files(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -
 
 
 def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS) -> int:
-    """Print each file of the source at `path` that cannot be used, with the reason. Returns 1 if there are any, else 0.
+    """Print each file of the source at `path` that cannot be used, with the reason. Return 1 if there are any, else 0.
 
-    `processes`: how many files to decode at a time, the machine's cores by default.
+    processes: how many files to decode at a time; None: one per core. max_pixels: an image that declares more counts as
+    bad. Raises ValueError for a path that does not exist or holds no image, ImportError without DALI.
     """
     source = open_source(path)
     bad = 0
@@ -85,15 +89,12 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
     return int(bad > 0)
 
 
+@one_sentence(status=2)
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0 all good, 1 bad files found, 2 the path cannot be used."""
+    """The command line. Return the exit status: 0 all files are good, 1 some are bad, 2 the path cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast check-data", description=__doc__)
     parser.add_argument("path", help="folder of images, tar shards, or text list of paths")
-    parser.add_argument("--processes", type=int, help="files to decode at a time (default: the machine's cores)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images count as bad")
+    parser.add_argument("--processes", type=int, help="files to decode at a time (default: one per core)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image that declares more counts as bad")
     args = parser.parse_args(argv)
-    try:
-        return check(args.path, args.processes, args.max_pixels)
-    except (ValueError, ImportError) as error:
-        print(f"check-data: {error}", file=sys.stderr)
-        return 2
+    return check(args.path, args.processes, args.max_pixels)

@@ -1,6 +1,7 @@
-"""Random resized crops drawn by a counter: a window is a function of (seed, position in the sample stream, image size).
+"""Random resized crops: a window is a function of the seed, the position in the sample stream and the image size.
 
-No generator state exists, so a resumed run, or one on another number of ranks, draws the same windows.
+The random numbers come from a counter, not from a generator with a state. So a resumed run draws the same windows as an
+unbroken one, and so does a run on another number of ranks.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al., 2014): uint64 -> uint64, a bijection."""
+    """Mix the bits of uint64 numbers, one to one: the finaliser of splitmix64 (Steele et al., 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def counter_bits(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
-    """(B, draws) uint64, independent for every (seed, stream, position, draw). positions: (B,) integers >= 0."""
+    """Random bits: uint64 (B, draws), independent for every seed, stream, position and draw.
+
+    positions: (B,) integers >= 0. stream: separates the uses of one seed.
+    """
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN * np.uint64(stream + 1))
         rows = _mix(key + _GOLDEN * (np.asarray(positions).astype(np.uint64) + np.uint64(1)))
@@ -28,16 +32,21 @@ def counter_bits(seed: int, positions: np.ndarray, draws: int, stream: int = 0) 
 
 
 def counter_uniform(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
-    """(B, draws) float64 in [0, 1), of the same counters."""
+    """Uniform random numbers: float64 (B, draws) in [0, 1), made from `counter_bits` with the same arguments."""
     return (counter_bits(seed, positions, draws, stream) >> np.uint64(11)) * 2.0**-53
 
 
-def random_resized_crop(sizes: np.ndarray, uniform: np.ndarray, scale, ratio) -> np.ndarray:
-    """Windows of torchvision's RandomResizedCrop.
+def random_resized_crop(
+    sizes: np.ndarray, uniform: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> np.ndarray:
+    """The windows that torchvision's RandomResizedCrop would draw from these random numbers.
 
-    sizes: (B, 2) integers, height and width. uniform: (B, 2 * TRIES + 2) in [0, 1).
-    Returns (B, 4) int32: x, y, width, height. Ten tries at an area share of `scale` and a log-uniform aspect ratio;
-    where none fits, the largest central window within `ratio`.
+    Each of ten tries draws a share of the image's area, uniform in `scale`, and an aspect ratio, log-uniform in
+    `ratio`. The first window that fits is taken; if none does, the largest central window whose aspect ratio is within
+    `ratio`.
+
+    sizes: (B, 2) integers, height and width in pixels. uniform: (B, 2 * TRIES + 2) in [0, 1). scale: lowest and highest
+    share of the area. ratio: lowest and highest width over height. Returns int32 (B, 4): x, y, width, height in pixels.
     """
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
@@ -52,7 +61,7 @@ def random_resized_crop(sizes: np.ndarray, uniform: np.ndarray, scale, ratio) ->
     x = (uniform[:, -2] * (width - w + 1)).astype(np.int64)
     y = (uniform[:, -1] * (height - h + 1)).astype(np.int64)
 
-    # The central fallback.
+    # No try fits: the central window.
     fallback = ~fits.any(1)
     narrow, wide = width < ratio[0] * height, width > ratio[1] * height
     central_w = np.where(wide, np.rint(height * ratio[1]).astype(np.int64), width)

@@ -1,7 +1,7 @@
-"""Batches of decoded images: an endless training loader, and every sample once for evaluation.
+"""Batches of decoded images: an endless loader for training, and every sample once for evaluation.
 
-Nothing is decided at random inside DALI. Order, windows, flips and replacements are functions of (seed, position in
-the sample stream), so a run resumes at the exact sample, on any number of ranks. A background thread reads ahead and
+DALI draws no random numbers. Order, windows, flips and replacements are functions of the seed and the position in the
+sample stream, so a run resumes at the exact sample, on any number of ranks. A background thread reads ahead and
 decodes; `next` takes finished batches from a queue.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,38 +28,40 @@ from ijepa_fast.data.order import SampleStream
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import Source
 
-_READERS = 8  # threads that wait for storage
-_REPLACEMENTS = 100  # tries to replace one bad file
-_PATIENCE = 10  # seconds that closing waits for a read to return
+_READERS = 8  # threads that read files
+_REPLACEMENTS = 100  # samples tried in the place of a bad file
+_PATIENCE = 10  # seconds that `close` waits for a read to return
 
-# Streams of the counter-based numbers; replacements take one a try, from the last on.
+# Streams of random numbers, see crops.counter_bits. The replacement of try t has the stream _REPLACE + t.
 _WINDOWS, _REPLACE = 0, 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (B, H, W, 3) on the loader's device. indices: int64 (B,) sample ids, on the CPU.
+    """One rank's images of a step.
 
-    epoch: of the first image. extra: what the loader's `extra` gave for this step.
+    images: uint8 (B, H, W, 3) on the loader's device; of a loader of several views, a list with a tensor per view.
+    indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the first image, from 0. draw: what the loader's
+    `draw` returned for this step.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
-    extra: object = None
+    draw: object = None
 
 
 class _Reader:
-    """Reads and screens samples; keeps the bytes of the first ones in memory, up to `cache_bytes`."""
+    """Reads samples and checks their headers. It keeps those it reads first in memory, up to `cache_bytes` in all."""
 
     def __init__(self, source: Source, max_pixels: int, cache_bytes: int):
         self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
         self._cache: dict[int, tuple] = {}
-        # Reading threads may want one sample at once, at an epoch's end: the second waits for what the first reads.
+        # Where two epochs meet, two threads may want the same sample: the second waits for what the first reads.
         self._locks = [threading.Lock() for _ in range(64)]
 
     def __call__(self, index: int) -> tuple[np.ndarray, int, int]:
-        """The bytes, uint8 (n,), and the height and width. Raises BadImage."""
+        """The encoded bytes of a sample, uint8 (n,), and its height and width in pixels. Raises BadImage."""
         with self._locks[index % len(self._locks)]:
             return self._row(index)
 
@@ -77,18 +80,31 @@ class _Reader:
 
 
 class TrainLoader:
-    """An endless iterator of random resized crops; `next` gives a Batch.
+    """An endless iterator of random resized crops; `next` returns a Batch.
 
-    batch_size: images a step of this rank. scale, ratio: area share and aspect ratio, as RandomResizedCrop. flip:
-    mirror half of the images. start_step: a loader made with it yields what the unbroken one yields from that step
-    on; to go on with another global batch, give start_image, the number of images that all ranks have seen. threads:
-    to decode. prefetch: batches decoded ahead. hw_decoder_load: share of JPEGs for the GPU's decode engine.
-    bad_files: file to name undecodable samples in, each once; another sample takes the place of each. Above
-    max_bad_share of the source the loader raises TooManyBadFiles. max_pixels: larger images count as bad.
-    cache_bytes: encoded samples kept in memory. extra: called with the step, ahead of it, in a reading thread; its
-    result is Batch.extra.
+    Arguments:
+        batch_size: images per step on this rank.
+        crop: side of the crops, pixels.
+        scale, ratio: share of the image's area, and width over height, as in RandomResizedCrop.
+        interpolation: bilinear | bicubic.
+        flip: mirror half of the images.
+        start_step: the first step. The loader yields from there on what an unbroken one yields.
+        start_image: how many images all ranks have seen; for a run that goes on with another global batch.
+        threads: how many decode.
+        prefetch: batches decoded ahead.
+        hw_decoder_load: share of the JPEG files that the GPU's decode engine takes.
+        bad_files: a file that lists the samples that cannot be decoded. Another sample takes the place of each.
+        max_bad_share: the loader raises TooManyBadFiles when more than this share of the source is bad.
+        max_pixels: an image that declares more counts as bad.
+        cache_bytes: bytes of encoded samples that are kept in memory.
+        draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
 
-    steps_per_epoch: whole global batches an epoch. wait_seconds: time spent inside `next`. replaced: images replaced.
+    Attributes:
+        steps_per_epoch: whole global batches per epoch.
+        wait_seconds: time spent inside `next` so far.
+        replaced: images replaced so far.
+
+    Raises ValueError where the source has too few images for one step, or an argument is out of range.
     """
 
     def __init__(
@@ -114,12 +130,12 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 1 << 30,
-        extra: Callable[[int], object] | None = None,
+        draw: Callable[[int], object] | None = None,
     ):
         global_batch = batch_size * world_size
         if len(source) < global_batch:
             raise ValueError(
-                f"batch_size: {batch_size} on {world_size} ranks needs {global_batch} images a step, the source has "
+                f"batch_size: {batch_size} on {world_size} ranks needs {global_batch} images per step, the source has "
                 f"{len(source)}; lower batch_size"
             )
         if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
@@ -135,7 +151,7 @@ class TrainLoader:
         self._start_step, self._stride = start_step, global_batch
         self._stream = SampleStream(len(source), seed, source.groups)
         self._read = _Reader(source, max_pixels, cache_bytes)
-        self._extra, self._prefetch = extra, prefetch
+        self._draw, self._prefetch = draw, prefetch
         self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
@@ -146,10 +162,11 @@ class TrainLoader:
         )
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._stop, self._error = threading.Event(), None
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="train-loader", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # the thread must not be inside DALI when the interpreter goes
+        atexit.register(self.close)  # the thread must not be inside DALI when the interpreter ends
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -168,35 +185,35 @@ class TrainLoader:
         return item
 
     def close(self) -> None:
-        """Stop reading ahead and free the pipeline. May be called twice."""
+        """Stop reading ahead and free the pipeline. A second call does nothing."""
         atexit.unregister(self.close)
         self._stop.set()
         self._thread.join(_PATIENCE)
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _make_decoder(self, **options) -> Decoder:
+    def _make_decoder(self, **options: Any) -> Decoder:
         return Decoder(**options)
 
     def _work(self) -> None:
-        extras: deque[Future | None] = deque()
+        draws: deque[Future | None] = deque()
         try:
-            works = self._works(extras)
+            works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
-                extra = extras.popleft()
+                draw = draws.popleft()
                 batch = Batch(
                     images=images,
                     indices=torch.from_numpy(work.ids),
                     epoch=int(work.positions[0]) // len(self.source),
-                    extra=None if extra is None else extra.result(),
+                    draw=None if draw is None else draw.result(),
                 )
                 if not self._put(batch):
                     return
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item) -> bool:
+    def _put(self, item: object) -> bool:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=0.1)
@@ -205,8 +222,8 @@ class TrainLoader:
                 continue
         return False
 
-    def _works(self, extras: deque[Future | None]) -> Iterator[Work]:
-        """Batches in order, read `prefetch` + 1 ahead; ends when the loader is closed."""
+    def _works(self, draws: deque[Future | None]) -> Iterator[Work]:
+        """Batches to decode, in order, with `prefetch` + 1 more being read. They end when the loader is closed."""
         reading: deque[tuple[np.ndarray, list[Future]]] = deque()
         step = 0
         while not self._stop.is_set():
@@ -215,19 +232,19 @@ class TrainLoader:
                 positions = np.arange(first, first + self.batch_size)
                 parts = np.array_split(np.stack([positions, self._stream[positions]], axis=1), _READERS)
                 reading.append((positions, [self._readers.submit(self._read_part, part) for part in parts]))
-                extras.append(self._extra and self._readers.submit(self._extra, self._start_step + step))
+                draws.append(self._draw and self._readers.submit(self._draw, self._start_step + step))
                 if step % self.steps_per_epoch == self.steps_per_epoch // 2:
-                    # A permutation of millions takes a second: draw the next one before it is needed.
+                    # To permute millions of samples takes a second: do so for the next epoch before it begins.
                     self._readers.submit(self._stream.permutation, int(first) // len(self.source) + 1)
                 step += 1
-            positions, parts = reading.popleft()
-            yield self._assemble(positions, [row for part in parts for row in part.result()])
+            positions, futures = reading.popleft()
+            yield self._assemble(positions, [row for future in futures for row in future.result()])
 
     def _read_part(self, part: np.ndarray) -> list[tuple]:
         return [self._read_one(position, index) for position, index in part.tolist()]
 
     def _read_one(self, position: int, index: int) -> tuple[int, np.ndarray, int, int]:
-        """The sample `index`, or where it is bad the first good one of those drawn for this position."""
+        """Read the sample `index`; if it is bad, the first good one of those drawn for this position."""
         for attempt in range(_REPLACEMENTS):
             name = self.source.name(index) if len(self.bad_files) else None
             if name is None or name not in self.bad_files:
@@ -256,7 +273,7 @@ class TrainLoader:
     def _repair(self, work: Work, reasons: dict[int, str]) -> Work:
         for row, reason in reasons.items():
             self.bad_files.add(self.source.name(int(work.ids[row])), reason)
-        # Every row from the start: the chain of replacements is walked alike whenever a file turns out to be bad.
+        # Read every row again: the replacements must not depend on when a file turned out to be bad.
         rows = self._read_part(np.stack([work.positions, self._stream[work.positions]], axis=1))
         return self._assemble(work.positions, rows)
 
@@ -274,10 +291,12 @@ def eval_batches(
     max_bad_share: float = 0.01,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every sample once, in order: images uint8 (b, H, W, 3), labels int64 (b,); without labels, the sample ids.
+    """Every sample once, in order: images uint8 (b, crop, crop, 3) on `device`, and labels int64 (b,) on the CPU.
 
-    The central square that is `crop` wide once the shorter side has `resize` pixels, in one resampling. Samples that
-    cannot be decoded are left out and recorded, up to max_bad_share.
+    Each image is resized to `resize` pixels on its shorter side and cropped to the central square of `crop` pixels,
+    both in one resampling. A source without labels gives sample ids in their place. The other arguments are
+    TrainLoader's. Samples that cannot be decoded are left out, and listed in `bad_files`; more than `max_bad_share` of
+    them raise TooManyBadFiles. Raises ValueError for a crop larger than `resize`.
     """
     if not 0 < crop <= resize:
         raise ValueError(f"crop: expected 1 to resize = {resize}, got {crop}")
@@ -317,7 +336,7 @@ def eval_batches(
 
 
 def _central(rows: list[tuple], share: float) -> Work:
-    """Windows of the central square, `share` of the shorter side wide."""
+    """Decode the central square whose side is `share` of the shorter side."""
     ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
     side = np.maximum(np.rint(sizes.min(1, keepdims=True) * share).astype(np.int32), 1)
     corner = (sizes[:, ::-1] - side) // 2

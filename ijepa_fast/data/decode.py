@@ -1,9 +1,9 @@
-"""The decode graph: encoded bytes and crop windows in, uint8 HWC images of one size out; on the CPU or on a GPU.
+"""Decoding: from encoded bytes and crop windows to uint8 images of one size, on the CPU or on a GPU.
 
-DALI decodes only the window's rows and columns. The resize is antialiased, as Pillow's. On a GPU it is part of the
-graph; on the CPU the graph ends at the window and `resize.py` follows, many times as fast as DALI's there. A file that
-cannot be decoded raises out of a DALI pipeline and leaves it dead: `decode_all` finds the file, lets the caller replace
-it, and goes on with a new pipeline.
+DALI decodes only the rows and columns of the window. The resize is antialiased, like Pillow's. On a GPU, DALI does it;
+on the CPU `resize.py` does, which is many times as fast there. When DALI meets a file that it cannot decode, it raises
+an error and its pipeline is of no more use: `decode_all` finds the file, lets the caller replace it, and goes on with a
+new pipeline.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,19 +24,22 @@ from PIL import Image
 from ijepa_fast.data.headers import pillow_complaint
 from ijepa_fast.data.resize import resize_
 
-# Output width up to which DALI resizes on the CPU as well: a call from Python an image costs more than it saves.
+Images = TypeVar("Images", torch.Tensor, list[torch.Tensor])
+
+# Up to this width of the output, DALI resizes on the CPU too: a call from Python per image would cost more than it
+# saves.
 _SMALL = 64
 
-# On a GPU: chroma upsampled as on the CPU, so that the pixels are the same; and threads not pinned to cores, which
-# those of other ranks would be pinned to as well.
+# On a GPU: upsample chroma as on the CPU, so that the pixels are the same; and pin no thread to a core, since the other
+# ranks would pin theirs to the same cores.
 _MIXED = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
 
-# DALI's and PyTorch's names of the filters.
+# The names of the filters here, and in DALI.
 INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
 
 
-def import_dali():
-    """The module nvidia.dali. Raises ImportError naming the package where it is not installed."""
+def import_dali() -> ModuleType:
+    """The module nvidia.dali. Raises ImportError, which names the package, where it is not installed."""
     try:
         import nvidia.dali as dali
     except ImportError as error:
@@ -47,9 +52,10 @@ def import_dali():
 
 @dataclass
 class Work:
-    """A batch to decode. ids: (B,) sample ids. positions: (B,) places in the sample stream.
+    """A batch to decode.
 
-    encoded: B uint8 arrays. windows: (B, 4) int32 x, y, width, height. flip: (B,) int32, 1 to mirror, or None.
+    ids: int64 (B,), the samples. positions: int64 (B,), their places in the sample stream. encoded: B uint8 arrays.
+    windows: int32 (B, 4), x, y, width, height in pixels. flip: int32 (B,), 1 to mirror; None: mirror none.
     """
 
     ids: np.ndarray
@@ -59,7 +65,7 @@ class Work:
     flip: np.ndarray | None = None
 
     def inputs(self, first: int = 0, last: int | None = None) -> tuple:
-        """What the graph is fed, of all rows or of those from `first` to `last`."""
+        """The inputs of the DALI graph, for the rows from `first` to `last`."""
         rows = slice(first, last)
         windows = self.windows[rows]
         start, shape = np.ascontiguousarray(windows[:, :2]), np.ascontiguousarray(windows[:, 2:])
@@ -67,7 +73,7 @@ class Work:
         return inputs if self.flip is None else (*inputs, self.flip[rows])
 
     def without(self, rows: Container[int]) -> Work | None:
-        """The same work but for some rows, or None where that leaves nothing."""
+        """The same work without some rows; None where no row is left."""
         kept = [row for row in range(len(self.ids)) if row not in rows]
         if not kept:
             return None
@@ -77,7 +83,12 @@ class Work:
 
 
 class Decoder:
-    """Makes pipelines of one graph. `threads` decode, and on the CPU as many resize."""
+    """Makes DALI pipelines, all of one graph.
+
+    crop: side of the images, pixels. interpolation: bilinear | bicubic. flip: whether works say which images to mirror.
+    threads: how many decode; on the CPU as many resize. hw_decoder_load: share of the JPEG files that the GPU's decode
+    engine takes. Raises ValueError for an unknown interpolation, ImportError without DALI.
+    """
 
     def __init__(
         self,
@@ -98,12 +109,12 @@ class Decoder:
         self.decode_options = _MIXED | {"hw_decoder_load": hw_decoder_load} if self.on_gpu else {}
         self.resize_in_graph = self.on_gpu or crop <= _SMALL
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self._resizers = None if self.resize_in_graph else ThreadPoolExecutor(threads, thread_name_prefix="resize")
+        self._resizers = ThreadPoolExecutor(threads, thread_name_prefix="resize")  # starts none until it is used
 
-    def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[torch.Tensor]:
-        """A pipeline over the inputs of works: one uint8 (b, crop, crop, 3) tensor for each, `depth` of them ahead."""
+    def run(self, works: Iterable[tuple], batch_size: int, depth: int = 2) -> Iterator[Any]:
+        """Decode in a new pipeline: per work a tensor, uint8 (b, crop, crop, 3), of which `depth` are made ahead."""
         pipe = self._pipeline(batch_size, depth)
-        # DALI reads the inputs where they lie. As an attribute they outlive its threads, whatever ends the pipeline.
+        # DALI does not copy its inputs. As an attribute of the pipeline they live as long as its threads do.
         pipe.held = deque()
         with pipe:
             pipe.set_outputs(*self._graph(_holding(works, pipe.held)))
@@ -121,7 +132,7 @@ class Decoder:
             yield result
 
     def healthy(self) -> bool:
-        """Whether a picture that is certainly whole can be decoded; if not, the device is to blame and no file is."""
+        """Whether an image that is certainly whole can be decoded. If not, the device is at fault and no file is."""
         file = io.BytesIO()
         Image.new("RGB", (16, 16)).save(file, "JPEG")
         fn = self.dali.fn
@@ -137,15 +148,14 @@ class Decoder:
 
     def close(self) -> None:
         """Stop the resizing threads."""
-        if self._resizers is not None:
-            self._resizers.shutdown(cancel_futures=True)
+        self._resizers.shutdown(cancel_futures=True)
 
-    def _pipeline(self, batch_size: int, depth: int):
+    def _pipeline(self, batch_size: int, depth: int) -> Any:
         device_id = (self.device.index or 0) if self.on_gpu else None
         return self.dali.Pipeline(batch_size, self.threads, device_id, prefetch_queue_depth=depth)
 
     def _decoded(self, works: Iterable[tuple], others: int) -> tuple:
-        """The decoded windows of works, and their `others` further inputs."""
+        """The graph's nodes for the decoded windows of works, and for their `others` further inputs."""
         fn = self.dali.fn
         encoded, start, shape, *rest = fn.external_source(works, num_outputs=3 + others, no_copy=True)
         return fn.decoders.image_slice(encoded, start, shape, **self.decode_options), *rest
@@ -158,22 +168,22 @@ class Decoder:
             images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
         return (fn.flip(images, horizontal=flip[0]) if self.flip else images,)
 
-    def _collect(self, outputs: tuple) -> torch.Tensor:
+    def _collect(self, outputs: tuple) -> Any:
         return self._copy(outputs[0]) if self.resize_in_graph else self._resize(outputs[0])
 
-    def _copy(self, images) -> torch.Tensor:
+    def _copy(self, images: Any) -> torch.Tensor:
         dense = images.as_tensor()
-        if not self.on_gpu:
+        if self.stream is None:
             return torch.from_numpy(np.array(dense))
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         with torch.cuda.stream(self.stream):
             out = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
             feed_ndarray(dense, out, cuda_stream=self.stream)
-        self.stream.synchronize()  # holds up this thread only; the next batches are being decoded meanwhile
+        self.stream.synchronize()  # only this thread waits; the next batches are decoded meanwhile
         return out
 
-    def _resize(self, images) -> torch.Tensor:
+    def _resize(self, images: Any) -> torch.Tensor:
         out = np.empty((len(images), self.crop, self.crop, 3), np.uint8)
 
         def part(rows: slice) -> None:
@@ -184,11 +194,11 @@ class Decoder:
         return torch.from_numpy(out)
 
 
-def hand_over(images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    """`images` for use on the caller's CUDA stream. Called in the thread that uses them.
+def hand_over(images: Images) -> Images:
+    """Return `images` for use on the caller's CUDA stream; to be called in the thread that uses them.
 
-    They were allocated on the decoder's stream. Without this their memory would be given to a later batch as soon as
-    the caller drops them, though its kernels may not have run yet.
+    They were allocated on the decoder's stream. Without this call, a later batch would get their memory as soon as the
+    caller drops them, though the caller's kernels may not have run yet.
     """
     for tensor in images if isinstance(images, list) else [images]:
         if tensor.is_cuda:
@@ -202,13 +212,15 @@ def decode_all(
     repair: Callable[[Work, dict[int, str]], Work | None],
     batch_size: int,
     depth: int = 2,
-) -> Iterator[tuple[Work, torch.Tensor]]:
+) -> Iterator[tuple[Work, Any]]:
     """Every work with its images, in order.
 
-    `repair` is given a work and the reasons, by row, of what could not be decoded; it returns the work to decode
-    instead, if any. Raises the pipeline's error where no file is to blame.
+    repair: called with a work of which some rows cannot be decoded, and the reason for each of these rows; it returns
+    the work to decode instead, or None. batch_size: rows of the largest work. depth: batches decoded ahead. Raises the
+    pipeline's RuntimeError where no file is at fault.
     """
-    works, redo = iter(works), []
+    works = iter(works)
+    redo: list[Work] = []
     while True:
         in_flight: deque[Work] = deque()
         try:
@@ -241,7 +253,7 @@ def _feed(works: Iterable[Work], in_flight: deque[Work]) -> Iterator[tuple]:
 
 
 def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
-    """The rows that cannot be decoded alone, with the reason."""
+    """The rows that cannot be decoded by themselves, each with the reason."""
     reasons: dict[int, str] = {}
     row, count = 0, len(work.ids)
     while row < count:
@@ -256,6 +268,6 @@ def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
 
 
 def _reason(error: RuntimeError, encoded: np.ndarray) -> str:
-    """Why an image cannot be decoded: Pillow's words if it cannot either, for DALI's say little, else DALI's."""
+    """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little; else in DALI's."""
     text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
     return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]

@@ -1,9 +1,10 @@
 """What the first bytes of a JPEG, PNG or WebP file say: its format, and its size as a viewer shows it.
 
-A few microseconds an image, no decoding. It sorts out what would kill a decoder: empty files, no images, a size that no
-memory holds. Files without their end marker are decoded once, to see how much is missing.
+Reading a header takes a few microseconds per image and decodes nothing. It finds what would stop a decoder: empty
+files, files that are no images, sizes that no memory holds. A file without its end marker is decoded once, to see
+whether anything is missing.
 
-Wrong bytes inside a JPEG's data decode without complaint, to a garbled picture: no decoder used here reports them.
+Wrong bytes inside the data of a JPEG go unnoticed: every decoder used here makes a garbled picture of them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class BadImage(ValueError):
 
 
 class Header(NamedTuple):
-    """Height and width after the EXIF rotation, and whether the file seems to end before its end marker."""
+    """height, width: pixels, after the EXIF rotation. cut_short: whether the file lacks its end marker."""
 
     height: int
     width: int
@@ -37,7 +38,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """The header of an encoded image. Raises BadImage with the reason: none there, or too many pixels declared."""
+    """The header of an encoded image. Raises BadImage where there is none, or it declares more than `max_pixels`."""
     if data[:2] == b"\xff\xd8":
         height, width, orientation, cut_short = _jpeg(data)
     elif data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -56,12 +57,12 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def screen(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of an encoded image. Raises BadImage with the reason where the file cannot be used."""
+    """Height and width of an encoded image, pixels. Raises BadImage, with the reason, where it cannot be used."""
     header = read_header(data, max_pixels)
     if header.cut_short:
         if complaint := pillow_complaint(data):
             raise BadImage(f"cut short: {complaint}")
-        # Zeros are valid image data to a JPEG decoder. Those after the end marker are only padding.
+        # To a JPEG decoder zeros are image data. After the end marker they are only padding.
         content = data.rstrip(b"\0")
         if len(data) - len(content) > _MARGIN and not content.endswith(_JPEG_END):
             raise BadImage(f"cut short: its last {len(data) - len(content)} bytes are zeros")
@@ -69,7 +70,7 @@ def screen(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def pillow_complaint(data: bytes) -> str | None:
-    """What Pillow says against decoding the whole of an image, or None."""
+    """Pillow's error when it decodes the whole image; None where it has none."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             image.load()
@@ -140,7 +141,7 @@ def _webp_orientation(data: bytes) -> int:
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Tag 0x112 of the first directory of an EXIF block; 1 (upright) where there is none."""
+    """The orientation, 1 to 8: tag 0x112 of an EXIF block's first directory; 1 (upright) where there is none."""
     if len(tiff) < 10 or tiff[:2] not in (b"II", b"MM"):
         return 1
     order = "<" if tiff[:2] == b"II" else ">"

@@ -1,36 +1,37 @@
-"""What a collection holds: sample names, places and labels as flat arrays, for millions of samples.
+"""The index of a collection: names, places and labels of millions of samples, as flat arrays.
 
-Building one walks the whole collection, so it is kept in a cache folder: one `.npy` file an array, memory-mapped by
-every rank of the machine. A kept index is used only while all that it was made from (folders, shards, lists) has the
-times and sizes of that moment: adding, removing or renaming a file changes its folder's, and no copy that keeps
-modification times escapes the time of change. What a loose file holds is not part of the index.
+To build an index, the whole collection is listed. So the index is kept in a cache folder, one `.npy` file per array,
+which every rank of the machine maps into memory. A kept index is used only while all that it was made from (folders,
+shards, lists) still has the same times and sizes. To add, remove or rename a file changes the times of its folder; a
+copy that keeps the time of modification changes the time of change. The contents of loose files are not part of the
+index.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-_VERSION = 2  # of the layout on disk
+from ijepa_fast.files import publish
+
+_VERSION = 2  # of the arrays on disk
 
 
 class Names:
-    """Strings in two arrays: their bytes end to end, and where each ends. Eight bytes a string beside its own."""
+    """Strings in two arrays: all their bytes, uint8, and the end of each, int64: eight bytes more per string."""
 
     def __init__(self, blob: np.ndarray, ends: np.ndarray):
         self.blob, self.ends = blob, ends
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """The same strings, packed."""
+        """Pack these strings."""
         encoded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -43,21 +44,27 @@ class Names:
         return os.fsdecode(self.blob[begin : self.ends[index]].tobytes())
 
 
+def _nothing() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
 @dataclass
 class Index:
-    """labels: the label columns, (n,) each: int64 indices into `classes[column]`, or float64 values without classes.
+    """What is known of n samples without decoding them.
 
-    shards, shard, start, size: the tar files, and of each sample which, the first byte and how many; of loose files
-    none. watched: what the index was made from, with its state as `watch` gives it.
+    names: relative to the collection's folder, or inside the tar file. labels: per label column (n,), int64 indices
+    into `classes[column]`, or float64 values of a column without classes. shards: the tar files; shard, start, size:
+    per sample its tar file's number, its first byte there and how many; empty for loose files. watched: the paths that
+    the index was made from, each with its state (see `watch`).
     """
 
     names: Names
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
     shards: list[str] = field(default_factory=list)
-    shard: np.ndarray | None = None
-    start: np.ndarray | None = None
-    size: np.ndarray | None = None
+    shard: np.ndarray = field(default_factory=_nothing)
+    start: np.ndarray = field(default_factory=_nothing)
+    size: np.ndarray = field(default_factory=_nothing)
     watched: dict[str, list[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -65,7 +72,7 @@ class Index:
 
 
 def watch(path: str) -> list[int]:
-    """The times of modification and of change (ns) and the size of a file or folder, or [] where there is none."""
+    """The state of a path: time of modification and time of change (ns), size (bytes); [] if there is nothing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -74,7 +81,11 @@ def watch(path: str) -> list[int]:
 
 
 def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> Index:
-    """The index of the collection at `path`: a kept one that still holds, or a new one, made by one process for all."""
+    """The index of the collection at `path`: the kept one if it still holds, else a new one.
+
+    cache: the folder to keep it in; None: build it and keep nothing. Of several processes, one builds and the others
+    wait.
+    """
     if cache is None:
         return build()
     key = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
@@ -82,13 +93,11 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
     index = _load(folder)
     if index is not None:
         return index
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with publish(folder, lock=True) as draft:
         index = _load(folder)
         if index is None:
             index = build()
-            _save(index, folder)
+            _save(index, draft)
     return index
 
 
@@ -96,27 +105,23 @@ _ARRAYS = ("shard", "start", "size")
 
 
 def _save(index: Index, folder: Path) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    folder.mkdir()
     arrays = {"blob": index.names.blob, "ends": index.names.ends}
-    arrays |= {name: getattr(index, name) for name in _ARRAYS if getattr(index, name) is not None}
+    arrays |= {name: getattr(index, name) for name in _ARRAYS if index.shards}
     arrays |= {f"label{number}": values for number, values in enumerate(index.labels.values())}
     for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
+        np.save(folder / f"{name}.npy", array)
     meta = {
         "columns": list(index.labels),
         "classes": index.classes,
         "shards": index.shards,
         "watched": index.watched,
     }
-    (partial / "meta.json").write_text(json.dumps(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _load(folder: Path) -> Index | None:
-    """The kept index, or None where there is none or what it was made from has changed."""
+    """The kept index; None where there is none, or where what it was made from has changed."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
@@ -130,5 +135,5 @@ def _load(folder: Path) -> Index | None:
         classes=meta["classes"],
         shards=meta["shards"],
         watched=meta["watched"],
-        **{name: arrays.get(name) for name in _ARRAYS},
+        **{name: arrays[name] for name in _ARRAYS if meta["shards"]},
     )

@@ -1,8 +1,9 @@
-"""The order of samples: an endless stream, the concatenation of one seeded permutation an epoch.
+"""The order of samples: an endless stream, which is one seeded permutation per epoch after the other.
 
-Position p of the stream is sample `permutation(p // n)[p % n]`. Step s of a run with global batch G takes positions
-s*G to (s+1)*G, rank r the r-th part of them. So every epoch visits every sample exactly once whatever the number of
-ranks, none is left out at an epoch's end, and the place to resume at is one number: the images seen.
+Position p of the stream is the sample `permutation(p // n)[p % n]`, where n is the number of samples. Step s of a run
+with global batch G takes the positions s*G to (s+1)*G, and rank r takes the r-th part of them. So every epoch visits
+every sample exactly once on any number of ranks, no sample is left out at the end of an epoch, and one number says
+where to resume: how many images have been seen.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ SHARDS_MIXED = 16
 
 
 class SampleStream:
-    """Sample ids by stream position, for `count` samples.
+    """The stream of `count` samples, by position.
 
-    groups: (count,) the shard of each sample, or None. With shards the shuffle has two levels: the shards are
-    permuted, and samples mix within SHARDS_MIXED consecutive shards of that order, so that reading stays within few
-    files at a time.
+    groups: (count,) integers, the shard of each sample; None for loose files. With shards, the shuffle has two levels:
+    the shards are permuted, and samples are mixed within SHARDS_MIXED shards that follow each other in that order. So
+    few files are read at a time.
     """
 
     def __init__(self, count: int, seed: int, groups: np.ndarray | None = None):
@@ -27,17 +28,17 @@ class SampleStream:
         self.permutation = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """(count,) the samples in the order of `epoch`."""
+        """The samples in the order of `epoch`: int64 (count,)."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, epoch]))
         if self.groups is None:
             return rng.permutation(self.count)
         place = (rng.permutation(int(self.groups.max()) + 1) // SHARDS_MIXED).astype(np.uint64)
-        # One stable sort: how an unstable one breaks ties depends on the CPU, and ranks must agree.
+        # A stable sort: how an unstable one orders equal keys depends on the CPU, and all ranks must agree.
         key = place[self.groups] << np.uint64(44) | rng.integers(1 << 44, size=self.count, dtype=np.uint64)
         return np.argsort(key, kind="stable")
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """(B,) int64 sample ids at stream `positions` (B,)."""
+        """Sample ids, int64 (B,), at these positions of the stream, (B,)."""
         epochs, offsets = np.divmod(positions, self.count)
         ids = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs):

@@ -1,4 +1,4 @@
-"""Files that cannot be decoded: the record of them, and the bound on their share."""
+"""The list of files that cannot be decoded, and the bound on their share."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import fcntl
 import os
 import threading
 from pathlib import Path
+from typing import TextIO
 
 
 class TooManyBadFiles(ValueError):
-    """More of a source than the allowed share cannot be decoded."""
+    """More files of a source than the allowed share cannot be decoded."""
 
 
 class BadFiles:
-    """Names and reasons, each file once, in memory and (with `path`) as lines `name<TAB>reason` of a file.
+    """The names of bad files with the reasons, each file once. Several threads may use it.
 
-    The file is shared: other ranks append to it, a resumed run reads it. Raises TooManyBadFiles from `add` when more
-    than `max_share` of the `total` files are bad. Used from several threads.
+    total: files of the source. max_share: `add` raises TooManyBadFiles when more than this share of them is bad. path:
+    a file that keeps the list, one line `name<TAB>reason` per bad file; all ranks append to it, and a resumed run reads
+    it. None: the list is kept in memory only.
     """
 
     def __init__(self, total: int, max_share: float, path: str | Path | None = None):
@@ -36,7 +38,7 @@ class BadFiles:
         return _line(name) in self._reasons
 
     def add(self, name: str, reason: str) -> None:
-        """Record a bad file."""
+        """List a bad file. Raises TooManyBadFiles."""
         name, reason = _line(name), _line(reason)
         with self._lock:
             if self.path is None:
@@ -57,7 +59,7 @@ class BadFiles:
                 "or raise max_bad_share"
             )
 
-    def _read(self, file) -> None:
+    def _read(self, file: TextIO) -> None:
         file.seek(0)
         for line in file:
             name, _, reason = line.rstrip("\n").partition("\t")
@@ -65,5 +67,5 @@ class BadFiles:
 
 
 def _line(text: str) -> str:
-    """`text` without what would break a line of the record."""
+    """`text` in one line, without tabs."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""Building an index: folder trees, text lists and tar shards, read in parallel with a progress bar."""
+"""Building an index from a folder tree, a text list or tar shards, in parallel and with a progress bar."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from ijepa_fast.data.index import Index, Names, watch
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LABELS_FILE = "labels.csv"
 
-# Listing folders and reading tar headers wait for storage, mounted storage above all; threads overlap the waiting.
+# To list folders and to read tar headers is to wait for storage, for mounted storage above all. Threads wait in
+# parallel.
 _THREADS = 16
 _BLOCK = 512
 _LINE = re.compile(r"(.+?)(?:\s*\t\s*(\S.*)|\s+(\d+))?")
 
 
 def scan_folder(root: str) -> Index:
-    """The images below `root`, sorted by name. Labels: labels.csv, else the first folder level, else none."""
+    """The index of the images below `root`, sorted by name. Labels: labels.csv, else the first folder level, else none.
+
+    Raises ValueError for a labels.csv without a label column or without a row for some image.
+    """
     names, watched = [], {}
     with (
         ThreadPoolExecutor(_THREADS) as pool,
@@ -50,7 +54,7 @@ def scan_folder(root: str) -> Index:
 
 
 def _list(root: str, folder: str, above: frozenset) -> tuple[str, frozenset, list[int], list[str], list[str]]:
-    """One folder: its name, the identities of it and those above, its state before, its images, its folders."""
+    """List one folder: its name, the identities of it and of those above, its state before, its images, its folders."""
     path = os.path.join(root, folder)
     before, status = watch(path), os.stat(path)
     identity = (status.st_dev, status.st_ino)
@@ -68,13 +72,13 @@ def _list(root: str, folder: str, above: frozenset) -> tuple[str, frozenset, lis
 
 
 def _label_by_folder(index: Index, names: list[str]) -> None:
-    """The first folder of each name is its class, where every name has one."""
+    """Label each image by the first folder of its name, where every name has a folder."""
     if names and all("/" in name for name in names):
         _add_column(index.labels, index.classes, "class", [name.split("/", 1)[0] for name in names])
 
 
 def _add_column(labels: dict, classes: dict, column: str, values: list[str]) -> None:
-    """Classes are sorted as numbers where all are integers; other numbers stay numbers and are no classes."""
+    """Add a label column. Integers and text are classes, sorted as numbers or as text; other numbers stay numbers."""
     numbers = _as_numbers(values)
     if numbers is not None and not all(number.is_integer() for number in numbers):
         labels[column] = np.array(numbers)
@@ -95,24 +99,27 @@ def _as_numbers(values: list[str]) -> list[float] | None:
 def _read_table(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        columns = [column for column in reader.fieldnames or [] if column != "file"]
-        if not columns or "file" not in reader.fieldnames:
-            raise ValueError(f"{path}: expected the columns file and at least one label, got {reader.fieldnames}")
+        given = list(reader.fieldnames or ())
+        columns = [column for column in given if column != "file"]
+        if not columns or "file" not in given:
+            raise ValueError(f"{path}: expected the columns file and at least one label, got {given}")
         rows = {row["file"]: row for row in reader}
     missing = [name for name in names if name not in rows]
     if missing:
-        raise ValueError(f"{path}: {len(missing)} images have no row, the first {missing[0]!r}; write one a file")
-    labels, classes = {}, {}
+        raise ValueError(f"{path}: {len(missing)} images have no row, the first {missing[0]!r}; write one per file")
+    labels: dict[str, np.ndarray] = {}
+    classes: dict[str, list[str]] = {}
     for column in columns:
         _add_column(labels, classes, column, [rows[name][column] for name in names])
     return labels, classes
 
 
 def scan_list(path: str) -> Index:
-    """A text list: a path a line, absolute or relative to the list's folder, and optionally a tab or space and a label.
+    """The index of a text list: per line a path, absolute or relative to the list's folder, and optionally a label.
 
-    A label after a space must be an integer (names may hold spaces). Empty lines and lines that begin with # are
-    skipped.
+    A tab or a space stands before the label; after a space it must be an integer, since names may hold spaces. Empty
+    lines and lines that begin with # are skipped. Raises ValueError for a line that names no image, and where only some
+    lines have a label.
     """
     names, labels = [], []
     with (
@@ -123,26 +130,28 @@ def scan_list(path: str) -> Index:
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)
-            if not match[1].lower().endswith(EXTENSIONS):
+            if not match or not match[1].lower().endswith(EXTENSIONS):
                 raise ValueError(
                     f"{path}: expected paths that end in {', '.join(EXTENSIONS)}, got the line {line[:80]!r}"
                 )
             names.append(match[1])
             labels.append(match[2] or match[3])
     index = Index(Names.of(names), watched={path: watch(path)})
-    labelled = sum(label is not None for label in labels)
-    if 0 < labelled < len(labels):
-        raise ValueError(f"{path}: {labelled} of {len(labels)} lines have a label; write one on every line, or on none")
-    if labelled:
-        _add_column(index.labels, index.classes, "class", labels)
+    given = [label for label in labels if label is not None]
+    if 0 < len(given) < len(labels):
+        raise ValueError(
+            f"{path}: {len(given)} of {len(labels)} lines have a label; write one on every line, or on none"
+        )
+    if given:
+        _add_column(index.labels, index.classes, "class", given)
     return index
 
 
 def scan_shards(shards: list[str]) -> Index:
-    """The images of uncompressed tar files. Labels: WebDataset's `.cls` members, else the first folder of the names.
+    """The index of uncompressed tar files. Labels: WebDataset's `.cls` members, else the first folder of the names.
 
-    Nothing is ever unpacked: a sample is a range of bytes of its shard, checked to lie inside it. Links, devices and
-    folders among the members are passed over.
+    Nothing is unpacked: a sample is a range of bytes inside its shard. Links, devices and folders among the members are
+    skipped. Raises ValueError for a file that is no uncompressed tar file or ends too early.
     """
     watched = {path: watch(path) for shard in shards for path in (shard, os.path.dirname(shard) or ".")}
     with (
@@ -154,7 +163,7 @@ def scan_shards(shards: list[str]) -> Index:
             parts.append(part)
             bar.update()
     names = [name for part in parts for name, *_ in part]
-    labels = [label for part in parts for *_, label in part]
+    labels = [label for part in parts for *_, label in part if label is not None]
     index = Index(
         names=Names.of(names),
         shards=shards,
@@ -163,7 +172,7 @@ def scan_shards(shards: list[str]) -> Index:
         size=np.array([size for part in parts for _, _, size, _ in part], np.int64),
         watched=watched,
     )
-    if labels and all(label is not None for label in labels):
+    if names and len(labels) == len(names):
         _add_column(index.labels, index.classes, "class", labels)
     else:
         _label_by_folder(index, names)
@@ -185,9 +194,9 @@ def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
 
 
 def _members(file: int, path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, size) of the regular files of a tar archive: ustar, GNU long names, pax paths and sizes.
+    """(name, first byte, size) of each regular file in a tar archive: ustar, GNU long names, pax paths and sizes.
 
-    Only headers are read; tarfile needs ten times as long.
+    Only headers are read. Python's tarfile takes ten times as long.
     """
     at, end = 0, os.fstat(file).st_size
     override: dict[str, str] = {}
@@ -213,7 +222,7 @@ def _members(file: int, path: str) -> Iterator[tuple[str, int, int]]:
             )
         if kind in (b"0", b"\0", b"7"):
             name, prefix = _text(header[:100]), _text(header[345:500]) if header[257:262] == b"ustar" else ""
-            if header[257:265] == b"ustar  \0":  # GNU: times, not a prefix, stand there
+            if header[257:265] == b"ustar  \0":  # GNU has times in the place of the prefix
                 prefix = ""
             yield override.get("path", f"{prefix}/{name}" if prefix else name).removeprefix("./"), start, size
         if kind != b"g":
@@ -227,7 +236,7 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _number(digits: bytes) -> int | None:
-    """A tar number: octal, or base 256 with the top bit set. None when it is neither."""
+    """A number of a tar header: octal, or base 256 with the top bit set. None where it is neither."""
     if digits[0] & 0x80:
         return int.from_bytes(digits, "big") & ((1 << (8 * len(digits) - 1)) - 1)
     try:
@@ -241,7 +250,7 @@ def _text(data: bytes) -> str:
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """What a GNU long name (L) or a pax header (x) says of the next member."""
+    """The path and the size that a GNU long name (L) or a pax header (x) gives the next member."""
     if kind == b"L":
         return {"path": _text(data)}
     fields = {}

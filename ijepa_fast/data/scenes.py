@@ -1,20 +1,19 @@
 """The embedded data set: small rendered scenes, written as JPEG files with labels.
 
 One to six lit solids (spheres, cubes, cylinders, cones) of random size, colour, texture and place stand on a textured
-ground, cast shadows and hide parts of each other. Three labels, as the paper probes (I-JEPA, section 6): a semantic
-one, `kind` of the object with the largest visible area, and two local ones, `count` of objects and `distance` of the
-nearest (a class of `metres`). Colours, textures, light and camera are drawn independently of the labels.
+ground, cast shadows and hide parts of each other. There are labels of two sorts, as in the paper's probes (I-JEPA,
+section 6). One is semantic: the `kind` of the object with the largest visible area. Two are local: the `count` of
+objects, and the `distance` of the nearest, a class of its distance in `metres`. Colours, textures, light and camera are
+drawn independently of the labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,41 +24,47 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ijepa_fast.files import publish
+
 KINDS = ("cone", "cube", "cylinder", "sphere")
 MAX_OBJECTS = 6
-NEAREST, FARTHEST = (3.0, 9.0), 13.0  # metres from the camera: the nearest object's centre, the ground used
+NEAREST, FARTHEST = (3.0, 9.0), 13.0  # metres from the camera: range of the nearest object, bound of the others
 DISTANCES = 6  # classes of equal width over NEAREST
-VERSION = 1  # of the pictures: raise it when they change, so that cached folders are written anew
+VERSION = 1  # of the images: raise it when they change, so that cached folders are written anew
 
-# Half extents that give the kinds about the same visible area, so that size says nothing of the kind.
+# Half extents by kind. They give all kinds about the same visible area, so that the size does not tell the kind.
 _EXTENT = {"cone": 1.2, "cube": 0.85, "cylinder": 0.9, "sphere": 1.05}
 _SUPERSAMPLE = 2
-_LOOK = 48  # pixels a side of the quick look that accepts or rejects a scene
+_LOOK = 48  # side in pixels of the small image by which a scene is accepted or rejected
 _EPSILON = 1e-3
 _LABELS = ("file", "kind", "count", "distance", "metres")
 
 
 @dataclass
 class Solid:
-    """One object. scale: half extents (3,) in metres; yaw: rotation about the vertical; centre: (3,), z up."""
+    """One object.
+
+    centre: (3,), metres, z up. scale: (3,), half extents in metres. yaw: rotation about the vertical, radians. colours:
+    (2, 3) in [0, 1], which the texture `pattern` mixes, `frequency` times per unit. gloss: strength of the highlight.
+    """
 
     kind: str
     centre: np.ndarray
     scale: np.ndarray
     yaw: float
-    colours: np.ndarray  # (2, 3) in [0, 1]
+    colours: np.ndarray
     pattern: int
     frequency: float
     gloss: float
 
     def to_local(self, vectors: np.ndarray) -> np.ndarray:
-        """Directions (3, R) of the world in the frame where the solid spans [-1, 1]^3."""
+        """Turn directions of the world, (3, R), into the frame where the solid spans [-1, 1]^3."""
         c, s = np.float32(np.cos(self.yaw)), np.float32(np.sin(self.yaw))
         x, y, z = vectors
         return np.stack([c * x + s * y, c * y - s * x, z]) / self.scale[:, None]
 
     def normal(self, points: np.ndarray) -> np.ndarray:
-        """Unit outward normals (3, R) of the world at local surface points (3, R)."""
+        """Outward unit normals in the world, (3, R), at surface points in the solid's frame, (3, R)."""
         x, y, z = points
         if self.kind == "sphere":
             local = points
@@ -80,7 +85,12 @@ class Solid:
 
 @dataclass
 class Scene:
-    """What is to be drawn. camera: (3,) position; axes: (3, 3) its right, up and forward; light: unit (3,)."""
+    """What is to be drawn.
+
+    camera: (3,), its position. axes: (3, 3), its right, up and forward. focal: its focal length in halves of the
+    image's width. light: (3,), unit vector towards the light. ambient: share of the light that reaches shadows. tint:
+    (3,), the light's colour.
+    """
 
     solids: list[Solid]
     camera: np.ndarray
@@ -94,7 +104,10 @@ class Scene:
 
 
 def _interval(kind: str, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rays o + t*d (3, R) enter and leave the unit solid of `kind`; NaN or enter >= leave where they miss."""
+    """The t at which the rays o + t*d, (3, R), enter and leave the unit solid of `kind`.
+
+    A ray that misses it gets NaN, or enter >= leave.
+    """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if kind == "sphere":
             return _quadric(_dot(d, d), _dot(o, d), _dot(o, o) - 1)
@@ -120,7 +133,7 @@ def _interval(kind: str, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Dot product over the leading axis of three, several times faster than a sum over so short an axis."""
+    """The dot product over the first axis, of length 3; several times faster than a sum over so short an axis."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
@@ -131,7 +144,10 @@ def _quadric(a: np.ndarray, half_b: np.ndarray, c: np.ndarray) -> tuple[np.ndarr
 
 
 def _hits(solid: Solid, origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the unit rays that hit `solid` in front of their origin, and how far. Both inputs (3, R) or (3, 1)."""
+    """Which unit rays hit `solid` in front of their origin, as indices, and at what distance.
+
+    origin, direction: (3, R), or (3, 1) where all rays share it.
+    """
     to_centre = solid.centre[:, None] - origin
     along = _dot(to_centre, direction)
     near = _dot(to_centre, to_centre) - along * along <= _dot(solid.scale, solid.scale)
@@ -144,7 +160,9 @@ def _hits(solid: Solid, origin: np.ndarray, direction: np.ndarray) -> tuple[np.n
 
 
 def _cast(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rays (3, size*size) of the pixels, distance of the first thing hit (inf: sky) and which (-1: ground or sky)."""
+    """The pixels' rays, (3, size*size); per ray the distance of what it hits first (inf: sky), and which solid that is
+    (-1: ground or sky).
+    """
     grid = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * 2
     right, up, forward = scene.axes
     rays = forward[:, None, None] * scene.focal + right[:, None, None] * grid - up[:, None, None] * grid[:, None]
@@ -174,7 +192,7 @@ def _pattern(kind: int, frequency: float, points: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The picture: uint8 (size, size, 3)."""
+    """The image of a scene: uint8 (size, size, 3)."""
     fine = size * _SUPERSAMPLE
     rays, depth, which = _cast(scene, fine)
     colour = np.empty_like(rays)
@@ -221,7 +239,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def _draw(rng: np.random.Generator, kind: str, count: int, nearest: float) -> tuple[Scene | None, int]:
-    """A scene at random (None where its objects do not fit), and which solid is meant to be the largest, of `kind`."""
+    """A random scene, None where its objects do not fit; and which solid, of `kind`, is meant to be the largest."""
     f32 = np.float32
     camera = np.array([0, 0, rng.uniform(1.6, 3.2)], f32)
     pitch = -np.arctan2(camera[2] - 0.4, rng.uniform(6.0, 8.0))
@@ -282,10 +300,10 @@ def _draw(rng: np.random.Generator, kind: str, count: int, nearest: float) -> tu
 
 
 def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
-    """Scene `index` of `seed` and its labels: kind, count, distance (class), metres.
+    """Scene `index` of `seed`, and its labels: kind, count, distance (a class) and metres.
 
-    The labels are drawn first, uniformly. Scenes are drawn until one shows them: every object has at least 1/250 of the
-    picture, and the object meant to be the largest has 1.2 times the area of any other.
+    The labels are drawn first, uniformly. Then scenes are drawn until one shows them: every object covers at least
+    1/250 of the image, and the one that is meant to be the largest has at least 1.2 times the area of any other.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     kind = KINDS[rng.integers(len(KINDS))]
@@ -304,17 +322,19 @@ def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
 
 
 def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, processes: int | None = None) -> Path:
-    """Write `count` scenes of `size` x `size` pixels as JPEG files, and labels.csv.
+    """Write `count` scenes of `size` x `size` pixels as JPEG files, and labels.csv. Return the folder.
 
-    Its columns: file, kind, count, distance, metres. Scene i depends on (seed, i, size) only. `processes`: how many
-    to render with, the machine's cores by default.
+    The columns of labels.csv are file, kind, count, distance and metres. Scene i depends on seed, i and size only.
+    processes: how many render; None: one per core. Raises ValueError for no scenes or a size below 16, RuntimeError
+    where a process fails.
     """
     if count < 1 or size < 16:
         raise ValueError(f"scenes: expected count >= 1 and size >= 16, got count={count}, size={size}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     processes = max(1, min(processes or os.cpu_count() or 1, count))
-    # Plain child processes: a fork is unsafe beside the caller's threads, and a spawn would import the caller's main.
+    # Plain child processes: to fork is unsafe beside the caller's threads, and multiprocessing's spawn would import the
+    # caller's main module.
     bounds = np.linspace(0, count, processes + 1).astype(int)
     command = [sys.executable, "-m", "ijepa_fast.data.scenes", str(folder), "--size", str(size), "--seed", str(seed)]
     checkout = str(Path(__file__).resolve().parents[2])
@@ -328,7 +348,7 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
     try:
         with (
             tqdm(total=count, desc="rendering scenes", unit="image", mininterval=1, disable=None) as bar,
-            ThreadPoolExecutor(processes) as readers,  # one a child: an unread pipe would stop its writer
+            ThreadPoolExecutor(processes) as readers,  # one per child: a full pipe would stop its writer
         ):
             rows = [row for part in readers.map(lambda child: _rows(child, bar), children) for row in part]
     finally:
@@ -344,7 +364,7 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
 
 def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
     rows = []
-    for line in child.stdout:
+    for line in child.stdout or ():
         rows.append(json.loads(line))
         bar.update()
     if child.wait() != 0:
@@ -353,18 +373,16 @@ def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
 
 
 def ensure_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, processes: int | None = None) -> Path:
-    """A folder under `folder` with these scenes, rendered by whoever comes first and complete when it appears."""
+    """A folder under `folder` that holds these scenes; they are rendered if they are not there yet.
+
+    Of several processes, one renders and the others wait. Arguments and errors are those of `write_scenes`.
+    """
     final = Path(folder) / f"scenes-v{VERSION}-{count}x{size}-seed{seed}"
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.parent / f".{final.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with publish(final, lock=True) as draft:
         if not final.is_dir():
-            partial = final.with_name(f".{final.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_scenes(partial, count, size, seed, processes)
-            partial.rename(final)
+            write_scenes(draft, count, size, seed, processes)
     return final
 
 

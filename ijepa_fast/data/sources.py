@@ -1,9 +1,10 @@
-"""Image collections: how many samples, their encoded bytes, and their labels where the layout has them."""
+"""Collections of images: how many there are, their encoded bytes, and their labels where the layout has any."""
 
 from __future__ import annotations
 
 import functools
 import glob
+import io
 import itertools
 import os
 import re
@@ -18,9 +19,10 @@ _OPEN_SHARDS = 64
 
 
 class Source:
-    """A fixed, ordered collection of encoded images: loose files, named relative to `root`.
+    """A collection of encoded images in a fixed order: loose files, with names relative to `root`.
 
-    labels: (n,) int64 class indices into `classes`, or None. columns: every label column that the collection has.
+    labels: int64 (n,), indices into `classes`; None without labels. columns: every label column of the collection, by
+    name. label: the column to use, by default the first one that has classes. Raises ValueError where it has none.
     """
 
     def __init__(self, root: str, index: Index, label: str | None = None):
@@ -39,7 +41,7 @@ class Source:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """What to call sample `index` in a message: its path."""
+        """The name of sample `index` in messages: its path."""
         return os.path.join(self.root, self.index.names[index])
 
     def read(self, index: int) -> bytes:
@@ -49,12 +51,12 @@ class Source:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """(n,) which shard each sample lies in, for an order that stays near; None where any order costs the same."""
+        """The shard of each sample, (n,), for an order that reads few shards at a time; None for loose files."""
         return None
 
 
 class TarSource(Source):
-    """Members of tar shards, read in place."""
+    """A collection of members of tar shards, which are read in place."""
 
     def name(self, index: int) -> str:
         """The shard's path and the member's name."""
@@ -67,26 +69,30 @@ class TarSource(Source):
 
     @property
     def groups(self) -> np.ndarray:
-        """(n,) the shard of each sample."""
+        """The shard of each sample: int32 (n,)."""
         return self.index.shard
 
 
 @functools.lru_cache(_OPEN_SHARDS)
-def _open_shard(path: str):
-    # Closed when it falls out of the cache and its last reader lets go of it.
+def _open_shard(path: str) -> io.FileIO:
+    # A shard is closed when it leaves the cache and its last reader is done with it.
     return open(path, "rb", buffering=0)
 
 
 def open_source(path: str | Path, label: str | None = None, cache: str | Path | None = None) -> Source:
-    """The images at `path`.
+    """The images at `path`, which is one of these:
 
-    A folder of images, nested (the first level names the classes) or flat, with an optional labels.csv (file, then a
-    column a label); a folder of uncompressed tar shards, one shard, or a pattern of them (`*` and `{000..127}`); or a
-    text list of paths. `label` chooses the label column, the first by default. `cache` is a folder to keep the index
-    in. Raises ValueError for a path that does not exist or holds no image.
+    - a folder of images, flat or nested (then the first level names the classes), with an optional labels.csv (its
+      columns: file, then one per label);
+    - uncompressed tar shards: a folder of them, one shard, or a pattern with `*` and `{000..127}`;
+    - a text list of paths.
+
+    label: the label column, by default the first. cache: a folder to keep the index in. Raises ValueError for a path
+    that does not exist or holds no image.
     """
     path = os.fspath(path)
     shards = _shards(path)
+    source: Source
     if shards:
         source = TarSource(path, cached(path, cache, lambda: scan_shards(shards)), label)
     elif os.path.isdir(path):
@@ -102,12 +108,12 @@ def open_source(path: str | Path, label: str | None = None, cache: str | Path | 
 
 
 def _shards(path: str) -> list[str]:
-    """The tar files that `path` names: itself, those of a folder, or those that match a pattern."""
+    """The tar files that `path` names: itself, those in a folder, or those that match a pattern; [] for other paths."""
     if os.path.isdir(path):
         return sorted(entry.path for entry in os.scandir(path) if entry.name.endswith(".tar") and entry.is_file())
     if not path.endswith(".tar"):
         return []
-    pieces = re.split(r"\{(\d+\.\.\d+)\}", path)  # text and ranges in turn
+    pieces = re.split(r"\{(\d+\.\.\d+)\}", path)  # text and ranges by turns
     choices = [_numbers(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
     patterns = ["".join(choice) for choice in itertools.product(*choices)]
     shards = [shard for pattern in patterns for shard in (sorted(glob.glob(pattern)) if "*" in pattern else [pattern])]
@@ -120,6 +126,6 @@ def _shards(path: str) -> list[str]:
 
 
 def _numbers(span: str) -> list[str]:
-    """The numbers of "000..127", zero-padded alike."""
+    """The numbers that "000..127" names, with the same padding."""
     first, last = span.split("..")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]

@@ -1,4 +1,4 @@
-"""Batches without files: random images made once, for measuring everything but the data."""
+"""Batches without files: random images, made once, for measurements of everything but the data."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ijepa_fast.data.dali import Batch
 
 
 class SyntheticLoader:
-    """A TrainLoader's interface over one batch of random pixels: `count` images an epoch, and no waiting for images.
+    """A loader that returns the same batch of random pixels in every step, and never waits for images.
 
-    extra: called with the step, one step ahead of it, in a thread, as a TrainLoader's.
-    crop: the images' side in pixels; or a list of sides, and Batch.images is a list of views as a ViewLoader's.
+    It is used like a TrainLoader and has its attributes. count: images per epoch. crop: side of the images, pixels;
+    with a list of sides, Batch.images is a list of views, as a ViewLoader's. draw: called with the step, one step
+    ahead of it and in a thread; its result is Batch.draw. Other arguments are TrainLoader's.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class SyntheticLoader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
         start_step: int = 0,
-        extra: Callable[[int], object] | None = None,
+        draw: Callable[[int], object] | None = None,
     ):
         generator = torch.Generator().manual_seed(seed * world_size + rank)
 
@@ -38,8 +39,8 @@ class SyntheticLoader:
 
         self._images = images(crop) if isinstance(crop, int) else [images(side) for side in crop]
         self._indices = torch.arange(batch_size) + rank * batch_size
-        self._step, self._extra = start_step, extra
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="extra")
+        self._step, self._draw = start_step, draw
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._next = self._thread.submit(self._make, start_step)
         self.steps_per_epoch = max(count // (batch_size * world_size), 1)
         self.wait_seconds, self.replaced = 0.0, 0
@@ -50,13 +51,13 @@ class SyntheticLoader:
     def __next__(self) -> Batch:
         step = self._step
         self._step += 1
-        extra = self._next.result()
+        draw = self._next.result()
         self._next = self._thread.submit(self._make, self._step)
-        return Batch(self._images, self._indices, step // self.steps_per_epoch, extra)
+        return Batch(self._images, self._indices, step // self.steps_per_epoch, draw)
 
     def _make(self, step: int) -> object:
-        return None if self._extra is None else self._extra(step)
+        return None if self._draw is None else self._draw(step)
 
     def close(self) -> None:
-        """Stop the thread. May be called twice."""
+        """Stop the thread. A second call does nothing."""
         self._thread.shutdown(cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Several augmented views of each image, as the baselines need them: DINO's and iBOT's large and small crops.
+"""Several augmented views of each image: the large and small crops of DINO and iBOT.
 
-MAE's one view is the plain loader's: TrainLoader(..., **MAE_VIEW).
+MAE has one view, which the plain loader makes: TrainLoader(..., **MAE_VIEW).
 
 Shapes: B images, V views.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ MAE_VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}
 
 @dataclass(frozen=True)
 class View:
-    """One view: its side in pixels, share of the image's area, and the chances of blur and of solarisation.
+    """How one view is made.
 
-    sigma: the blur's standard deviation in pixels of the view, drawn from this range.
+    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
+    of solarisation. sigma: range of the blur's standard deviation, pixels of the view.
     """
 
     crop: int
@@ -41,33 +43,35 @@ IBOT_VIEWS = (
     *[View(96, (0.05, 0.25), blur=0.5)] * 10,
 )
 
-# Of every view: chance of colour jitter and its strengths, chance of grey.
+# For every view: the chances of colour jitter and of grey, and the jitter's strengths.
 _JITTER, _GREY = 0.8, 0.2
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 36.0  # hue in degrees
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
-_NO_BLUR = 0.05  # a standard deviation in pixels that changes nothing; DALI's filter needs one above 0
+_NO_BLUR = 0.05  # standard deviation in pixels that changes nothing: DALI's filter needs one above 0
 
-_STREAM = 1 << 32  # the views' counter streams; the loader's own are the first few
+_STREAM = 1 << 32  # first stream of random numbers of the views, far from the loader's own (crops.counter_bits)
 
 
 @dataclass
 class ViewWork(Work):
-    """parameters: for each view (B, 11) float32: the window's top, left, bottom and right, mirroring, brightness,
-    contrast, saturation, hue, standard deviation of the blur, solarisation. Windows are relative to `windows`, the
-    smallest that holds those of all views.
+    """A batch to decode into several views.
+
+    windows: the smallest window that holds those of all views. parameters: per view float32 (B, 11): top, left, bottom
+    and right of its window, relative to `windows`; mirroring, brightness, contrast, saturation, hue, standard deviation
+    of the blur, solarisation.
     """
 
     parameters: tuple[np.ndarray, ...] = ()
 
     def inputs(self, first: int = 0, last: int | None = None) -> tuple:
-        """What the graph is fed, of all rows or of those from `first` to `last`."""
+        """The inputs of the DALI graph, for the rows from `first` to `last`."""
         return (*super().inputs(first, last), *(values[first:last] for values in self.parameters))
 
 
 class ViewDecoder(Decoder):
-    """Decodes each image once and makes all its views in the graph, on the CPU or a GPU."""
+    """A Decoder that decodes each image once and makes all its views in the graph, on the CPU or a GPU."""
 
-    def __init__(self, views: Sequence[View], **options):
+    def __init__(self, views: Sequence[View], **options: Any):
         super().__init__(**options)
         self.views = views
 
@@ -75,7 +79,7 @@ class ViewDecoder(Decoder):
         images, *parameters = self._decoded(works, len(self.views))
         return tuple(self._view(images, view, values) for view, values in zip(self.views, parameters))
 
-    def _view(self, images, view: View, values):
+    def _view(self, images: Any, view: View, values: Any) -> Any:
         fn, types = self.dali.fn, self.dali.types
         filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
         window = {"roi_start": values[0:2], "roi_end": values[2:4]}
@@ -95,15 +99,18 @@ class ViewDecoder(Decoder):
 
 
 class ViewLoader(TrainLoader):
-    """A TrainLoader whose Batch.images is a list: uint8 (B, crop, crop, 3) for each view. Other arguments are its."""
+    """A TrainLoader whose Batch.images is a list, with a tensor uint8 (B, crop, crop, 3) per view.
+
+    views: how each is made. Other arguments are TrainLoader's, without `crop`.
+    """
 
     def __init__(
-        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options
+        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options: Any
     ):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 
-    def _make_decoder(self, **options) -> Decoder:
+    def _make_decoder(self, **options: Any) -> Decoder:
         return ViewDecoder(self.views, **options)
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
@@ -126,7 +133,7 @@ class ViewLoader(TrainLoader):
 
 
 def _draw(view: View, sizes: np.ndarray, uniform: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """The parameters (B, 11) of a view of images of `sizes` (B, 2), from `uniform` (B, 2 * TRIES + 12)."""
+    """Draw a view's parameters, (B, 11), see ViewWork. sizes: (B, 2) of the images. uniform: (B, 2 * TRIES + 12)."""
     windows = random_resized_crop(sizes, uniform[:, : 2 * TRIES + 2], view.scale, ratio)
     x, y, w, h = windows.T
     mirror, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarise = uniform[:, 2 * TRIES + 2 :].T

@@ -1,4 +1,4 @@
-"""The one place that knows DeepSpeed: start it, run a step on it, keep the target encoder the encoder's average."""
+"""The one place that knows DeepSpeed: start it, run a step on it, keep the averages of the networks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import datetime
 import logging
 import os
 import socket
+from typing import Any
 
 import torch
-from torch import nn
 
-from ijepa_fast.config import Config, ConfigError
+from ijepa_fast import config
+from ijepa_fast.config import ConfigError
 from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS
 from ijepa_fast.kernels.common.memory import keep_freed_memory
+from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
 
-NETWORKS = ("encoder", "predictor", "target_encoder")
 # Buckets are allocated in every step; this many fp32 values are no more than keep_freed_memory can keep.
 CPU_BUCKET = 8_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def choose_device(config: Config) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
     """The rank's device by `engine.device`. Raises ConfigError for a GPU that is not there."""
-    wanted = config.engine.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "engine.device=cuda: torch sees no CUDA device; set engine.device=cpu or install a CUDA torch"
@@ -38,8 +38,11 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def start(config: Config, device: torch.device) -> tuple[int, int]:
-    """Join the other ranks, or be the only one where no launcher started us. Returns (rank, number of ranks)."""
+def start(device: torch.device, timeout: int) -> tuple[int, int]:
+    """Join the other ranks, or be the only one where no launcher started us. Returns (rank, number of ranks).
+
+    timeout: seconds after which a silent rank ends the run.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -48,21 +51,15 @@ def start(config: Config, device: torch.device) -> tuple[int, int]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
+        os.environ.update({name: str(value) for name, value in alone.items()})
     # A shared-memory all-reduce for the CPU, compiled on first use: half a minute and a compiler for nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=config.engine.timeout),
+        timeout=datetime.timedelta(seconds=timeout),
         auto_mpi_discovery=False,
     )
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    micro = config.engine.accumulation * ranks
-    if config.batch_size % micro:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is not divisible by {ranks} ranks x engine.accumulation="
-            f"{config.engine.accumulation}; set batch_size to a multiple of {micro}"
-        )
     if device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
@@ -71,66 +68,73 @@ def start(config: Config, device: torch.device) -> tuple[int, int]:
 
 
 class Engine:
-    """An objective on DeepSpeed.
+    """A method on DeepSpeed.
 
     Args:
-        objective: as build.method_of describes it, in fp32 on the CPU; moved and cast here, its target encoder with it.
+        method: in fp32 on the CPU; moved and cast here, its averages with it.
+        settings: the section `engine`.
+        optim: the section `optim`.
+        micro_batch: images of a micro-batch of one rank.
         device: of this rank.
     """
 
-    def __init__(self, config: Config, objective: nn.Module, device: torch.device):
+    def __init__(
+        self, method: Method, settings: config.Engine, optim: config.Optim, micro_batch: int, device: torch.device
+    ):
         import deepspeed
 
-        self.objective, self.device = objective, device
-        self.accumulation = config.engine.accumulation
-        dtype = DTYPES[config.engine.precision]
+        self.method, self.device = method, device
+        dtype = DTYPES[settings.precision]
         # Kept in fp32: DeepSpeed casts the modules' own tables.
-        networks = {name: getattr(objective, name) for name in NETWORKS}
-        self.positions = {name: net.positions.clone() for name, net in networks.items() if hasattr(net, "positions")}
-        objective.target_encoder.to(device, dtype)
-        if config.engine.target_stream and device.type == "cuda":
-            objective.target_stream = torch.cuda.Stream(device)
-        compile_for(config, device, objective)
-        groups = parameter_groups(objective.encoder, [objective.predictor])
+        tables = {name: dict(network.named_buffers()).get("positions") for name, network in method.networks.items()}
+        self.positions = {name: table.clone() for name, table in tables.items() if table is not None}
+        for network in method.averaged.values():
+            network.to(device, dtype)
+        for name, tensor in method.carried.items():
+            method.carried[name] = tensor.to(device)
+        if settings.target_stream and device.type == "cuda":
+            method.target_stream = torch.cuda.Stream(device)
+        # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
+        if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
+            compile_blocks(*method.networks.values())
+        groups = parameter_groups(method.trained, method.averaged)
         self.optimizer = AdamWEMA(
-            [{key: group[key] for key in ("params", "ema", "decay")} for group in groups],
-            betas=tuple(config.optim.betas),
-            eps=config.optim.eps,
+            [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
+            betas=tuple(optim.betas),
+            eps=optim.eps,
         )
         self.shapes = {
             name: tuple(param.shape)
             for group in groups
             for name, param in zip(group["names"], group["params"], strict=True)
         }
-        settings = deepspeed_config(config, torch.distributed.get_world_size())
-        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self.optimizer, config=settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=method,
+            optimizer=self.optimizer,
+            config=deepspeed_config(settings, optim.clip, micro_batch, device),
+        )
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
         self.optimizer.state.clear()
-        self.layout = LAYOUTS[config.engine.zero](self._engine, self.optimizer, groups)
-        targets = {f"encoder.{name}": p for name, p in objective.target_encoder.named_parameters()}
-        self.layout.tie(targets)
-        if config.engine.target_precision == "fp8":
-            objective.use_fp8_targets()
-        if config.engine.cuda_graphs and device.type == "cuda":
-            objective.forward = Graphs(objective)
+        self.layout = LAYOUTS[settings.zero](self._engine, self.optimizer, groups)
+        averages = method.averaged.items()
+        self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
+        if settings.target_precision == "fp8":
+            method.use_fp8()
+        if settings.cuda_graphs and device.type == "cuda":
+            method.forward = Graphs(method)
 
-    @property
-    def carried(self) -> dict[str, torch.Tensor]:
-        """What the objective moves beside its weights, by name, the same on all ranks (iBOT's centres)."""
-        return getattr(self.objective, "carried", {})
-
-    def backward(self, *batch) -> torch.Tensor:
-        """Loss of one micro-batch (scalar, on the device, detached); its gradient is accumulated."""
-        loss = self._engine(*batch)
+    def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""
+        loss, terms = self._engine(images, draw)
         self._engine.backward(loss)
-        return loss.detach()
+        return loss.detach(), terms
 
-    def step(self, lr: float, weight_decay: float, momentum: float) -> None:
-        """Called after every micro-batch: at the last one of the step, update weights, EMA and target encoder."""
+    def step(self, lr: float, weight_decay: float, ema: float) -> None:
+        """Called after every micro-batch: at the last one of the step, update weights and averages."""
         update = self._engine.is_gradient_accumulation_boundary()
         if update:
             for group in self.optimizer.param_groups:
-                group["lr"], group["momentum"] = lr, momentum
+                group["lr"], group["momentum"] = lr, ema
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
         self._engine.step()
         if update:
@@ -140,44 +144,35 @@ class Engine:
         """Use other position tables than the fixed ones: {network: (N, width)}."""
         for name, table in positions.items():
             self.positions[name].copy_(table)
-            getattr(self.objective, name).positions.copy_(table)
+            self.method.networks[name].positions.copy_(table)
 
     def restored(self) -> None:
-        """Called when masters and optimiser state were overwritten: bring them into both encoders and the predictor."""
+        """Called when masters and optimiser state were overwritten: bring them into all networks."""
         self.optimizer.refresh_copies()
         self.layout.publish()
         self._gather()
 
     def _gather(self) -> None:
-        """Bring the averages into the target encoder, and tell the objective that keeps something made from them."""
+        """Bring the averages into their networks, and tell the method, which may keep something made from them."""
         self.layout.gather()
-        if hasattr(self.objective, "target_changed"):
-            self.objective.target_changed()
+        self.method.average_changed()
 
 
-def compile_for(config: Config, device: torch.device, objective: nn.Module) -> None:
-    """Compile the blocks of all three networks where `engine.compile` says so."""
-    engine = config.engine
-    if device.type == "cuda" and engine.zero < 3 if engine.compile is None else engine.compile:
-        compile_blocks(objective.encoder, objective.predictor, objective.target_encoder)
-
-
-def deepspeed_config(config: Config, ranks: int) -> dict:
+def deepspeed_config(settings: config.Engine, clip: float, micro_batch: int, device: torch.device) -> dict:
     """What DeepSpeed is told. bf16 keeps fp32 masters; nothing is scaled or checked for overflow (see the loop)."""
-    engine = config.engine
-    on_gpu = torch.cuda.is_available() and engine.device != "cpu"
-    bucket = engine.bucket if on_gpu else min(engine.bucket, CPU_BUCKET)
+    on_gpu = device.type == "cuda"
+    bucket = settings.bucket if on_gpu else min(settings.bucket, CPU_BUCKET)
     return {
-        "train_micro_batch_size_per_gpu": config.batch_size // (ranks * engine.accumulation),
-        "gradient_accumulation_steps": engine.accumulation,
-        "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": settings.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
-            "stage": engine.zero,
+            "stage": settings.zero,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "overlap_comm": engine.zero > 0 and on_gpu,
+            "overlap_comm": settings.zero > 0 and on_gpu,
             "contiguous_gradients": True,
         },
         "steps_per_print": 1 << 60,

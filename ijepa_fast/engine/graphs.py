@@ -1,8 +1,8 @@
-"""An objective's forward and backward as CUDA graphs: one pair for every shape of batch that comes again.
+"""A method's forward and backward as CUDA graphs: one pair for every shape of batch that comes again.
 
 A step launches two thousand kernels, and from Python that takes longer than they run. A graph launches them at once,
-but only for the shapes it was captured with; so token counts come from a ladder (packing.py), the first batch of a
-shape runs as it is, which compiles and warms up, the second is captured, and all later ones are replayed.
+but only for the shapes it was captured with; so token counts are padded to buckets (masks/packing.py), the first batch
+of a shape runs as it is, which compiles and warms up, the second is captured, and all later ones are replayed.
 
 Captured graphs share one pool of memory, so that all of them need no more than the largest. What one leaves there is
 gone with the next replay: gradients are therefore copied into a buffer of their own, and what `watch` is given too.
@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.draw import Draw
+from ijepa_fast.methods.method import Method
 
 MOST = 512  # graphs kept; further shapes run without
 ALIGNMENT = 64  # elements
@@ -26,48 +26,49 @@ class Pair:
     """The graphs of one shape of batch, and the memory they read and write."""
 
     images: torch.Tensor
-    packed: PackedBatch
+    draw: Draw
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
     watched: torch.Tensor | None  # (U, D) of the buffer that holds what `watch` is given
 
-    def load(self, images: torch.Tensor, packed: PackedBatch) -> None:
+    def load(self, images: torch.Tensor, draw: Draw) -> None:
         """Bring a batch to where the graphs read it."""
         self.images.copy_(images, non_blocking=True)
-        torch._foreach_copy_([*self.packed.tensors.values()], [*packed.tensors.values()], non_blocking=True)
+        torch._foreach_copy_([*self.draw.tensors.values()], [*draw.tensors.values()], non_blocking=True)
 
 
 class Graphs:
-    """Stands in for the `forward` of an objective on a GPU: (images, packed) -> scalar loss.
+    """Stands in for the `forward` of an method on a GPU: (images, draw) -> (scalar loss, its terms).
 
-    Every backward pass must follow its forward pass, before the next one. The objective's parameters and the target
+    Every backward pass must follow its forward pass, before the next one. The method's parameters and the target
     encoder's must be of one dtype and stay where they are.
     """
 
-    def __init__(self, objective: nn.Module):
-        self.objective, self.run = objective, objective.forward
-        self.params = [p for p in objective.parameters() if p.requires_grad]
+    def __init__(self, method: Method):
+        self.method, self.run = method, method.forward
+        self.params = [p for p in method.parameters() if p.requires_grad]
         self.pairs: dict[tuple, Pair] = {}
         self._seen: set[tuple] = set()
         self._pool = self._stream = self._images = self._features = self._flat = self._seed = None
 
-    def __call__(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, with a gradient where gradients are on; see the class."""
-        shape = (images.shape, *packed.shape)
+        shape = (images.shape, *draw.shape)
         if not torch.is_grad_enabled():
-            return self.run(images, packed)
+            return self.run(images, draw)
         if shape not in self.pairs:
             if shape not in self._seen or len(self.pairs) >= MOST:
                 self._seen.add(shape)
-                return self.run(images, packed)
-            self.pairs[shape] = self._capture(images, packed)
+                return self.run(images, draw)
+            self.pairs[shape] = self._capture(images, draw)
         pair = self.pairs[shape]
-        pair.load(images, packed)
+        pair.load(images, draw)
         loss = _Replay.apply(self, pair, *self.params)
-        if pair.watched is not None and self.objective.watch is not None:
-            self.objective.watch(pair.watched, packed)
-        return loss
+        if pair.watched is not None and self.method.watch is not None:
+            self.method.watch(pair.watched, draw)
+        return loss, {name: term.clone() for name, term in pair.terms.items()}
 
     def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Of all gradients side by side, each in its parameter's shape."""
@@ -80,38 +81,41 @@ class Graphs:
         pair.backward.replay()
         return self.parts(self._flat.clone())
 
-    def _capture(self, images: torch.Tensor, packed: PackedBatch) -> Pair:
+    def _capture(self, images: torch.Tensor, draw: Draw) -> Pair:
         device = images.device
         if self._stream is None:
             self._stream, self._images = torch.cuda.Stream(device), torch.empty_like(images)
             self._flat = self.params[0].new_empty(sum(map(_room, self.params)))
             self._seed = torch.ones((), device=device)
-        packed = packed.map(torch.clone)
+        draw = draw.map(torch.clone)
         self._images.copy_(images)
-        watch, rows = getattr(self.objective, "watch", None), len(packed.union_index)
-        if watch is not None and self._features is None:
-            width = self.objective.target_encoder.dim
-            dtype = self.objective.target_encoder.norm.weight.dtype
-            self._features = torch.empty((packed.images * packed.patches, width), device=device, dtype=dtype)
-        watched = self._features[:rows] if watch is not None else None
-        self.objective.watch = None if watch is None else lambda features, _: watched.copy_(features)
+        watch, seen = self.method.watch, []
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
         options = {"stream": self._stream, "capture_error_mode": "thread_local"}
         try:
             self._stream.wait_stream(torch.cuda.current_stream())
+            self.method.watch = None if watch is None else lambda features, _: seen.append(features)
             with torch.cuda.stream(self._stream):  # the libraries make their workspaces for the stream
-                torch.autograd.grad(self.run(self._images, packed), self.params)
+                torch.autograd.grad(self.run(self._images, draw)[0], self.params)
             torch.cuda.current_stream().wait_stream(self._stream)
+            watched = self._room_for(seen[0], draw) if seen else None
+            self.method.watch = None if watched is None else lambda features, _: watched.copy_(features)
             with torch.cuda.graph(forward, pool=self._pool, **options):
-                loss = self.run(self._images, packed)
+                loss, terms = self.run(self._images, draw)
             self._pool = forward.pool()
             with torch.cuda.graph(backward, pool=self._pool, **options):
                 gradients = torch.autograd.grad(loss, self.params, self._seed)
                 torch._foreach_copy_(self.parts(self._flat), gradients)
         finally:
-            self.objective.watch = watch
-        return Pair(self._images, packed, forward, backward, loss.detach(), watched)
+            self.method.watch = watch
+        return Pair(self._images, draw, forward, backward, loss.detach(), terms, watched)
+
+    def _room_for(self, features: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Where a graph leaves what `watch` is given: the first rows of a buffer that all graphs share."""
+        if self._features is None:
+            self._features = features.new_empty((draw.images * self.method.encoder.patches, features.shape[1]))
+        return self._features[: len(features)]
 
 
 def _room(param: torch.Tensor) -> int:

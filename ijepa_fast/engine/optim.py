@@ -5,6 +5,9 @@ As a state of the optimiser the average lives on the same fp32 partition as the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -24,7 +27,16 @@ class AdamWEMA(torch.optim.Optimizer):
         lr: learning rate; weight_decay: decoupled; betas, eps: Adam's; momentum: of the average.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, momentum=0.996, ema=False):
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.996,
+        ema: bool = False,
+    ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema)
         super().__init__(params, defaults)
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
@@ -57,7 +69,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -85,23 +97,19 @@ class AdamWEMA(torch.optim.Optimizer):
         return loss
 
 
-def parameter_groups(encoder: nn.Module, rest: list[nn.Module]) -> list[dict]:
-    """Groups as published: biases and 1-D tensors are not decayed; only the encoder has an average.
+def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = ()) -> list[dict]:
+    """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an average.
 
-    Each group has `params`, `names` (of the parameters), `ema` and `decay` (whether weight decay applies).
+    trained: the networks by name. Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
+    (whether weight decay applies).
     """
     groups = []
-    for modules, prefix, ema in (([encoder], "encoder", True), (rest, "predictor", False)):
-        named = [(f"{prefix}.{name}", p) for module in modules for name, p in module.named_parameters()]
+    for ema in (True, False):
+        networks = {name: network for name, network in trained.items() if (name in averaged) is ema}
+        named = [(f"{name}.{key}", p) for name, network in networks.items() for key, p in network.named_parameters()]
         for decay in (True, False):
             chosen = [(n, p) for n, p in named if (p.ndim > 1 and not n.endswith("bias")) is decay]
             if chosen:
                 names, params = zip(*chosen)
                 groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay})
     return groups
-
-
-def tie_encoders(optimizer: AdamWEMA, encoder: nn.Module, target_encoder: nn.Module) -> None:
-    """Let `target_encoder` hold the averages of `encoder`'s parameters, which `optimizer` holds whole."""
-    for param, target in zip(encoder.parameters(), target_encoder.parameters(), strict=True):
-        optimizer.tie(param, target)

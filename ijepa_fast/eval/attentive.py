@@ -3,14 +3,20 @@
 Shapes: b images of a batch, N patches, D width, C outputs.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.linear import score_heads, split
+from ijepa_fast.eval.outputs import Outputs
 from ijepa_fast.models.vit import init_weights
 
 
@@ -28,7 +34,7 @@ class AttentiveProtocol:
 class AttentiveHead(nn.Module):
     """Cross-attention of one query and an MLP, each with its residual, then a linear layer (as V-JEPA's probe)."""
 
-    def __init__(self, dim, heads, outputs):
+    def __init__(self, dim: int, heads: int, outputs: int):
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
@@ -39,7 +45,7 @@ class AttentiveHead(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.query, std=0.02)
 
-    def forward(self, dense):
+    def forward(self, dense: torch.Tensor) -> torch.Tensor:
         """Patch features (b, N, D) fp32 -> scores (b, C)."""
         b, n, dim = dense.shape
         keys, values = self.kv(self.norm1(dense)).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -53,11 +59,18 @@ class AttentiveHead(nn.Module):
 class DenseFeatures:
     """Patch features by row of the source: kept in fp16 where all fit into `room` bytes, encoded anew each time if not.
 
-    encode: images uint8 (b, H, W, 3) -> features (b, N, D). batches: rows int64 (n,) and a batch's size -> iterable of
-    (images, rows), without those that cannot be decoded. rows: all that will be asked for.
+    batches: rows int64 (n,) and a batch's size -> (images, rows), without the images that cannot be decoded.
+    rows: all that will be asked for.
     """
 
-    def __init__(self, encode, batches, rows, device, room=4 << 30):
+    def __init__(
+        self,
+        encode: Encode,
+        batches: Callable[[np.ndarray, int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+        rows: np.ndarray,
+        device: torch.device | str,
+        room: int = 4 << 30,
+    ):
         self.encode, self.batches, self.device = encode, batches, device
         self.kept, self.place = None, {}
         (first, _), *_ = self._encoded(rows[:1], 1)
@@ -66,7 +79,7 @@ class DenseFeatures:
             self.kept = torch.cat([dense for dense, _ in parts])
             self.place = {int(row): place for place, row in enumerate(torch.cat([found for _, found in parts]))}
 
-    def read(self, rows, batch):
+    def read(self, rows: np.ndarray, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches in the order of `rows`: patch features fp32 (b, N, D) on the device, rows int64 (b,) on the CPU."""
         if self.kept is None:
             yield from self._encoded(rows, batch)
@@ -78,32 +91,40 @@ class DenseFeatures:
             yield self.kept[places].to(self.device).float(), torch.from_numpy(part)
 
     @torch.no_grad()
-    def _encoded(self, rows, batch):
+    def _encoded(self, rows: np.ndarray, batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, found in self.batches(rows, batch):
             yield self.encode(images.to(self.device)).float(), found
 
 
-def fit_attentive(dense, rows, outputs, heads, protocol=None, holdout=0.1, seed=0):
+def fit_attentive(
+    dense: DenseFeatures,
+    rows: np.ndarray,
+    outputs: Outputs,
+    heads: int,
+    protocol: AttentiveProtocol | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> tuple[AttentiveHead, dict[str, Any]]:
     """The attentive head of the best rate.
 
-    dense: DenseFeatures. rows int64 (n,): the training images; outputs: suite.Outputs of their labels, in this order.
-    heads: of the attention. holdout: share of the images, drawn by `seed`, that chooses the rate; they are not trained
-    on. Returns (AttentiveHead in evaluation mode, whose scores decode as `outputs` says, and its figures: rate,
-    held_out).
+    rows int64 (n,): the training images; outputs: of their labels, in this order, on the CPU. heads: of the attention.
+    holdout: share of the images, drawn by `seed`, that chooses the rate; the head is not trained on them.
+    Returns the head in evaluation mode, whose scores `outputs` decodes, and what was chosen: {"rate", "held_out"}.
     """
     protocol = protocol or AttentiveProtocol()
-    targets, spread = outputs.targets, 1.0
+    targets = outputs.targets
+    mean, spread = targets.float().mean(), targets.float().std().clamp_min(1e-12)
     if outputs.classes is None:
-        mean, spread = targets.mean(), targets.std().clamp_min(1e-12)
         targets = (targets - mean) / spread
     by_row = dict(zip(rows.tolist(), targets.tolist()))
     kept, held = (rows[part.numpy()] for part in split(len(rows), holdout, seed))
     batch = min(protocol.batch, max(16, len(kept) // 16), len(kept))
     steps = max(protocol.epochs * (len(kept) // batch), protocol.least_steps)
-    order, candidates, step = np.random.default_rng(seed), None, 0
+    order, step = np.random.default_rng(seed), 0
+    candidates: list[_Candidate] = []
     while step < steps:
         for features, found in dense.read(order.permutation(kept), batch):
-            if candidates is None:
+            if not candidates:
                 candidates = [_Candidate(features, heads, outputs.count, r, protocol, seed) for r in protocol.rates]
             y = torch.tensor([by_row[row] for row in found.tolist()], device=features.device)
             for candidate in candidates:
@@ -111,37 +132,41 @@ def fit_attentive(dense, rows, outputs, heads, protocol=None, holdout=0.1, seed=
             step += 1
             if step == steps:
                 break
-    best = None
     for candidate in candidates:
         scores, found = attentive_scores(candidate.head, dense, held)
         truth = torch.tensor([by_row[row] for row in found.tolist()])
-        score = score_heads(scores, truth, outputs.task)
-        if best is None or score > best[0]:
-            best = (score, candidate)
-    head = best[1].head.eval()
+        candidate.held_out = score_heads(scores, truth, outputs.task)
+    best = max(candidates, key=lambda candidate: candidate.held_out)
+    head = best.head.eval()
     if outputs.classes is None:
         with torch.no_grad():
             head.out.weight.mul_(spread)
             head.out.bias.mul_(spread).add_(mean)
-    return head, {"rate": best[1].rate, "held_out": best[0]}
+    return head, {"rate": best.rate, "held_out": best.held_out}
 
 
 @torch.no_grad()
-def attentive_scores(head, dense, rows, batch=256):
+def attentive_scores(
+    head: AttentiveHead, dense: DenseFeatures, rows: np.ndarray, batch: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores fp32 (m, C) on the CPU of the images `rows` that can be decoded, and their rows (m,)."""
     parts = [(head(features).cpu(), found) for features, found in dense.read(rows, batch)]
     return torch.cat([scores for scores, _ in parts]), torch.cat([found for _, found in parts])
 
 
 class _Candidate:
-    def __init__(self, features, heads, outputs, rate, protocol, seed):
-        self.rate = rate
+    """A head of one rate, and its score on the held-out images."""
+
+    def __init__(
+        self, features: torch.Tensor, heads: int, outputs: int, rate: float, protocol: AttentiveProtocol, seed: int
+    ):
+        self.rate, self.held_out = rate, 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = AttentiveHead(features.shape[-1], heads, outputs).to(features.device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=rate, weight_decay=protocol.decay)
 
-    def step(self, features, targets, factor):
+    def step(self, features: torch.Tensor, targets: torch.Tensor, factor: float) -> None:
         scores = self.head(features)
         loss = F.mse_loss(scores[:, 0], targets) if targets.is_floating_point() else F.cross_entropy(scores, targets)
         self.optimizer.param_groups[0]["lr"] = self.rate * factor

@@ -1,10 +1,47 @@
-"""Frozen features: average-pooled patch features of every image, cached once and shared by all probes."""
+"""Frozen features: average-pooled patch features of every image, computed once and shared by all probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
 
 import torch
 
+# images uint8 (b, H, W, 3) -> features (b, N, D); N is 1 where a class token is read
+Encode = Callable[[torch.Tensor], torch.Tensor]
 
-def pool(dense):
-    """Average over patches: (b, N, D) -> (b, D) fp32; of a list of layers, side by side: (b, layers*D)."""
+
+class Network(Protocol):
+    """An encoder whose layers can be read and whose weights can be trained: what ijepa_fast.load gives.
+
+    encoder: the transformer, with `blocks` and a final `norm`. arch: its sizes. crop: side of its images, pixels.
+    dim: width of its features.
+    """
+
+    encoder: Any
+    arch: Any
+    crop: int
+    dim: int
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 (b, H, W, 3) -> features (b, N, D)."""
+
+    def layers(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Outputs of the last `count` blocks, without the final LayerNorm, each (b, N, D)."""
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Its weights."""
+
+
+def network(encode: Encode, wanted: str) -> Network:
+    """`encode`, which must be more than a function. Raises ValueError naming what is wanted of it."""
+    if not hasattr(encode, "layers"):
+        raise ValueError(f"{wanted}: expected an encoder as ijepa_fast.load gives, got a {type(encode).__name__}")
+    return cast(Network, encode)
+
+
+def pool(dense: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Average over patches: (b, N, D) -> (b, D) fp32; a list of layers gives them side by side: (b, layers*D)."""
     if isinstance(dense, list | tuple):
         return torch.cat([pool(layer) for layer in dense], dim=1)
     if dense.dim() != 3:
@@ -13,13 +50,15 @@ def pool(dense):
 
 
 @torch.no_grad()
-def pooled_features(encode, batches, device="cpu"):
+def pooled_features(
+    encode: Callable, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Average-pooled features of every image (I-JEPA, appendix A.2).
 
-    encode: images uint8 (b, H, W, 3) on `device` -> dense features (b, N, D), or a list of them, one a layer, which are
+    encode: images uint8 (b, H, W, 3) on `device` -> features (b, N, D), or a list of them, one per layer, which are
         pooled and concatenated.
-    batches: iterable of (images, labels), labels any tensor with one row an image.
-    Returns (features (n, D) fp32, labels (n, ...)), both on the CPU.
+    batches: (images, labels), labels any tensor with one row per image.
+    Returns (features (n, D) fp32, labels (n, ...)), both on the CPU. Raises ValueError where there is no batch.
     """
     features, labels = [], []
     for images, target in batches:
@@ -33,15 +72,17 @@ def pooled_features(encode, batches, device="cpu"):
 
 
 class Standardiser:
-    """Zero mean and unit variance by the statistics of the training features (batch normalisation without affine,
-    whose batch is the whole training set). per_feature=False divides by one number for all features instead.
+    """Zero mean and unit variance by the statistics of the training features (n, D).
+
+    It is batch normalisation without an affine map, whose batch is the whole training set. per_feature=False divides by
+    one number for all features instead.
     """
 
-    def __init__(self, features, per_feature=True, eps=1e-5):
+    def __init__(self, features: torch.Tensor, per_feature: bool = True, eps: float = 1e-5):
         self.mean = features.mean(0)
         variance = features.var(0, correction=0)
         self.scale = (variance if per_feature else variance.mean()).add(eps).rsqrt()
 
-    def __call__(self, features):
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, D)."""
         return (features - self.mean) * self.scale

@@ -1,8 +1,8 @@
-"""Labelled images of an evaluation: the labels that each layout has, and the task that each of them is.
+"""Labelled images: the labels that each layout has, and the task that each label is.
 
 folders      DATA/<class>/...jpg: one column "class" (ImageNet, CIFAR-100, Places205); also tar shards, and text
-             lists with a label a line (iNat18: the category of each path)
-a table      DATA/labels.csv: a column a label (the embedded scenes: kind, count, distance, metres)
+             lists with one label per line (iNat18: the category of each path)
+a table      DATA/labels.csv: one column per label (the embedded scenes: kind, count, distance, metres)
 Clevr        CLEVR/images/<split>: count and distance from CLEVR/scenes/CLEVR_<split>_scenes.json
 """
 
@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.features import pooled_features
 
 TASKS = ("classification", "counting", "regression")
 
@@ -45,27 +42,27 @@ class Labelled:
         return {name: values[rows] for name, values in self.labels.items()}
 
 
-class Samples:
+class Samples(Source):
     """Some samples of a source as a source for data.dali's loaders; the label of each is its row in the source."""
 
-    groups = None
-
     def __init__(self, source: Source, rows: np.ndarray):
-        self.source, self.labels = source, np.asarray(rows, np.int64)
+        super().__init__(source.root, source.index)
+        self.source = source
+        self.rows = self.labels = np.asarray(rows, np.int64)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def name(self, index: int) -> str:
         """What to call sample `index` in a message."""
-        return self.source.name(int(self.labels[index]))
+        return self.source.name(int(self.rows[index]))
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of sample `index`. Raises OSError."""
-        return self.source.read(int(self.labels[index]))
+        return self.source.read(int(self.rows[index]))
 
 
-def open_labelled(path, cache=None, tasks=None) -> Labelled:
+def open_labelled(path: str | Path, cache: str | Path | None = None, tasks: dict[str, str] | None = None) -> Labelled:
     """The images and labels at `path`, in a layout named above.
 
     Numbers that are no integers are regressed, a column named count is counted, all else is classified; `tasks`,
@@ -76,7 +73,9 @@ def open_labelled(path, cache=None, tasks=None) -> Labelled:
     if scenes := _clevr_scenes(path):
         columns, classes = _read_clevr(scenes, source)
     if not columns:
-        raise ValueError(f"{path}: found no labels; expected a folder a class, a labels.csv, or Clevr's images/<split>")
+        raise ValueError(
+            f"{path}: found no labels; expected a folder per class, a labels.csv, or Clevr's images/<split>"
+        )
     tasks = _tasks(columns, tasks or {}, path)
     labels = {}
     for name, task in tasks.items():
@@ -87,7 +86,7 @@ def open_labelled(path, cache=None, tasks=None) -> Labelled:
     return Labelled(source, labels, tasks, classes)
 
 
-def _tasks(columns: dict, wanted: dict[str, str], path) -> dict[str, str]:
+def _tasks(columns: dict, wanted: dict[str, str], path: str | Path) -> dict[str, str]:
     for name, task in wanted.items():
         if name not in columns:
             raise ValueError(f"--task {name}={task}: {path} has no label {name!r}; it has {', '.join(columns)}")
@@ -102,7 +101,7 @@ def _tasks(columns: dict, wanted: dict[str, str], path) -> dict[str, str]:
     return tasks
 
 
-def _numbers(classes: list[str], name: str, task: str, path) -> torch.Tensor:
+def _numbers(classes: list[str], name: str, task: str, path: str | Path) -> torch.Tensor:
     try:
         return torch.tensor([int(value) for value in classes])
     except ValueError:
@@ -131,18 +130,7 @@ def match(train: Labelled, test: Labelled) -> Labelled:
     return replace(test, labels=labels, tasks=train.tasks, classes=train.classes)
 
 
-def read_features(encode, part: Labelled, rows: np.ndarray, device, batch_size: int = 256, **options):
-    """Average-pooled features (n, D), fp32, of the samples `rows` that can be decoded, and their rows, int64 (n,).
-
-    encode: see pooled_features. options: of eval_batches. Both are on the CPU.
-    """
-    batches = eval_batches(Samples(part.source, rows), device=device, batch_size=batch_size, **options)
-    total = -(-len(rows) // batch_size)
-    bar = tqdm(batches, f"encoding {part.source.root}", total, unit="batch", mininterval=1, disable=None, delay=2)
-    return pooled_features(encode, bar, device)
-
-
-def _clevr_scenes(path) -> Path | None:
+def _clevr_scenes(path: str | Path) -> Path | None:
     folder = Path(path)
     scenes = folder.parent.parent / "scenes" / f"CLEVR_{folder.name}_scenes.json"
     return scenes if folder.parent.name == "images" and scenes.is_file() else None

@@ -1,11 +1,16 @@
-"""Linear heads on cached features, fitted to convergence: the fast protocol for data that fit into memory.
+"""Linear heads on cached features, fitted to convergence: the "exact" protocol, for data that fit into memory.
 
 Logistic regression by full-batch L-BFGS for classes and counts, ridge regression in closed form for numbers. There is
 no learning rate to sweep; weight decays are swept along one warm-started path (L-BFGS) or from one eigendecomposition
 (ridge). Head and decay are chosen on a held-out tenth of the training images, then refitted on all.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,9 @@ from ijepa_fast.eval.features import Standardiser
 # Penalty decay/2 * |W|^2 beside the mean loss; scikit-learn's C is 1 / (decay * n).
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HEADS = ("linear", "bn_linear")
+
+Fit = tuple[torch.Tensor, torch.Tensor]  # weight (D, C) and bias (C,)
+Candidate = tuple[Any, float, Fit]  # learning rate (None of a fit to convergence), decay, fit
 
 
 @dataclass
@@ -30,16 +38,24 @@ class LinearHead:
     rate: float | None = None
 
     @property
-    def chosen(self):
+    def chosen(self) -> dict[str, Any]:
         """What the sweep chose, ready for JSON."""
         return {"head": self.head, "decay": self.decay, "rate": self.rate, "held_out": self.held_out}
 
-    def __call__(self, features):
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """features (n, D) -> scores (n, C)."""
         return self.standardise(features) @ self.weight + self.bias
 
 
-def fit_logistic(x, labels, classes, decay, start=None, iterations=200, tolerance=1e-6):
+def fit_logistic(
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    decay: float,
+    start: Fit | None = None,
+    iterations: int = 200,
+    tolerance: float = 1e-6,
+) -> Fit:
     """Weights (D, C) and bias (C,) minimising mean cross-entropy + decay/2 * |weight|^2.
 
     x fp32 (n, D), labels int64 (n,). start: (weight, bias) of an earlier fit to begin from.
@@ -55,7 +71,7 @@ def fit_logistic(x, labels, classes, decay, start=None, iterations=200, toleranc
         line_search_fn="strong_wolfe",
     )
 
-    def closure():
+    def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(torch.addmm(bias, x, weight), labels) + 0.5 * decay * weight.square().sum()
         loss.backward()
@@ -66,7 +82,7 @@ def fit_logistic(x, labels, classes, decay, start=None, iterations=200, toleranc
     return weight.detach(), bias.detach()
 
 
-def fit_ridge(x, targets, decays):
+def fit_ridge(x: torch.Tensor, targets: torch.Tensor, decays: Sequence[float]) -> list[Fit]:
     """Weights (D, T) and bias (T,) minimising mean squared error / 2 + decay/2 * |weight|^2, for each decay.
 
     x fp32 (n, D), targets (n, T). One eigendecomposition, in fp64, serves all decays.
@@ -83,10 +99,12 @@ def fit_ridge(x, targets, decays):
     return fits
 
 
-def _path(x, targets, task, classes, decays):
-    """(decay, (weight, bias)) along the path of decays, largest first."""
+def _path(
+    x: torch.Tensor, targets: torch.Tensor, classes: int | None, decays: Sequence[float]
+) -> Iterator[tuple[float, Fit]]:
+    """(decay, its fit) along the path of decays, largest first."""
     decays = sorted(decays, reverse=True)
-    if task == "regression":
+    if classes is None:
         yield from zip(decays, fit_ridge(x, targets[:, None], decays))
         return
     fit = None
@@ -95,20 +113,14 @@ def _path(x, targets, task, classes, decays):
         yield decay, fit
 
 
-def _refit(x, targets, task, classes, decay, start):
-    if task == "regression":
-        return fit_ridge(x, targets[:, None], [decay])[0]
-    return fit_logistic(x, targets, classes, decay, start)
-
-
-def score_heads(scores, targets, task):
+def score_heads(scores: torch.Tensor, targets: torch.Tensor, task: str) -> float:
     """What a sweep is chosen by: accuracy, or minus the squared error. scores (n, C), targets (n,)."""
     if task == "regression":
         return -float(F.mse_loss(scores[:, 0], targets))
     return float((scores.argmax(1) == targets).float().mean())
 
 
-def split(n, holdout, seed, device="cpu"):
+def split(n: int, holdout: float, seed: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the images that fit and of those, a share `holdout`, that choose; drawn by `seed`."""
     if n < 2:
         raise ValueError(f"features: expected at least two images to fit a head, got {n}")
@@ -117,27 +129,65 @@ def split(n, holdout, seed, device="cpu"):
     return order[held:], order[:held]
 
 
-def fit_linear(features, targets, task="classification", heads=("bn_linear",), decays=DECAYS, holdout=0.1, seed=0):
-    """The best linear head of a sweep over heads and decays.
+def choose(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    task: str,
+    heads: Sequence[str],
+    sweep: Callable[[torch.Tensor, torch.Tensor], Iterator[Candidate]],
+    refit: Callable[[torch.Tensor, Any, float, Fit], Fit],
+    holdout: float,
+    seed: int,
+) -> LinearHead:
+    """The best linear head of a sweep, fitted again on all images.
 
-    features fp32 (n, D). targets: int64 (n,) classes from 0, or fp32 (n,) for task "regression".
-    heads: of "linear" (features centred and divided by one number) and "bn_linear" (each feature standardised).
-    holdout: share of the images, drawn by `seed`, that chooses head and decay.
-    Returns a LinearHead fitted on all images.
+    features fp32 (n, D), targets (n,). heads: of HEADS, "linear" (features centred and divided by one number) and
+    "bn_linear" (each feature standardised). holdout: share of the images, drawn by `seed`, that chooses.
+    sweep(x, targets) yields (rate, decay, fit) for standardised features of the other images;
+    refit(x, rate, decay, fit) is the fit of what was chosen to all images.
     """
     if len(features) != len(targets):
         raise ValueError(f"targets: expected one for each of {len(features)} images, got {len(targets)}")
-    targets = targets.float() if task == "regression" else targets.long()
-    classes = None if task == "regression" else int(targets.max()) + 1
     kept, held = split(len(features), holdout, seed, features.device)
-    best = None
+    best: tuple[str, Candidate] | None = None
+    held_out = -math.inf
     for head in heads:
         x = Standardiser(features[kept], per_feature=head == "bn_linear")(features)
-        for decay, (weight, bias) in _path(x[kept], targets[kept], task, classes, decays):
+        for candidate in sweep(x[kept], targets[kept]):
+            weight, bias = candidate[-1]
             score = score_heads(x[held] @ weight + bias, targets[held], task)
-            if best is None or score > best[0]:
-                best = (score, head, decay, (weight, bias))
-    held_out, head, decay, start = best
+            if best is None or score > held_out:
+                held_out, best = score, (head, candidate)
+    if best is None:
+        raise ValueError(f"heads: expected some of {HEADS}, got none")
+    head, (rate, decay, fit) = best
     standardise = Standardiser(features, per_feature=head == "bn_linear")
-    weight, bias = _refit(standardise(features), targets, task, classes, decay, start)
-    return LinearHead(standardise, weight, bias, head, decay, held_out)
+    return LinearHead(standardise, *refit(standardise(features), rate, decay, fit), head, decay, held_out, rate)
+
+
+def fit_linear(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    task: str = "classification",
+    heads: Sequence[str] = ("bn_linear",),
+    decays: Sequence[float] = DECAYS,
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> LinearHead:
+    """The best linear head of a sweep over heads and decays, each fitted to convergence.
+
+    features fp32 (n, D). targets: int64 (n,) classes from 0, or fp32 (n,) for task "regression". heads, holdout, seed:
+    see choose. Returns a LinearHead fitted on all images.
+    """
+    targets = targets.float() if task == "regression" else targets.long()
+    classes = None if task == "regression" else int(targets.max()) + 1
+
+    def sweep(x: torch.Tensor, y: torch.Tensor) -> Iterator[Candidate]:
+        return ((None, decay, fit) for decay, fit in _path(x, y, classes, decays))
+
+    def refit(x: torch.Tensor, rate: None, decay: float, start: Fit) -> Fit:
+        if classes is None:
+            return fit_ridge(x, targets[:, None], [decay])[0]
+        return fit_logistic(x, targets, classes, decay, start)
+
+    return choose(features, targets, task, heads, sweep, refit, holdout, seed)

@@ -1,8 +1,11 @@
-"""Low-shot: a share of the labels, the same of every class, and either a linear head or the whole encoder on them."""
+"""Low-shot learning: the same share of the labels of every class, and the whole encoder trained on these images."""
+
+from __future__ import annotations
 
 import copy
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.data.dali import TrainLoader
+from ijepa_fast.data.sources import Source
+from ijepa_fast.eval.features import Network
 from ijepa_fast.eval.labels import Samples
 
 
@@ -31,7 +36,7 @@ PAPER_TUNING = FineTuning()  # I-JEPA, appendix A.2
 SMALL_TUNING = FineTuning(epochs=100, batch=32, rate=1e-3)  # for small encoders and a few hundred images
 
 
-def draw_share(targets, share, seed):
+def draw_share(targets: torch.Tensor, share: float, seed: int) -> np.ndarray:
     """Indices int64, sorted, of `share` of the images of every class, at least one; targets int64 (n,)."""
     if not 0 < share <= 1:
         raise ValueError(f"--share: expected 0 < share <= 1, got {share}")
@@ -46,44 +51,55 @@ def draw_share(targets, share, seed):
 class Classifier(nn.Module):
     """An encoder, average pooling and a linear layer."""
 
-    def __init__(self, encoder, outputs):
+    def __init__(self, encoder: Network, outputs: int):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.dim, outputs)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images uint8 (b, H, W, 3) -> scores (b, C)."""
         return self.head(self.encoder(images).mean(1))
 
 
-def parameter_groups(classifier, rate, layer_decay, weight_decay):
+def parameter_groups(
+    classifier: Classifier, rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """Groups of AdamW: the rate of a layer is `rate` * layer_decay^(layers above it), the head's is `rate`.
 
     Biases and 1-D parameters are not decayed.
     """
     depth = len(classifier.encoder.encoder.blocks)
-    groups = {}
+    groups: dict[tuple[int, float], dict[str, Any]] = {}
     for name, parameter in classifier.named_parameters():
         block = re.search(r"\.blocks\.(\d+)\.", name)
-        layer = int(block[1]) + 1 if block else 0 if ".patch_embed." in name else depth + 1
+        above = name.startswith(("head.", "encoder.encoder.norm."))
+        layer = int(block[1]) + 1 if block else depth + 1 if above else 0
         decay = weight_decay if parameter.ndim > 1 else 0.0
         group = {"params": [], "lr": rate * layer_decay ** (depth + 1 - layer), "weight_decay": decay}
         groups.setdefault((layer, decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
-def fine_tune(encoder, source, rows, targets, outputs, protocol=PAPER_TUNING, seed=0, **loading):
-    """A copy of `encoder` (interop.load.PretrainedEncoder, fp32), trained with a linear head on the images `rows`.
+def fine_tune(
+    encoder: Network,
+    source: Source,
+    rows: np.ndarray,
+    targets: torch.Tensor,
+    outputs: int,
+    protocol: FineTuning = PAPER_TUNING,
+    seed: int = 0,
+) -> Classifier:
+    """A copy of `encoder` (fp32), trained with a linear head on the images `rows`.
 
-    rows int64 (n,) of `source`; targets int64 (n,), from 0 to outputs - 1. loading: arguments of TrainLoader. Images
-    are cropped and mirrored at random. Returns a Classifier in evaluation mode.
+    rows int64 (n,) of `source`; targets int64 (n,), from 0 to outputs - 1. Images are cropped and mirrored at random.
+    Returns a Classifier in evaluation mode.
     """
     device = next(encoder.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = Classifier(copy.deepcopy(encoder).requires_grad_(True), outputs).to(device)
+        classifier = Classifier(copy.deepcopy(encoder), outputs).requires_grad_(True).to(device)
     batch = min(protocol.batch, len(rows))
     groups = parameter_groups(classifier, protocol.rate, protocol.layer_decay, protocol.weight_decay)
     optimizer = torch.optim.AdamW(groups)
@@ -98,7 +114,6 @@ def fine_tune(encoder, source, rows, targets, outputs, protocol=PAPER_TUNING, se
         flip=True,
         seed=seed,
         device=device,
-        **loading,
     )
     try:
         for step in range(steps):

@@ -1,26 +1,26 @@
 """The online probe: is the representation getting better, or collapsing, while it trains?
 
-It costs almost nothing, because it looks at what the step has computed anyway: the target encoder's features of the
-training batch, pooled, are kept for the last few thousand images; when the probe is due, a ridge classifier is fitted
-in closed form on three quarters of them and tested on the last. It changes nothing that the run computes. The images
-are those of the training, cropped at random, so the figures are for comparing one step with another; the probes after
-training (probing.py) are the ones to report.
+It costs almost nothing, because it reads what the step has computed anyway. It keeps the target encoder's features of
+the last few thousand training images, pooled over the targets of each image. When the probe is due, it fits a ridge
+classifier in closed form on three quarters of them and tests it on the last quarter. It changes nothing that the run
+computes. The images are training images, cropped at random, so its numbers are for comparing one step with another; the
+numbers to report are those of evaluate.py after training.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.config import Config
-from ijepa_fast.data.sources import Source
 from ijepa_fast.eval.features import Standardiser
+from ijepa_fast.eval.outputs import measure
 from ijepa_fast.eval.rankme import rankme, target_variance
-from ijepa_fast.eval.suite import measure
+from ijepa_fast.methods.method import Method
 
 WINDOW = 4096  # images kept, of rank 0
 RANK_IMAGES = 512  # of these, for the rank: its cost grows with the cube
@@ -33,29 +33,38 @@ LEAST_RANK = 1.5
 
 
 class OnlineProbe:
-    """Rank 0's probe of the features that an objective hands to its `watch`; on the other ranks, nothing.
+    """Rank 0's probe of the features that a method hands to its `watch`; on the other ranks, nothing.
 
-    An objective without `watch`, or one that never calls it (target=pixels), is not probed. step: where the run goes
-    on. say: prints a line.
+    A method that never calls `watch`, such as MAE, is not probed.
+    every: steps between readings, 0 for none. columns: {label: values (n,)} of the n training images, int64 ids into
+    `classes[label]` or numbers. step: where the run goes on. say: prints a line.
     """
 
-    def __init__(self, config: Config, objective, source: Source | None, rank: int, step: int, say: Callable):
-        self.every, self._last, self._say = config.probe.every, step, say
-        self._columns = {} if source is None else source.columns
-        self._classes = {} if source is None else source.index.classes
+    def __init__(
+        self,
+        method: Method,
+        every: int,
+        columns: dict[str, np.ndarray],
+        classes: dict[str, list[str]],
+        rank: int = 0,
+        step: int = 0,
+        say: Callable[[str], None] = print,
+    ):
+        self.every, self._last, self._say = every, step, say
+        self._columns, self._classes = columns, classes
         self._pooled: deque[torch.Tensor] = deque()
         self._indices: deque[np.ndarray] = deque()
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
         self._collapsed = False
-        if rank == 0 and self.every > 0 and hasattr(objective, "watch"):
-            objective.watch = self._watch
+        if rank == 0 and self.every > 0:
+            method.watch = self._watch
 
-    def _watch(self, features: torch.Tensor, packed) -> None:
-        """Keep a batch's target features (U, D), averaged over each image's target patches."""
-        lengths = packed.union_cu_seqlens.diff()
+    def _watch(self, features: torch.Tensor, draw: Any) -> None:
+        """Keep a batch's target features (U, D), averaged over each image's target patches; draw: a MaskDraw."""
+        lengths = draw.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
-        self._targets = features, packed.union_index % packed.patches
-        if len(self._pooled) > -(-WINDOW // packed.images):
+        self._targets = features, draw.union_places
+        if len(self._pooled) > -(-WINDOW // draw.images):
             self._pooled.popleft()
 
     def add(self, indices: torch.Tensor) -> None:
@@ -68,7 +77,7 @@ class OnlineProbe:
     def read(self, step: int) -> dict:
         """The probe's section of the log where one is due, {} where none is.
 
-        {"probe": {"rankme", "target_variance", "<label>": figures of suite.measure, ...}}. Says so where the targets
+        {"probe": {"rankme", "target_variance", "<label>": outputs.measure, ...}}. Says so where the targets
         collapse.
         """
         if self._targets is None or step // self.every == self._last // self.every:
@@ -84,9 +93,9 @@ class OnlineProbe:
         return {"probe": found}
 
     def _probe(self, pooled: torch.Tensor, indices: np.ndarray) -> dict:
-        held = np.arange(len(indices)) >= len(indices) - len(indices) // 4
-        kept = torch.from_numpy(~held & ~np.isin(indices, indices[held])).to(pooled.device)
-        held = torch.from_numpy(held).to(pooled.device)
+        last = np.arange(len(indices)) >= len(indices) - len(indices) // 4
+        kept = torch.from_numpy(~last & ~np.isin(indices, indices[last])).to(pooled.device)
+        held = torch.from_numpy(last).to(pooled.device)
         columns = {
             name: torch.from_numpy(values[indices]).to(pooled.device)
             for name, values in self._columns.items()
@@ -117,6 +126,6 @@ class OnlineProbe:
             self._say(
                 f"step {step}: the targets have collapsed, all images look almost the same to the target encoder "
                 f"(RankMe {rank:.2f} of {min(width, RANK_IMAGES)}, variance {variance:.4f} of 1); go back to an "
-                f"earlier checkpoint and lower optim.lr or raise optim.momentum"
+                f"earlier checkpoint and lower optim.lr or raise optim.ema"
             )
         self._collapsed = found["collapsed"] = collapsed

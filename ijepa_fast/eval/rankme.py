@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def rankme(features, eps=1e-7):
+def rankme(features: torch.Tensor, eps: float = 1e-7) -> float:
     """Effective rank of features (n, D): exp of the entropy of the normalised singular values.
 
     Between 1 (all features along one line) and min(n, D). Computed in fp64 from the D x D Gram matrix. The mean is not
@@ -17,7 +17,7 @@ def rankme(features, eps=1e-7):
     return float((-(p * p.log()).sum()).exp())
 
 
-def target_variance(features, places):
+def target_variance(features: torch.Tensor, places: torch.Tensor) -> float:
     """Variance between images of the targets at the same place: features (n, D) after the affine-free LayerNorm.
 
     places: int (n,) position of each row's patch in its image. Every row has a mean square of 1, so this is the share

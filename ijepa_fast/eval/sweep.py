@@ -3,13 +3,17 @@
 Shapes: n images, D features, S heads of the sweep, C outputs (classes, or 1 of a regression).
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from ijepa_fast.eval.features import Standardiser
-from ijepa_fast.eval.linear import LinearHead, score_heads, split
+from ijepa_fast.eval.linear import HEADS, Candidate, Fit, LinearHead, choose, fit_linear
+
+PROTOCOLS = ("fast", "exact", "paper")  # of fit_head
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,17 @@ FAST = Protocol("adamw", (1e-2, 3e-3, 1e-3), (1e-2, 0.0), 30, 1024, least_steps=
 class _LARS:
     """Layer-wise adaptive rates (You et al. 2017), momentum SGD on a stack of heads, each with a rate of its own."""
 
-    def __init__(self, parameters, protocol):
+    def __init__(self, parameters: list[torch.Tensor], protocol: Protocol):
         self.protocol = protocol
         self.velocity = [torch.zeros_like(p) for p in parameters]
 
-    def step(self, parameters, gradients, rates, decays):
+    def step(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        rates: torch.Tensor,
+        decays: torch.Tensor,
+    ) -> None:
         for i, (p, g, v) in enumerate(zip(parameters, gradients, self.velocity)):
             if i == 0:  # the weights; biases take the plain rate
                 norm, slope = p.flatten(1).norm(dim=1), g.flatten(1).norm(dim=1)
@@ -56,11 +66,19 @@ class _LARS:
 
 
 class _AdamW:
-    def __init__(self, parameters, protocol):
+    def __init__(self, parameters: list[torch.Tensor], protocol: Protocol):
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         self.count = 0
 
-    def step(self, parameters, gradients, rates, decays, beta1=0.9, beta2=0.999):
+    def step(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        rates: torch.Tensor,
+        decays: torch.Tensor,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+    ) -> None:
         self.count += 1
         rates = rates[:, None, None]
         for i, (p, g, (m, v)) in enumerate(zip(parameters, gradients, self.moments)):
@@ -72,16 +90,23 @@ class _AdamW:
             p.sub_(rates / (1 - beta1**self.count) * m / denominator)
 
 
-_OPTIMIZERS = {"lars": _LARS, "adamw": _AdamW}
+_OPTIMIZERS: dict[str, type[_LARS] | type[_AdamW]] = {"lars": _LARS, "adamw": _AdamW}
 
 
-def _factor(protocol, step, steps):
+def _factor(protocol: Protocol, step: int, steps: int) -> float:
     if protocol.milestones:
         return 0.1 ** sum(step >= share * steps for share in protocol.milestones)
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train_sweep(x, targets, outputs, protocol, task="classification", seed=0):
+def train_sweep(
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    outputs: int,
+    protocol: Protocol,
+    task: str = "classification",
+    seed: int = 0,
+) -> tuple[list[tuple[float, float]], torch.Tensor, torch.Tensor]:
     """Train every head of the protocol's grid on the same batches.
 
     x fp32 (n, D) standardised features; targets int64 (n,), or fp32 (n,) standardised too for a regression.
@@ -112,7 +137,7 @@ def train_sweep(x, targets, outputs, protocol, task="classification", seed=0):
     return grid, parameters[0], parameters[1][:, 0]
 
 
-def _slope(scores, targets, task):
+def _slope(scores: torch.Tensor, targets: torch.Tensor, task: str) -> torch.Tensor:
     """Gradient of the summed loss in the scores (S, b, C): cross-entropy, or half the squared error."""
     if task == "regression":
         return scores - targets[None, :, None]
@@ -122,28 +147,53 @@ def _slope(scores, targets, task):
 
 
 def fit_sweep(
-    features, targets, task="classification", heads=("linear", "bn_linear"), protocol=FAST, holdout=0.1, seed=0
-):
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    task: str = "classification",
+    heads: Sequence[str] = ("linear", "bn_linear"),
+    protocol: Protocol = FAST,
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> LinearHead:
     """The best linear head of a protocol's sweep over heads, rates and decays; arguments as in linear.fit_linear.
 
-    Head, rate and decay are chosen on the held-out share and trained again on all images. Returns a LinearHead, whose
-    `rate` says which was chosen.
+    Returns a LinearHead fitted on all images; its `rate` says which was chosen.
     """
-    n = len(features)
-    outputs = 1 if task == "regression" else int(targets.max()) + 1
-    kept, held = split(n, holdout, seed, features.device)
-    best = None
-    mean, spread = (targets.float().mean(), targets.float().std()) if task == "regression" else (0.0, 1.0)
-    y = (targets.float() - mean) / spread if task == "regression" else targets.long()
-    for head in heads:
-        x = Standardiser(features[kept], per_feature=head == "bn_linear")(features)
-        grid, weights, biases = train_sweep(x[kept], y[kept], outputs, protocol, task, seed)
-        for (rate, decay), weight, bias in zip(grid, weights, biases):
-            score = score_heads(x[held] @ weight + bias, y[held], task)
-            if best is None or score > best[0]:
-                best = (score, head, rate, decay)
-    held_out, head, rate, decay = best
-    standardise = Standardiser(features, per_feature=head == "bn_linear")
-    chosen = replace(protocol, rates=(rate,), decays=(decay,))
-    _, weights, biases = train_sweep(standardise(features), y, outputs, chosen, task, seed)
-    return LinearHead(standardise, weights[0] * spread, biases[0] * spread + mean, head, decay, held_out, rate)
+    regression = task == "regression"
+    outputs = 1 if regression else int(targets.max()) + 1
+    mean, spread = (targets.float().mean(), targets.float().std()) if regression else (0.0, 1.0)
+    y = (targets.float() - mean) / spread if regression else targets.long()
+
+    def sweep(x: torch.Tensor, y: torch.Tensor) -> Iterator[Candidate]:
+        grid, weights, biases = train_sweep(x, y, outputs, protocol, task, seed)
+        return ((rate, decay, (weight, bias)) for (rate, decay), weight, bias in zip(grid, weights, biases))
+
+    def refit(x: torch.Tensor, rate: float, decay: float, start: Fit) -> Fit:
+        chosen = replace(protocol, rates=(rate,), decays=(decay,))
+        _, weights, biases = train_sweep(x, y, outputs, chosen, task, seed)
+        return weights[0] * spread, biases[0] * spread + mean
+
+    return choose(features, y, task, heads, sweep, refit, holdout, seed)
+
+
+def fit_head(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    task: str = "classification",
+    protocol: str = "fast",
+    heads: Sequence[str] = ("bn_linear",),
+    seed: int = 0,
+) -> LinearHead:
+    """The best linear head on features (n, D) for targets (n,), fitted by a protocol.
+
+    protocol: "fast" (the sweep FAST; regressions in closed form), "exact" (linear.fit_linear: to convergence, several
+    times slower, and kinder to features of low rank) or "paper" (the sweep PAPER). heads: of linear.HEADS. seed: of the
+    held-out images and the first weights. Raises ValueError for another protocol or head.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol: expected one of {PROTOCOLS}, got {protocol!r}")
+    if unknown := set(heads) - set(HEADS):
+        raise ValueError(f"heads: expected of {HEADS}, got {sorted(unknown)}")
+    if protocol == "exact" or (protocol == "fast" and task == "regression"):
+        return fit_linear(features, targets, task, heads, seed=seed)
+    return fit_sweep(features, targets, task, heads, PAPER if protocol == "paper" else FAST, seed=seed)

@@ -11,16 +11,15 @@ The first two hold one encoder, the target encoder unless --network says otherwi
 """
 
 import argparse
-import os
-import shutil
-import sys
 from pathlib import Path
 
+from ijepa_fast.command import one_sentence
+from ijepa_fast.files import publish
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.reference import save_reference
 from ijepa_fast.interop.timm import save_timm
-from ijepa_fast.interop.weights import NETWORKS, save_weights, with_image_size
+from ijepa_fast.interop.weights import save_weights, with_image_size
 
 ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
 ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
@@ -32,28 +31,22 @@ def export(weights, form, out, network=None):
     network: of the formats with one encoder, "target_encoder" (default) or "encoder". ValueError where `out` exists.
     """
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
     if network and form not in ONE_ENCODER:
         one = " or ".join(ONE_ENCODER)
         raise ValueError(f"--network: {form} holds all networks; leave it out, or take --format {one}")
     if form == "safetensors" and out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name that ends in .safetensors, by which it is known, got {out.name!r}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with publish(out, lock=True) as draft:
+        if out.exists():
+            raise ValueError(f"--out: {out} exists already; choose another path, or remove it")
         if form in ONE_ENCODER:
-            ONE_ENCODER[form](draft, weights.network(network or "target_encoder"), weights.arch)
+            ONE_ENCODER[form](draft, weights.network(network), weights.arch)
         else:
             ALL_NETWORKS[form](draft, weights)
-        draft.rename(out)
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        draft.unlink(missing_ok=True)
 
 
-def main(argv):
+@one_sentence()
+def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast export", description="Write weights for other tools.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
@@ -63,14 +56,10 @@ def main(argv):
     parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
     parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
-    try:
-        weights = read(args.checkpoint, args.heads)
-        if args.image_size is not None:
-            weights = with_image_size(weights, args.image_size)
-        export(weights, args.format, args.out, args.network)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    held = [name for name in NETWORKS if getattr(weights, name)]
-    print(f"{args.out}: {args.network or 'target_encoder' if args.format in ONE_ENCODER else ', '.join(held)}")
+    weights = read(args.checkpoint, args.heads)
+    if args.image_size is not None:
+        weights = with_image_size(weights, args.image_size)
+    export(weights, args.format, args.out, args.network)
+    written = args.network or weights.best if args.format in ONE_ENCODER else weights.held
+    print(f"{args.out}: {written}")
     return 0

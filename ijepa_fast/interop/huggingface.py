@@ -1,18 +1,32 @@
-"""Hugging Face `IJepaModel` folders, in and out: config.json, model.safetensors, preprocessor_config.json.
+"""Hugging Face folders, in and out: config.json, model.safetensors, preprocessor_config.json.
+
+An encoder without class token is an `IJepaModel`, one with a class token a `ViTModel`.
 
 Written with the names of the checkpoints on the Hub (`encoder.layer.0.attention.attention.query...`), which
 transformers 4 and 5 both read; read with these or the names of transformers 5's modules.
 """
 
+from __future__ import annotations
+
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.interop.reference import load_tensors
-from ijepa_fast.interop.weights import Weights, infer_arch, read_json, read_safetensors
+from ijepa_fast.interop.weights import (
+    Arch,
+    State,
+    Weights,
+    infer_arch,
+    read_json,
+    read_safetensors,
+    with_class_position,
+)
+from ijepa_fast.models.vit import EPS
 
 # published name -> Hugging Face's, inside a block; qkv is cut into three.
 _BLOCK = {
@@ -27,6 +41,8 @@ _OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
+_TOKENS = {"pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token"}
+_READOUT = "ijepa_fast_readout"  # of config.json: how the method's features are read, "patches" or "class"
 _WRITER = "ijepa_fast"  # of image processors whose mean and std are the training's, whatever they are
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _V5 = {  # transformers 5's module names -> the Hub's
@@ -39,11 +55,11 @@ _V5 = {  # transformers 5's module names -> the Hub's
 }
 
 
-def to_hf(state, arch):
-    """Published encoder state dict -> (config.json's content, state dict of IJepaModel)."""
+def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
+    """Published encoder state dict -> (config.json's content, state dict of IJepaModel or ViTModel)."""
     config = {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
+        "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
+        "model_type": "vit" if arch.class_token else "ijepa",
         "hidden_size": arch.dim,
         "num_hidden_layers": arch.depth,
         "num_attention_heads": arch.heads,
@@ -51,16 +67,19 @@ def to_hf(state, arch):
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": EPS,
         "image_size": arch.image_size,
         "patch_size": arch.patch,
         "num_channels": 3,
         "qkv_bias": True,
         "dtype": "float32",
     }
-    out = {"embeddings.position_embeddings": state["pos_embed"]}
+    state = with_class_position(state, arch)
+    if arch.class_token:
+        config[_READOUT] = arch.readout
+    out = {hf: state[name] for name, hf in _TOKENS.items() if name in state}
     for key, value in state.items():
-        if key == "pos_embed":
+        if key in _TOKENS:
             continue
         module, _, leaf = key.rpartition(".")
         if not module.startswith("blocks."):
@@ -75,7 +94,7 @@ def to_hf(state, arch):
     return config, out
 
 
-def image_processor(arch):
+def image_processor(arch: Arch) -> dict[str, Any]:
     """preprocessor_config.json's content: resize to the training's crop, its mean and std."""
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -91,8 +110,8 @@ def image_processor(arch):
     }
 
 
-def save_hf(folder, state, arch):
-    """Write a folder that IJepaModel.from_pretrained and AutoImageProcessor.from_pretrained read."""
+def save_hf(folder: str | Path, state: State, arch: Arch) -> None:
+    """Write a folder that AutoModel.from_pretrained and AutoImageProcessor.from_pretrained read."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -103,23 +122,27 @@ def save_hf(folder, state, arch):
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor(arch), indent=2) + "\n")
 
 
-def from_hf(folder):
-    """Weights of an IJepaModel (or IJepaForImageClassification) folder, as its target encoder and its encoder.
+def from_hf(folder: str | Path) -> Weights:
+    """Weights of an IJepaModel or ViTModel folder (or one for classification), as its target encoder and its encoder.
 
     Mean and std are what the folder's image processor says. Folders converted from the published checkpoints say .5,
     with which nobody trained: for these ImageNet's are taken, with a warning.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "ijepa":
-        raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', got {config.get('model_type')!r}")
+    kind = config.get("model_type")
+    if kind not in ("ijepa", "vit"):
+        raise ValueError(f"{folder}/config.json: expected model_type 'ijepa' or 'vit', got {kind!r}")
     state = _published(_hf_tensors(folder), folder)
-    arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, **_processor(folder))
+    known = _processor(folder)
+    if kind == "vit":
+        known |= {"learned_positions": True, "readout": config.get(_READOUT, "class"), "method": "vit"}
+    arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, **known)
     _check_config(config, arch, state, folder)
-    return Weights(arch, encoder=state, predictor={}, target_encoder=state)
+    return Weights(arch, {"encoder": state, "target_encoder": state})
 
 
-def _check_config(config, arch, state, folder):
+def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path) -> None:
     """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     held = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
@@ -129,7 +152,7 @@ def _check_config(config, arch, state, folder):
             raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}, the model of the weights has {value!r}")
 
 
-def _hf_tensors(folder):
+def _hf_tensors(folder: Path) -> State:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         parts = sorted(set(read_json(index)["weight_map"].values()))
@@ -141,7 +164,7 @@ def _hf_tensors(folder):
     raise ValueError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json, found neither")
 
 
-def _processor(folder):
+def _processor(folder: Path) -> dict[str, Any]:
     """What the folder's image processor says of mean, std and interpolation, as fields of Arch."""
     path = folder / "preprocessor_config.json"
     values = read_json(path) if path.exists() else {}
@@ -157,17 +180,18 @@ def _processor(folder):
     return {"mean": mean, "std": std, "interpolation": interpolation}
 
 
-def _published(tensors, folder):
+def _published(tensors: State, folder: Path) -> State:
     """Hugging Face's names -> published ones; ValueError for a key that has no place."""
     inside = {hf: name for name, hf in _BLOCK.items()}
     outside = {hf: name for name, hf in _OUTSIDE.items()}
+    tokens = {hf: name for name, hf in _TOKENS.items()}
     out, qkv = {}, {}
     for key, value in tensors.items():
-        name = key.removeprefix("ijepa.")
+        name = key.removeprefix("ijepa.").removeprefix("vit.")
         if name.startswith(("classifier.", "pooler.")) or name == "embeddings.mask_token":
             continue
-        if name == "embeddings.position_embeddings":
-            out["pos_embed"] = value.float()
+        if name in tokens:
+            out[tokens[name]] = value.float()
             continue
         module, _, leaf = name.rpartition(".")
         if module in outside:
@@ -180,7 +204,7 @@ def _published(tensors, folder):
         elif inner in inside:
             out[f"blocks.{number}.{inside[inner]}.{leaf}"] = value.float()
         else:
-            raise ValueError(f"{folder}: {key}: not a weight of IJepaModel")
+            raise ValueError(f"{folder}: {key}: not a weight of IJepaModel or ViTModel")
     for (number, leaf), parts in qkv.items():
         if missing := set(_QKV) - set(parts):
             raise ValueError(f"{folder}: encoder.layer.{number}.attention.attention: {sorted(missing)} missing")
@@ -188,7 +212,7 @@ def _published(tensors, folder):
     return out
 
 
-def _split_layer(module):
+def _split_layer(module: str) -> tuple[str, str]:
     """`encoder.layer.3.x.y` or `layers.3.x.y` -> (3, x.y in the Hub's names)."""
     number, _, inner = module.removeprefix("encoder.layer.").removeprefix("layers.").partition(".")
     return number, _V5.get(inner, inner)

@@ -1,17 +1,21 @@
 """Checkpoints in the published code's layout (.pth.tar), in and out."""
 
+from __future__ import annotations
+
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ijepa_fast.interop.weights import NETWORKS, Weights, infer_arch
+from ijepa_fast.interop.weights import State, Weights, infer_arch
 
+NETWORKS = ("encoder", "predictor", "target_encoder")
 # What a published checkpoint holds beside the networks.
 KEYS = (*NETWORKS, "opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
 
 
-def load_tensors(path):
+def load_tensors(path: str | Path) -> Any:
     """torch.load of a file that holds nothing but tensors, numbers, strings and containers of them; else ValueError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
@@ -27,12 +31,12 @@ def load_tensors(path):
         raise ValueError(f"checkpoint {path}: expected a file written by torch.save, got: {reason}") from None
 
 
-def _is_zip(path):
+def _is_zip(path: str | Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
 
 
-def load_reference(path, heads=None):
+def load_reference(path: str | Path, heads: int | None = None) -> Weights:
     """Weights of a checkpoint in the published layout: encoder, predictor, target_encoder, opt, ...
 
     heads: of the encoder, where its width is none of the published ones. The optimiser's state is not read. mean and
@@ -46,10 +50,10 @@ def load_reference(path, heads=None):
         raise ValueError(f"checkpoint {path}: expected only keys of {KEYS}, got also {strange}")
     states = {name: _plain(content.get(name) or {}, name, path) for name in NETWORKS}
     arch = infer_arch(states["encoder"], states["predictor"], heads=heads, source=f"checkpoint {path}")
-    return Weights(arch, **states)
+    return Weights(arch, states)
 
 
-def _plain(state, name, path):
+def _plain(state: dict, name: str, path: str | Path) -> State:
     """fp32 tensors under names without the `module.` that DistributedDataParallel puts before each."""
     plain = {}
     for key, value in state.items():
@@ -59,12 +63,17 @@ def _plain(state, name, path):
     return plain
 
 
-def save_reference(path, weights):
-    """Write the networks that `weights` has under the published keys; there is no optimiser's state to go with them."""
+def save_reference(path: str | Path, weights: Weights) -> None:
+    """Write I-JEPA's networks under the published keys; there is no optimiser's state to go with them."""
+    if weights.arch.method != "ijepa":
+        raise ValueError(
+            f"--format: reference is the layout of the published I-JEPA code, and these weights are "
+            f"{weights.arch.method}'s; take hf, timm or safetensors"
+        )
     content = {
-        name: {f"module.{key}": value.clone() for key, value in getattr(weights, name).items()}
+        name: {f"module.{key}": value.clone() for key, value in weights.networks[name].items()}
         for name in NETWORKS
-        if getattr(weights, name)
+        if name in weights.networks
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     torch.save(content | {"opt": None, "scaler": None, "epoch": 0}, path)

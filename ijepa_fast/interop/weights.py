@@ -1,30 +1,44 @@
 """Weights in one form, whatever file they came from: the published code's key names, fp32, and the architecture.
 
-Every state dict of `Weights` carries its position table (`pos_embed` (1, N, D); `predictor_pos_embed` (1, N, Dp)),
-which the models keep in a buffer of another name because it is not trained. One file of all networks is a safetensors
-file with keys `<network>.<published name>` and the Arch as JSON in its header: the form that checkpoints have.
+The state dict of a network with fixed positions carries their table (`pos_embed` (1, N, D); `predictor_pos_embed`
+(1, N, Dp)), which the models keep in a buffer of another name because it is not trained. One file of all networks is a
+safetensors file with keys `<network>.<published name>` and the Arch as JSON in its header: the form that checkpoints
+have.
 """
 
+from __future__ import annotations
+
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.models.positions import sincos_2d
 
-NETWORKS = ("encoder", "predictor", "target_encoder")
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # the published width -> heads
-POSITIONS = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
+State = dict[str, torch.Tensor]
+HEADS = {dim: heads for dim, _, heads, _ in ARCHITECTURES.values()}  # the published width -> heads
 HEADER = "ijepa_fast"  # key of the header's metadata
+
+
+def position_key(network: str) -> str:
+    """The published name of the position table of a network."""
+    name = network.removeprefix("target_")
+    return "pos_embed" if name == "encoder" else f"{name}_pos_embed"
 
 
 @dataclass(frozen=True)
 class Arch:
     """What a state dict alone does not say. image_size, patch: pixels; mean, std: the training's, in units of 0..1.
 
-    interpolation: of the training's resizing, bilinear or bicubic. step: of the training, where it is known.
+    interpolation: of the training's resizing, bilinear or bicubic. step: of the training, where it is known. method:
+    that trained it. The last four are models.vit.Encoder's.
     """
 
     image_size: int
@@ -39,37 +53,63 @@ class Arch:
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bilinear"
     step: int | None = None
+    method: str = "ijepa"
+    class_token: bool = False
+    learned_positions: bool = False
+    mask_token: bool = False
+    readout: str = "patches"
 
     @property
-    def grid(self):
+    def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         return (self.image_size // self.patch, self.image_size // self.patch)
 
-    def encoder_options(self):
+    def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
-        return {k: getattr(self, k) for k in ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")}
+        names = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
+        names += ("class_token", "learned_positions", "mask_token", "readout")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class Weights:
-    """The three networks' state dicts, published names, fp32, on the CPU; {} for one that the file does not have."""
+    """The state dicts of the networks that a file has, by name: published keys, fp32, on the CPU.
+
+    Of I-JEPA: encoder, predictor, target_encoder. Other methods have others; "target_<name>" is a network's average.
+    """
 
     arch: Arch
-    encoder: dict
-    predictor: dict
-    target_encoder: dict
+    networks: dict[str, State] = field(default_factory=dict)
 
-    def network(self, name):
-        """The state dict of `name`, ValueError where the file does not have it."""
-        if name not in NETWORKS:
-            raise ValueError(f"network: expected one of {', '.join(NETWORKS)}, got {name!r}")
-        if not getattr(self, name):
-            held = [n for n in NETWORKS if getattr(self, n)]
-            raise ValueError(f"network: the file has no {name}; choose of {', '.join(held)}")
-        return getattr(self, name)
+    def __post_init__(self):
+        self.networks = {name: state for name, state in self.networks.items() if state}
+
+    @property
+    def held(self) -> str:
+        """The names of the networks, for a message."""
+        return ", ".join(self.networks)
+
+    @property
+    def best(self) -> str:
+        """The encoder that is probed, loaded and exported by default: the average where there is one."""
+        return "target_encoder" if "target_encoder" in self.networks else "encoder"
+
+    def network(self, name: str | None = None) -> State:
+        """The state dict of `name`, of `best` by default; ValueError where the file does not have it."""
+        name = name or self.best
+        if name not in self.networks:
+            raise ValueError(f"network: the file has no {name}; choose of {self.held}")
+        return self.networks[name]
 
 
-def infer_arch(encoder, predictor=None, *, heads=None, source="checkpoint", **known):
+def infer_arch(
+    encoder: State,
+    predictor: State | None = None,
+    *,
+    heads: int | None = None,
+    source: Any = "checkpoint",
+    **known: Any,
+) -> Arch:
     """The Arch of a published encoder state dict.
 
     heads: not to be read off weights; by the published sizes unless given. known: further fields of Arch.
@@ -81,7 +121,8 @@ def infer_arch(encoder, predictor=None, *, heads=None, source="checkpoint", **kn
         found = tuple(encoder["patch_embed.proj.weight"].shape)
         raise ValueError(f"{source}: patch_embed.proj.weight: expected shape (D, 3, P, P), got {found}")
     dim, _, patch, _ = encoder["patch_embed.proj.weight"].shape
-    side = _side(encoder["pos_embed"], f"{source}: pos_embed")
+    class_token = "cls_token" in encoder
+    side = _side(encoder["pos_embed"], f"{source}: pos_embed", class_token and known.get("learned_positions", False))
     if heads is None and dim not in HEADS:
         raise ValueError(f"{source}: heads: not to be read off weights of width {dim}; say how many there are")
     if predictor:
@@ -92,29 +133,33 @@ def infer_arch(encoder, predictor=None, *, heads=None, source="checkpoint", **kn
             "predictor_depth": _depth(predictor, "predictor_blocks."),
         }
     ratio = mlp_ratio(encoder["blocks.0.mlp.fc1.weight"].shape[0], dim)
+    known |= {"class_token": class_token, "mask_token": "masked_embed" in encoder}
     return Arch(side * patch, patch, dim, _depth(encoder, "blocks."), heads or HEADS[dim], ratio, **known)
 
 
-def mlp_ratio(hidden, dim):
+def mlp_ratio(hidden: int, dim: int) -> float:
     """The ratio for which int(dim * ratio) is `hidden` again, also for the giant's 48/11."""
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
 
 
-def _depth(state, prefix):
+def _depth(state: State, prefix: str) -> int:
     numbers = {int(key[len(prefix) :].split(".")[0]) for key in state if key.startswith(prefix)}
     return max(numbers, default=-1) + 1
 
 
-def _side(positions, name):
-    side = round(positions.shape[1] ** 0.5) if positions.dim() == 3 else 0
-    if positions.dim() != 3 or side**2 != positions.shape[1]:
-        raise ValueError(
-            f"{name}: expected a square grid without class token, (1, n*n, D), got {tuple(positions.shape)}"
+def _side(positions: torch.Tensor, name: str, class_token: bool = False) -> int:
+    """Patches along the square grid of a table (1, n*n, D), or (1, 1 + n*n, D) with the class token's position."""
+    count = positions.shape[1] - class_token if positions.dim() == 3 else -1
+    side = round(max(count, 0) ** 0.5)
+    if side < 1 or side**2 != count:
+        token = (
+            "with the class token's position, (1, 1 + n*n, D)" if class_token else "without class token, (1, n*n, D)"
         )
+        raise ValueError(f"{name}: expected a square grid {token}, got {tuple(positions.shape)}")
     return side
 
 
-def read_json(path):
+def read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError that names it where it is none."""
     try:
         return json.loads(path.read_text())
@@ -122,7 +167,7 @@ def read_json(path):
         raise ValueError(f"{path}: expected a readable JSON file, got: {error}") from None
 
 
-def read_safetensors(path):
+def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     """(tensors by key, metadata of the header) of a safetensors file, on the CPU; ValueError where it is none."""
     from safetensors import SafetensorError, safe_open
 
@@ -133,53 +178,72 @@ def read_safetensors(path):
         raise ValueError(f"{path}: expected a safetensors file, got: {error}") from None
 
 
-def header(arch):
+def header(arch: Arch) -> dict[str, str]:
     """The metadata of a weights file's header."""
     return {"format": "pt", HEADER: json.dumps(asdict(arch))}
 
 
-def save_weights(path, weights):
-    """Write all networks that `weights` has as one safetensors file, fp32, with the Arch in its header."""
+def save_weights(path: str | Path, weights: Weights) -> None:
+    """Write all networks as one safetensors file, fp32, with the Arch in its header."""
     from safetensors.torch import save_file
 
     tensors = {
         f"{network}.{key}": value.detach().to("cpu", torch.float32).contiguous().clone()
-        for network in NETWORKS
-        for key, value in getattr(weights, network).items()
+        for network, state in weights.networks.items()
+        for key, value in state.items()
     }
     save_file(tensors, path, metadata=header(weights.arch))
 
 
-def load_weights(path):
+def load_weights(path: str | Path) -> Weights:
     """Weights of a checkpoint's weights.safetensors, or of a file written by save_weights."""
-    tensors, metadata = read_safetensors(path)
-    states = {name: {} for name in NETWORKS}
+    tensors, metadata = read_safetensors(Path(path))
+    networks: dict[str, State] = {}
+    former = _former_names(tensors)
     for key, tensor in tensors.items():
-        network, _, name = key.partition(".")
-        if network not in states:
-            raise ValueError(f"weights {path}: expected keys that begin with one of {', '.join(NETWORKS)}, got {key!r}")
-        states[network][name] = tensor.float()
+        network, _, name = today(key, former).partition(".")
+        networks.setdefault(network, {})[name] = tensor.float()
+    if not networks.get("encoder") and not networks.get("target_encoder"):
+        found = sorted(networks)
+        raise ValueError(f"weights {path}: expected keys that begin with encoder. or target_encoder., got {found}")
     if HEADER not in metadata:
         raise ValueError(
             f"weights {path}: expected the architecture under {HEADER!r} in the header, got {sorted(metadata)}"
         )
-    arch = _arch(json.loads(metadata[HEADER]), path)
-    for name, state in states.items():
-        if state and POSITIONS[name] not in state:
-            width = arch.predictor_dim if name == "predictor" else arch.dim
-            state[POSITIONS[name]] = sincos_2d(width, arch.grid)[None]
-    return Weights(arch, **states)
+    arch = _arch(json.loads(metadata[HEADER]), networks.get("encoder") or networks["target_encoder"], former, path)
+    widths = {"encoder": arch.dim, "target_encoder": arch.dim, "predictor": arch.predictor_dim}
+    for name in widths.keys() & networks.keys():  # a file of the first version has no tables, which were the usual ones
+        networks[name].setdefault(position_key(name), sincos_2d(widths[name], arch.grid)[None])
+    return Weights(arch, networks)
 
 
-def _arch(values, path):
+def today(name: str, former: Mapping[str, str]) -> str:
+    """A parameter's name of an earlier version -> today's. former: prefixes then and now."""
+    for old, new in former.items():
+        if name.removeprefix("target_").startswith(old):
+            return name.replace(old, new, 1)
+    return name
+
+
+def _former_names(tensors: State) -> dict[str, str]:
+    """Prefixes of a file in which an encoder lies beside its head, as iBOT's did."""
+    nested = any(key.startswith("encoder.backbone.") for key in tensors)
+    return {"encoder.backbone.": "encoder.", "encoder.head.": "head."} if nested else {}
+
+
+def _arch(values: dict[str, Any], encoder: State, former: Mapping[str, str], path: str | Path) -> Arch:
     known = {f.name for f in fields(Arch)}
     if missing := {"image_size", "patch", "dim", "depth", "heads"} - set(values):
         raise ValueError(f"weights {path}: the header's architecture lacks {sorted(missing)}")
+    if "class_token" not in values:  # written before the header said so
+        values |= {"class_token": "cls_token" in encoder, "mask_token": "masked_embed" in encoder}
+        values |= {"learned_positions": bool(former), "readout": "class" if former else "patches"}
+        values["method"] = "ibot" if former else "mae" if values["class_token"] else "ijepa"
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
     return Arch(**values)
 
 
-def with_image_size(weights, image_size):
+def with_image_size(weights: Weights, image_size: int) -> Weights:
     """The same weights for square images of `image_size` pixels, their position tables resampled to the other grid."""
     arch = weights.arch
     if image_size == arch.image_size:
@@ -187,56 +251,71 @@ def with_image_size(weights, image_size):
     if image_size < 1 or image_size % arch.patch:
         raise ValueError(f"image_size: expected a multiple of the patch, {arch.patch}, got {image_size}")
     arch = replace(arch, image_size=image_size)
-    states = {}
-    for name in NETWORKS:
-        states[name] = dict(getattr(weights, name))
-        if states[name]:
-            states[name][POSITIONS[name]] = resample_positions(states[name][POSITIONS[name]], arch.grid)
-    return Weights(arch, **states)
+    networks = {}
+    for name, state in weights.networks.items():
+        networks[name], key = dict(state), position_key(name)
+        if key in state:
+            networks[name][key] = resample_positions(state[key], arch.grid, arch.learned_positions and arch.class_token)
+    return Weights(arch, networks)
 
 
-def resample_positions(positions, grid):
-    """Position table (1, N, D) of a square grid -> (1, rows*columns, D) of another, bicubic as Hugging Face does it."""
-    side = _side(positions, "positions")
+def resample_positions(positions: torch.Tensor, grid: tuple[int, int], class_token: bool = False) -> torch.Tensor:
+    """Position table (1, N, D) of a square grid -> (1, rows*columns, D) of another, bicubic as Hugging Face does it.
+
+    class_token: the first row is the class token's position, and stays.
+    """
+    side, extra = _side(positions, "positions", class_token), int(class_token)
     if (side, side) == tuple(grid):
         return positions
-    table = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    table = positions[:, extra:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
-    return table.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
+    table = table.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
+    return torch.cat([positions[:, :extra], table], dim=1)
 
 
-def check_state(name, shapes, state):
+def with_class_position(state: State, arch: Arch) -> State:
+    """An encoder's state as other libraries have it: no embedding of masked patches, and with a class token a table
+    (1, 1 + N, D) whose first row is the class token's position.
+    """
+    state = {key: tensor for key, tensor in state.items() if key != "masked_embed"}
+    if arch.class_token and not arch.learned_positions:
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    return state
+
+
+def check_state(name: str, shapes: Mapping[str, tuple[int, ...]], state: State) -> None:
     """ValueError, naming the key and both shapes, unless the published `state` of network `name` has just `shapes`.
 
-    shapes: of a model, {key: shape}. The position table is left out of the comparison.
+    shapes: of a model, {key: shape}.
     """
-    state = {key: tuple(tensor.shape) for key, tensor in state.items() if key != POSITIONS[name]}
+    held = {key: tuple(tensor.shape) for key, tensor in state.items()}
     for key, shape in shapes.items():
-        if key not in state:
+        if key not in held:
             raise ValueError(f"{name}.{key}: the model has shape {tuple(shape)}, the weights lack it")
-        if state[key] != tuple(shape):
+        if held[key] != tuple(shape):
             raise ValueError(
-                f"{name}.{key}: the model has shape {tuple(shape)}, the weights {state[key]}: the architectures differ"
+                f"{name}.{key}: the model has shape {tuple(shape)}, the weights {held[key]}: the architectures differ"
             )
-    if strange := sorted(set(state) - set(shapes)):
+    if strange := sorted(set(held) - set(shapes)):
         raise ValueError(
-            f"{name}.{strange[0]}: the weights have it, of shape {state[strange[0]]}, and the model does not "
+            f"{name}.{strange[0]}: the weights have it, of shape {held[strange[0]]}, and the model does not "
             f"({len(strange)} such keys): the architectures differ"
         )
 
 
-def load_state(module, state, name="encoder"):
+def load_state(module: nn.Module, state: State, name: str = "encoder") -> None:
     """Load a published state dict into an Encoder or Predictor: all of it, or ValueError and nothing.
 
-    The position table, of the module's grid, is copied into the module's.
+    A fixed position table, of the module's grid, is copied into the module's.
     """
-    check_state(name, {key: tensor.shape for key, tensor in module.state_dict().items()}, state)
     state = dict(state)
-    positions = state.pop(POSITIONS[name])
-    if positions.shape != (1, *module.positions.shape):
+    fixed = getattr(module, "positions", None)
+    table = None if fixed is None else state.pop(position_key(name))
+    check_state(name, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, state)
+    if table is not None and table.shape != (1, *fixed.shape):
         raise ValueError(
-            f"{name}.{POSITIONS[name]}: the model has shape {(1, *module.positions.shape)}, "
-            f"the weights {tuple(positions.shape)}"
+            f"{name}.{position_key(name)}: the model has shape {(1, *fixed.shape)}, the weights {tuple(table.shape)}"
         )
     module.load_state_dict(state)
-    module.positions.copy_(positions[0])
+    if table is not None:
+        fixed.copy_(table[0])

@@ -6,23 +6,24 @@ Shapes: B images, L small crops an image, N and n patches of a large and a small
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from ijepa_fast.masks.draw import Draw
+from ijepa_fast.masks.packing import cu_seqlens
 
 LARGE = 2  # large crops an image
 
 
 @dataclass(frozen=True)
-class CropBatch:
+class CropDraw(Draw):
     """One batch's masks as index tensors (int32 where not said otherwise), and the settings of its step.
 
     Tokens of the student are ordered (crop, image, token), large crops first, a class token before the patches.
     """
 
-    images: int
     small: int  # L
     side: int  # patches along a large crop
     small_side: int
@@ -46,18 +47,6 @@ class CropBatch:
         large = LARGE * self.images * (1 + self.side**2)
         return 2 * large + self.small * self.images * (1 + self.small_side**2)
 
-    def _map(self, change) -> CropBatch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(value) for n, value in tensors.items() if isinstance(value, torch.Tensor)})
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> CropBatch:
-        """The same batch with its tensors on `device`."""
-        return self._map(partial(torch.Tensor.to, device=device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> CropBatch:
-        """The same batch with its tensors in pinned host memory."""
-        return self._map(torch.Tensor.pin_memory)
-
 
 def lay_out(
     mask: np.ndarray,
@@ -66,8 +55,8 @@ def lay_out(
     temperature: float,
     frozen: bool = False,
     chance: np.ndarray | None = None,
-) -> CropBatch:
-    """The batch whose large crops are masked by `mask` (2, B, N) bool; other arguments as in CropBatch."""
+) -> CropDraw:
+    """The batch whose large crops are masked by `mask` (2, B, N) bool; other arguments as in CropDraw."""
     _, images, patches = mask.shape
     crops = LARGE * images
     lengths = np.repeat([1 + patches, 1 + small_side**2], [crops, small * images])
@@ -79,7 +68,7 @@ def lay_out(
     used = np.flatnonzero(wanted)
     used_lengths = np.concatenate([1 + counts, np.ones(small * images, dtype=np.int64)])
     patch_rows = np.flatnonzero(~np.isin(used, starts, assume_unique=True))
-    return CropBatch(
+    return CropDraw(
         images=images,
         small=small,
         side=round(patches**0.5),
@@ -87,10 +76,10 @@ def lay_out(
         temperature=temperature,
         frozen=frozen,
         mask=torch.from_numpy(mask.reshape(-1)),
-        cu_seqlens=_cu_seqlens(lengths),
+        cu_seqlens=cu_seqlens(lengths),
         max_seqlen=int(lengths.max()),
         used=_int32(used),
-        used_cu_seqlens=_cu_seqlens(used_lengths),
+        used_cu_seqlens=cu_seqlens(used_lengths),
         used_max_seqlen=int(used_lengths.max()),
         class_rows=_int32(np.cumsum(used_lengths) - used_lengths),
         patch_rows=_int32(patch_rows),
@@ -102,10 +91,6 @@ def lay_out(
 
 def _int32(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int32))
-
-
-def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
-    return _int32(np.concatenate([[0], np.cumsum(lengths)]))
 
 
 @dataclass(frozen=True)
@@ -125,7 +110,7 @@ class CropSampler:
     warmup_steps: int = 0
     frozen_steps: int = 0
 
-    def __call__(self, images: int, seed: int, step: int, rank: int = 0) -> CropBatch:
+    def __call__(self, images: int, seed: int, step: int, rank: int = 0) -> CropDraw:
         """The batch of `images` images."""
         rng = np.random.default_rng([seed, step, rank])
         mask = draw_masks(rng, LARGE * images, self.side).reshape(LARGE, images, -1)

@@ -1,47 +1,55 @@
-"""Masks -> packed index tensors: what every ragged stage of the step reads instead of a mask."""
+"""Masks -> packed index tensors: what every ragged stage of the step reads instead of a mask.
+
+All index arithmetic of a step is done here, on the host, ahead of the step.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ijepa_fast.kernels.mask_sampler import random_subset
+from ijepa_fast.masks.draw import VARIES, Draw
 from ijepa_fast.masks.samplers import Masks
 
 POLICIES = ("full", "truncate", "budget")
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class MaskDraw(Draw):
     """Index tensors (int32) of a batch of B images of N patches, C contexts and M target blocks of K patches.
 
-    Flat patch rows are image * N + patch. Context sequences are ordered (c, b), predictor sequences (m, c, b); a
-    predictor sequence is the context tokens of (c, b) followed by the K mask tokens of (m, b), so predictions are
-    ordered (m, c, b, k) as in the published code.
+    Flat patch rows are image * N + patch; places are patch numbers within an image. Context sequences are ordered
+    (c, b), predictor sequences (m, c, b); a predictor sequence is the context tokens of (c, b) followed by the K mask
+    tokens of (m, b), so predictions are ordered (m, c, b, k) as in the published code.
 
-    On the ladder (see `pack`) there are E further context sequences, of which nothing comes: their rows are in
+    With padding (see `pack`) there are E further context sequences, of which nothing comes: their rows are in
     context_index and, without mask tokens, behind each target block's sequences in the predictor; and the union holds
     a few rows that are no target. E is 0 otherwise.
     """
 
-    images: int
-    contexts: int
-    targets: int
-    patches: int
-    target_size: int
-    context_tokens: int  # of the images' contexts, without padding
+    contexts: int  # C
+    targets: int  # M
+    patches: int  # N
+    target_size: int  # K
+    context_tokens: int = field(metadata=VARIES)  # of the images' contexts, without padding
     context_index: torch.Tensor  # (T,) flat rows; patch order within a sequence is the mask's, row-major
+    context_places: torch.Tensor  # (T,) places of the same
     context_cu_seqlens: torch.Tensor  # (C*B + E + 1,)
     context_max_seqlen: int
     target_index: torch.Tensor  # (M, B, K) flat rows
+    dense_cu_seqlens: torch.Tensor  # (B + 1,) of whole images: 0, N, 2N, ...
     union_index: torch.Tensor  # (U,) sorted unique flat rows, among them all that are a target of any block
+    union_places: torch.Tensor  # (U,) places of the same
+    union_lengths: torch.Tensor  # (B,) rows of the union in each image
     union_cu_seqlens: torch.Tensor  # (B + 1,)
     union_max_seqlen: int
-    target_in_union: torch.Tensor  # (M, B, K) position of each target row in union_index
+    prediction_rows: torch.Tensor  # (M*C*B*K,) the row of the union that each prediction is compared with
     predictor_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,)
     predictor_max_seqlen: int
+    predictor_query_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,) of the mask tokens alone: K a sequence, 0 of padding
 
     @property
     def sequences(self) -> int:
@@ -59,32 +67,8 @@ class PackedBatch:
         masked = self.target_index.numel() * self.contexts
         return self.images * self.patches + (1 + self.targets) * self.context_tokens + masked
 
-    @property
-    def shape(self) -> tuple:
-        """All that the step's kernels are launched with, apart from values in tensors."""
-        values = (getattr(self, f.name) for f in fields(self) if f.name != "context_tokens")
-        return tuple(x.shape if isinstance(x, torch.Tensor) else x for x in values)
 
-    @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The index tensors by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-    def map(self, change) -> PackedBatch:
-        """The same batch with `change` made to every tensor."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors.items()})
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedBatch:
-        """The same batch with its tensors in pinned host memory."""
-        return self.map(torch.Tensor.pin_memory)
-
-
-def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: bool = False) -> PackedBatch:
+def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding: bool = False) -> MaskDraw:
     """Pack a batch's masks under a context policy.
 
     full      every context patch is kept
@@ -94,9 +78,9 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: 
               static shapes (K still takes the few sizes of the sampler). The choice is a function of the masks' key, so
               a resumed run makes it again.
 
-    With `ladder` token counts are rounded up, at most by 0.8 % where they cost much, and greatest lengths to a multiple
-    of LENGTHS, so that few different shapes occur: a caching allocator finds every size again after the first steps,
-    and a CUDA graph is captured once for many batches. No loss and no gradient changes.
+    With `padding` token counts are rounded up to padding buckets, at most by 0.8 % where they cost much, and greatest
+    lengths to a multiple of LENGTHS, so that few different shapes occur: a caching allocator finds every size again
+    after the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes.
 
     Raises ValueError for an unknown policy, a missing budget, and a batch of fewer than C * B * budget context patches.
     """
@@ -116,49 +100,25 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, ladder: 
     rows = np.flatnonzero(context).astype(np.int32)
     if contexts > 1:
         rows %= images * patches
-    rungs = None
-    if ladder:
-        rungs = (0 if policy == "budget" else TOKEN_BITS), UNION_BITS
-    return _assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, rungs)
+    bits = None
+    if padding:
+        bits = (0 if policy == "budget" else TOKEN_BITS), UNION_BITS
+    return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, bits)
 
 
-# The ladder: significant bits of the context's and the union's size. The target encoder's last block alone sees the
-# union, so that its rungs may be wider.
+# Padding buckets: significant bits of the context's and the union's size. The target encoder's last block alone sees
+# the union, so that its buckets may be wider.
 TOKEN_BITS, UNION_BITS = 8, 5
 LENGTHS = 64  # a multiple of the kernels' tiles
 
 
-def rung(tokens: int, bits: int = TOKEN_BITS) -> int:
+def bucket_of(tokens: int, bits: int = TOKEN_BITS) -> int:
     """`tokens` rounded up to that many significant bits: with eight, by less than one in 128."""
-    step = _step(tokens, bits)
-    return -(-tokens // step) * step
+    return _round_up(tokens, _step(tokens, bits))
 
 
 def _step(tokens: int, bits: int) -> int:
     return 1 << max(0, tokens.bit_length() - bits) if bits else 1
-
-
-def from_masks(context: torch.Tensor | np.ndarray, target: torch.Tensor | np.ndarray, patches: int) -> PackedBatch:
-    """Pack explicit patch numbers in the published layout, context (C, B, Kc) and target (M, B, K), `patches` an image.
-
-    The order of the patches within a context and a target is kept. Raises ValueError for a wrong shape and for a patch
-    outside the image.
-    """
-    context, target = np.asarray(context), np.asarray(target)
-    for name, mask in (("context", context), ("target", target)):
-        if mask.ndim != 3 or mask.size == 0:
-            raise ValueError(
-                f"{name}: expected patch numbers of shape (masks, images, patches kept), got shape {mask.shape}"
-            )
-        if mask.min() < 0 or mask.max() >= patches:
-            raise ValueError(f"{name}: expected patch numbers in [0, {patches}), got [{mask.min()}, {mask.max()}]")
-    if context.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"target: expected as many images as the context has, {context.shape[1]}, got {target.shape[1]}"
-        )
-    contexts, images, kept = context.shape
-    rows = (context + np.arange(images)[:, None] * patches).astype(np.int32).ravel()
-    return _assemble(rows, np.full((contexts, images), kept), target, patches)
 
 
 def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
@@ -178,10 +138,21 @@ def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
     return np.stack([random_subset(masks.key, masks.context[c], counts[c], c).numpy() for c in range(contexts)])
 
 
-def _assemble(context_rows, lengths, target, patches: int, rungs: tuple[int, int] | None = None) -> PackedBatch:
-    """Flat context rows (T,) int32 in (c, b) order, their number a sequence (C, B), targets (M, B, K) patch numbers.
+def assemble(
+    context_rows: np.ndarray,
+    lengths: np.ndarray,
+    target: np.ndarray,
+    patches: int,
+    bits: tuple[int, int] | None = None,
+) -> MaskDraw:
+    """The draw of explicit patches.
 
-    rungs: significant bits (0: all) of the context's and of the union's size; without them nothing is padded.
+    Args:
+        context_rows: (T,) int32 flat rows in (c, b) order.
+        lengths: (C, B) their number in each sequence.
+        target: (M, B, K) patch numbers of the target blocks.
+        patches: N.
+        bits: significant bits (0: all) of the context's and of the union's size; without them nothing is padded.
     """
     contexts, images = lengths.shape
     targets, _, size = target.shape
@@ -189,15 +160,18 @@ def _assemble(context_rows, lengths, target, patches: int, rungs: tuple[int, int
     in_union = np.zeros(images * patches, dtype=bool)
     in_union[target_rows] = True
     longest, tokens, padding = int(lengths.max()), len(context_rows), np.zeros(0, dtype=int)
-    if rungs is not None:
-        longest = min(_round_up(longest), patches)
-        _widen(in_union, rungs[1])
-        padding = _padding(tokens, longest, rungs[0])
+    if bits is not None:
+        longest = min(_round_up(longest, LENGTHS), patches)
+        _widen(in_union, bits[1])
+        padding = _padding(tokens, longest, bits[0])
         context_rows = np.pad(context_rows, (0, padding.sum()))
+    union_rows = np.flatnonzero(in_union)
     union_lengths = np.count_nonzero(in_union.reshape(images, patches), axis=1)
     union_longest = int(union_lengths.max())
     position = np.cumsum(in_union, dtype=np.int32) - 1
-    return PackedBatch(
+    predictions = np.broadcast_to(position[target_rows][:, None], (targets, contexts, images, size))
+    queries = np.concatenate([np.full(contexts * images, size), np.zeros_like(padding)])
+    return MaskDraw(
         images=images,
         contexts=contexts,
         targets=targets,
@@ -205,39 +179,49 @@ def _assemble(context_rows, lengths, target, patches: int, rungs: tuple[int, int
         target_size=size,
         context_tokens=tokens,
         context_index=torch.from_numpy(context_rows),
-        context_cu_seqlens=_cu_seqlens(np.concatenate([lengths.ravel(), padding])),
+        context_places=_int32(context_rows % patches),
+        context_cu_seqlens=cu_seqlens(np.concatenate([lengths.ravel(), padding])),
         context_max_seqlen=longest,
         target_index=torch.from_numpy(target_rows),
-        union_index=torch.from_numpy(np.flatnonzero(in_union).astype(np.int32)),
-        union_cu_seqlens=_cu_seqlens(union_lengths),
-        union_max_seqlen=union_longest if rungs is None else min(_round_up(union_longest), patches),
-        target_in_union=torch.from_numpy(position[target_rows]),
-        predictor_cu_seqlens=_cu_seqlens(np.tile(np.concatenate([lengths.ravel() + size, padding]), targets)),
+        dense_cu_seqlens=cu_seqlens(np.full(images, patches)),
+        union_index=_int32(union_rows),
+        union_places=_int32(union_rows % patches),
+        union_lengths=_int32(union_lengths),
+        union_cu_seqlens=cu_seqlens(union_lengths),
+        union_max_seqlen=union_longest if bits is None else min(_round_up(union_longest, LENGTHS), patches),
+        prediction_rows=_int32(predictions.reshape(-1)),
+        predictor_cu_seqlens=cu_seqlens(np.tile(np.concatenate([lengths.ravel() + size, padding]), targets)),
         predictor_max_seqlen=longest + size,
+        predictor_query_cu_seqlens=cu_seqlens(np.tile(queries, targets)),
     )
 
 
-def _round_up(length: int) -> int:
-    return -(-length // LENGTHS) * LENGTHS
+def cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
+    """Where sequences of `lengths` begin and end: (n + 1,) int32, 0 first."""
+    ends = np.zeros(lengths.size + 1, dtype=np.int32)
+    np.cumsum(lengths.ravel(), out=ends[1:])
+    return torch.from_numpy(ends)
+
+
+def _round_up(length: int, step: int) -> int:
+    return -(-length // step) * step
 
 
 def _padding(tokens: int, longest: int, bits: int) -> np.ndarray:
-    """(E,) lengths, some 0, of sequences that bring `tokens` to their rung; E is the same for all of one rung."""
-    total = rung(tokens, bits)
+    """(E,) lengths, some 0, of sequences that fill the bucket of `tokens`; E is the same for all of one bucket."""
+    total = bucket_of(tokens, bits)
     most = _step(total, bits) - 1
     ends = np.minimum(np.arange(-(-most // longest) + 1) * longest, total - tokens)
     return np.diff(ends)
 
 
 def _widen(in_union: np.ndarray, bits: int) -> None:
-    """Add rows from all over the batch until there are a rung's number of them."""
+    """Add rows from all over the batch until their number fills a bucket."""
     size = int(np.count_nonzero(in_union))
     others = np.flatnonzero(~in_union)
-    missing = min(rung(size, bits) - size, len(others))
+    missing = min(bucket_of(size, bits) - size, len(others))
     in_union[others[np.arange(missing) * len(others) // max(missing, 1)]] = True
 
 
-def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
-    ends = np.zeros(lengths.size + 1, dtype=np.int32)
-    np.cumsum(lengths.ravel(), out=ends[1:])
-    return torch.from_numpy(ends)
+def _int32(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32))

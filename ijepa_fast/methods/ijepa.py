@@ -5,161 +5,180 @@ Paper: Assran et al. 2023, section 3. Shapes: B images, N patches, T context tok
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
-from ijepa_fast.kernels.patchify import patchify
+from ijepa_fast.config import key
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import PackedBatch, pack
+from ijepa_fast.masks.packing import MaskDraw, pack
 from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
-TARGETS = ("features", "pixels")
-LOSSES = ("l2", "smooth_l1")
+
+@dataclass
+class Options:
+    """I-JEPA's options; its masks are in the section `mask`."""
+
+    loss: str = key("l2", "l2: paper; smooth_l1: published code", choices=("l2", "smooth_l1"))
+    target: str = key("features", "of the target encoder, or normalised pixels", choices=("features", "pixels"))
 
 
-class IJEPA(nn.Module):
+class IJEPA(Method):
     """Context encoder, predictor and, outside the module tree, the target encoder.
 
-    The target encoder is no submodule because nothing may optimise, shard or checkpoint it: its weights are the
-    optimiser's EMA state, copied in after every step (see optim.py and engine.py).
-
-    Args:
-        loss: "l2" (paper) or "smooth_l1" (published code), the mean over all predicted values.
-        target: "features" of the target encoder, or "pixels" (the paper's ablation: patches normalised one by one).
-        mean, std: (3,) normalisation of the images, in units of 0..1.
-        patch_std: standard deviation of the patch embedding's weights at the start. What a patch adds to its position
-            grows with it and with the root of its number of values; the published one was chosen for patches of 14 and
-            16 pixels, and at 4 leaves the targets little but their positions.
+    Every weight matrix is truncated normal .02, but for the patch embedding, whose standard deviation is
+    `model.patch_std`: what a patch adds to its position grows with it and with the root of its number of values; the
+    published one was chosen for patches of 14 and 16 pixels, and at 4 leaves the targets little but their positions.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        predictor: Predictor,
-        *,
-        loss="l2",
-        target="features",
-        mean,
-        std,
-        patch_std: float = INIT_STD,
-    ):
-        super().__init__()
-        self.encoder, self.predictor = encoder, predictor
-        self.loss, self.target, self.mean, self.std = loss, target, tuple(mean), tuple(std)
-        self.target_stream: torch.cuda.Stream | None = None  # the target encoder runs on it, beside the context encoder
-        self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8_targets`
-        self.watch: Callable | None = None  # called with every batch's target features (U, D) and PackedBatch
+    Options = Options
+    capabilities = frozenset({"graphs", "fp8", "target_stream", "forecast"})
+    reads_mask = True
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        model, data, mask = setup.model, setup.data, asdict(setup.mask)
+        self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding")}
+        self.sampler = make_sampler(mask.pop("strategy"), (setup.side, setup.side), **mask)
+        sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
+        self.encoder = Encoder(*sizes, recompute=model.recompute)
+        self.predictor = Predictor(
+            self.encoder.grid,
+            model.dim,
+            model.predictor_dim,
+            model.predictor_depth,
+            model.heads,
+            out_dim=3 * model.patch**2 if self.options.target == "pixels" else None,
+            recompute=model.recompute,
+        )
+        self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8`
         self.apply(init_weights)
         with torch.no_grad():
-            encoder.patch_embed.proj.weight.mul_(patch_std / INIT_STD)
-        nn.init.trunc_normal_(predictor.mask_token, std=0.02)
-        self._target_encoder = (copy.deepcopy(encoder).requires_grad_(False).eval(),)
+            self.encoder.patch_embed.proj.weight.mul_(model.patch_std / INIT_STD)
+        nn.init.trunc_normal_(self.predictor.mask_token, std=INIT_STD)
+        self.keep_average("encoder")
 
     @property
     def target_encoder(self) -> Encoder:
-        """The EMA encoder."""
-        return self._target_encoder[0]
+        """The encoder's average."""
+        return self.averaged["encoder"]
 
-    def use_fp8_targets(self) -> None:
+    def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
         self.fp8_blocks = [FP8Block(block) for block in self.target_encoder.blocks[:-1]]
 
-    def target_changed(self) -> None:
+    def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written."""
         for block in self.fp8_blocks or ():
             block.refresh()
 
-    def forward(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MaskDraw:
+        """The masks of a micro-batch of `images`, packed."""
+        return pack(self.sampler(images, seed, step, rank), **self.policy)
+
+    def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
-        return self.loss_of_patches(self.patchify(images), packed)
+        return self.loss_of_patches(self.patchify(images), draw), {}
 
-    def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
-        return patchify(images, self.encoder.patch, self.mean, self.std, dtype=self.encoder.norm.weight.dtype)
-
-    def loss_of_patches(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def loss_of_patches(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """The loss from `patches` (B*N, W): targets without gradient, then context, predictions, loss."""
         beside = self.target_stream
         if beside is not None:  # it needs the patches and the average that the last step left on this stream
             beside.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(beside):
-            targets = self.targets(patches, packed)
-        predictions = self.predictor(self.encoder.context(patches, packed), packed)
+            targets = self.targets(patches, draw)
+        predictions = self.predictor(self.encoder.context(patches, draw), draw)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
             targets.record_stream(torch.cuda.current_stream())
-        return target_loss(predictions, targets, target_rows(packed), kind=self.loss)
+        return target_loss(predictions, targets, draw.prediction_rows, kind=self.options.loss)
 
-    def targets(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """What is to be predicted, (U, D), in the order of `packed.union_index`, before the affine-free LayerNorm."""
-        if self.target == "features":
-            features = self.target_encoder.targets(patches, packed, self.fp8_blocks)
-            if self.watch is not None:
-                self.watch(features, packed)
-            return features
-        width = 3 * self.encoder.patch**2
-        return patches[packed.union_index, :width]
+    def targets(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
+        """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
+        if self.options.target == "pixels":
+            return patches[draw.union_index, : 3 * self.encoder.patch**2]
+        features = self.target_encoder.targets(patches, draw, self.fp8_blocks)
+        if self.watch is not None:
+            self.watch(features, draw)
+        return features
 
+    def work(self, draw: MaskDraw) -> Work:
+        """The work of a step on a batch, as executed here."""
+        model = self.setup.model
+        return step_work(
+            Transformer(model.dim, model.depth, model.mlp_ratio),
+            Transformer(model.predictor_dim, model.predictor_depth),
+            patch=model.patch,
+            patches=draw.patches,
+            context=draw.context_lengths.tolist(),
+            targets=draw.targets,
+            target_size=draw.target_size,
+            images=draw.images,
+            unions=draw.union_lengths.tolist(),
+            pixels=self.options.target == "pixels",
+        )
 
-def target_rows(packed: PackedBatch) -> torch.Tensor:
-    """Row of the union that each prediction (m, c, b, k) is compared with: (M*C*B*K,) int32."""
-    rows = packed.target_in_union
-    return rows[:, None].expand(-1, packed.contexts, -1, -1).reshape(-1)
-
-
-def build(config) -> IJEPA:
-    """The objective of a run's configuration, initialised from torch's generator."""
-    model, data = config.model, config.data
-    encoder = Encoder(data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio, model.recompute)
-    predictor = Predictor(
-        encoder.grid,
-        model.dim,
-        model.predictor_dim,
-        model.predictor_depth,
-        model.heads,
-        out_dim=3 * model.patch**2 if config.objective.target == "pixels" else None,
-        recompute=model.recompute,
-    )
-    return IJEPA(
-        encoder,
-        predictor,
-        loss=config.objective.loss,
-        target=config.objective.target,
-        mean=data.mean,
-        std=data.std,
-        patch_std=model.patch_std,
-    )
-
-
-def make_batches(config, steps_per_epoch: int) -> Callable[..., PackedBatch]:
-    """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
-    options = asdict(config.mask)
-    strategy, policy, budget, ladder = (options.pop(key) for key in ("strategy", "policy", "budget", "ladder"))
-    side = config.data.crop // config.model.patch
-    sampler = make_sampler(strategy, (side, side), **options)
-    return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank), policy, budget, ladder)
+    def saved_values(self, draw: MaskDraw) -> int:
+        """Values that a step keeps for its backward pass: context encoder, predictor, loss."""
+        model, context = self.setup.model, draw.context_index.numel()
+        rows = draw.targets * draw.contexts * draw.images * draw.target_size
+        tokens = draw.targets * context + rows
+        encoder = Transformer(model.dim, model.depth, model.mlp_ratio)
+        predictor = Transformer(model.predictor_dim, model.predictor_depth)
+        stacks = encoder.saved_values(context, context, model.recompute)
+        stacks += predictor.saved_values(tokens, rows, model.recompute)
+        width = -(-3 * model.patch**2 // 8) * 8
+        patches = draw.images * draw.patches * width + context * width  # all patches, and the embedding's input
+        predictions = 2 * rows * model.dim  # and their gradient
+        return stacks + patches + predictions
 
 
-def work(config, packed: PackedBatch) -> flops.Work:
-    """The work of a step on a batch, as executed here."""
-    model = config.model
-    return flops.ijepa(
-        flops.Transformer(model.dim, model.depth, model.mlp_ratio),
-        flops.Transformer(model.predictor_dim, model.predictor_depth),
-        patch=model.patch,
-        patches=packed.patches,
-        context=packed.context_lengths.tolist(),
-        targets=packed.targets,
-        target_size=packed.target_size,
-        images=packed.images,
-        unions=packed.union_cu_seqlens.diff().tolist(),
-        pixels=config.objective.target == "pixels",
+def step_work(
+    encoder: Transformer,
+    predictor: Transformer,
+    *,
+    patch: int,
+    patches: int,
+    context: Sequence[int],
+    targets: int,
+    target_size: int,
+    images: int,
+    unions: Sequence[int] | None = None,
+    embed_all: bool = False,
+    pixels: bool = False,
+) -> Work:
+    """Work of an I-JEPA step.
+
+    Args:
+        encoder: of both encoders.
+        predictor: the narrow one.
+        patch: side of a patch, pixels.
+        patches: patches per image, N.
+        context: tokens of each context, C*B of them in order (c, b).
+        targets: blocks per image, M.
+        target_size: patches of a block, K.
+        images: B.
+        unions: distinct target patches of each image. Where given, the last blocks of target encoder and predictor
+            compute only the rows that are used, as this engine does; None counts the published computation.
+        embed_all: the context side embeds all patches, as the published code does.
+        pixels: they are predicted, so there is no target encoder.
+    """
+    row, kept = 3 * patch**2, images * patches if embed_all else sum(context)
+    embedding = flops.linear(kept, row, encoder.dim)
+    teacher = flops.linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
+    sequences = targets * [length + target_size for length in context]
+    predicted = targets * len(context) * target_size
+    narrow = predictor.forward(sequences, [target_size] * len(sequences) if unions is not None else None)
+    narrow += flops.linear(sum(context), encoder.dim, predictor.dim)
+    narrow += flops.linear(predicted, predictor.dim, row if pixels else encoder.dim)
+    return Work(
+        0 if pixels else teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding
     )

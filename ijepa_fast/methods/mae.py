@@ -1,8 +1,7 @@
-"""MAE (He et al. 2022) on this project's blocks and kernels, with the I-JEPA objective's contract.
+"""MAE (He et al. 2022): an encoder of the visible patches, a narrow decoder, and pixels as targets.
 
-It is trained, checkpointed and probed like I-JEPA: `forward(images uint8, packed) -> loss`, networks `encoder` and
-`predictor` (the decoder), and a `target_encoder` that follows the encoder (a momentum of 0 makes it the encoder). Masks
-are those of the strategy "random": the context is what the encoder sees, the one target block what it does not.
+Masks are those of the strategy "random": the context is what the encoder sees, the one target block what it does not.
+There is no average: what a run leaves is the encoder that was trained.
 What makes it fast here, exactly: only visible patches are embedded, the decoder's tokens are never put back into image
 order, and its last block, norm and projection compute only the masked patches, whose loss is all there is.
 Shapes: B images, N patches, V visible and K masked patches of one, D and Dd widths, P patch size, R = B*K.
@@ -10,51 +9,135 @@ Shapes: B images, N patches, V visible and K masked patches of one, D and Dd wid
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.config import key
 from ijepa_fast.kernels.masked_gather import masked_gather
-from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import PackedBatch, pack
-from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.masks.packing import MaskDraw, cu_seqlens, pack
+from ijepa_fast.masks.samplers import Masks, make_sampler
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import Block, Encoder, LayerNorm, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, Sequences, run_blocks
 
 MASKED_SHARE = 0.75
-EPS = 1e-6  # beside the variance of a patch's pixels
+PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels
+HEAD_DIM = 32  # of the decoder
 
 
-class ClassTokenEncoder(Encoder):
-    """The ViT with a class token, whose position is zero."""
+@dataclass
+class Options:
+    """MAE's options; the values here are the published ones. The decoder has predictor_dim and predictor_depth."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim))
+    masked: float = key(MASKED_SHARE, "share of the patches")
+    normalise: bool = key(True, "compare with pixels normalised patch by patch (norm_pix_loss), the better target")
 
-    def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """`patches` (B*N, W) -> (B*(1 + V), D): class token and visible patches of each image, final norm applied."""
-        positions = self.positions.to(patches.dtype)
-        x = self.patch_embed(masked_gather(patches, packed.context_index))
-        x = x + masked_gather(positions, packed.context_index % self.patches)
-        return self._run(x.view(packed.images, -1, self.dim))
 
-    def forward(self, patches: torch.Tensor, images: int) -> torch.Tensor:
-        """Whole images, `patches` (B*N, W) -> (B*N, D): features of the patches, without the class token's."""
-        x = self.patch_embed(patches).view(images, self.patches, self.dim) + self.positions.to(patches.dtype)
-        return self._run(x).view(images, -1, self.dim)[:, 1:].reshape(-1, self.dim)
+@dataclass(frozen=True)
+class MAEDraw(MaskDraw):
+    """Masks of one context and one target block per image, and the decoder's layout: visible, then masked patches."""
 
-    def _run(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, V, D) -> (B*(1 + V), D)."""
-        images = len(x)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(images, -1, -1), x], dim=1).flatten(0, 1)
-        return run_blocks(self.blocks, self.norm, x, None, Sequences(images=images), recompute=self.recompute)
+    decoder_places: torch.Tensor  # (B*N,) places of the decoder's patches
+    decoder_cu_seqlens: torch.Tensor  # (B + 1,) with the class token
+    masked_cu_seqlens: torch.Tensor  # (B + 1,) of the masked patches alone
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through a network: encoder and decoder, each with a class token."""
+        return self.images * (1 + self.context_max_seqlen + 1 + self.patches)
+
+
+def pack_visible(masks: Masks) -> MAEDraw:
+    """Pack masks; ValueError unless they have one target block and one context, of equal length in all images."""
+    return with_decoder(pack(masks))
+
+
+def with_decoder(draw: MaskDraw) -> MAEDraw:
+    """The same draw with the decoder's layout; see `pack_visible`."""
+    if draw.targets * draw.contexts != 1 or len(draw.context_index) != draw.images * draw.context_max_seqlen:
+        raise ValueError(
+            f"masks: expected one target block and one context of equal length in every image, got "
+            f"{draw.targets} and {draw.contexts}; draw them with the strategy random"
+        )
+    images, size = draw.images, draw.target_size
+    places = [draw.context_places.view(images, -1), draw.target_index[0] % draw.patches]
+    length = 1 + places[0].shape[1] + size
+    return MAEDraw(
+        **vars(draw),
+        decoder_places=torch.cat(places, dim=1).flatten(),
+        decoder_cu_seqlens=cu_seqlens(np.full(images, length)),
+        masked_cu_seqlens=cu_seqlens(np.full(images, size)),
+    )
+
+
+class MAE(Method):
+    """Masked autoencoder: `encoder` with a class token, and `decoder`."""
+
+    Options = Options
+    capabilities = frozenset({"graphs"})
+    former_names: ClassVar = {"predictor.": "decoder."}
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        model, data = setup.model, setup.data
+        self.sampler = make_sampler("random", (setup.side, setup.side), target_scale=self.options.masked)
+        sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
+        self.encoder = Encoder(*sizes, class_token=True, recompute=model.recompute)
+        self.decoder = Decoder(
+            self.encoder.grid,
+            model.patch,
+            model.dim,
+            model.predictor_dim,
+            model.predictor_depth,
+            heads=max(1, model.predictor_dim // HEAD_DIM),
+            recompute=model.recompute,
+        )
+        self.apply(init_weights)
+        nn.init.normal_(self.encoder.cls_token, std=INIT_STD)
+        nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
+
+    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MAEDraw:
+        """The masks of a micro-batch of `images`, packed."""
+        return pack_visible(self.sampler(images, seed, step, rank))
+
+    def forward(self, images: torch.Tensor, draw: MAEDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        return self.loss_of_patches(self.patchify(images), draw), {}
+
+    def loss_of_patches(self, patches: torch.Tensor, draw: MAEDraw) -> torch.Tensor:
+        """The loss from `patches` (B*N, W): mean squared error over masked patches."""
+        predictions = self.decoder(self.encoder.context(patches, draw), draw)
+        pixels = patches[:, : predictions.shape[1]].contiguous()
+        index = draw.target_index.view(-1)
+        if not self.options.normalise:
+            return F.mse_loss(predictions.float(), pixels[index].float())
+        # The published target divides by the unbiased variance: LayerNorm, scaled by this.
+        n = predictions.shape[1]
+        scale = ((n - 1) / n) ** 0.5
+        return scale**2 * target_loss(predictions / scale, pixels, index, kind="l2", eps=PIXEL_EPS * scale**2)
+
+    def work(self, draw: MAEDraw) -> Work:
+        """The work of a step on a batch, as executed here."""
+        model = self.setup.model
+        return step_work(
+            Transformer(model.dim, model.depth, model.mlp_ratio),
+            Transformer(model.predictor_dim, model.predictor_depth),
+            patch=model.patch,
+            patches=draw.patches,
+            visible=draw.context_max_seqlen,
+            images=draw.images,
+            embed_all=False,
+            used_rows_only=True,
+        )
 
 
 class PixelProjection(nn.Linear):
@@ -79,7 +162,16 @@ class Decoder(nn.Module):
         recompute: keep only each block's input for the backward pass.
     """
 
-    def __init__(self, grid, patch, encoder_dim, dim=512, depth=8, heads=16, recompute=False):
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch: int,
+        encoder_dim: int,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        recompute: bool = False,
+    ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"decoder: expected a width that {heads} heads divide, got {dim}; change the width")
@@ -88,28 +180,25 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_2d(dim, grid), persistent=False)
         self.decoder_blocks = nn.ModuleList([Block(dim, heads, 4.0) for _ in range(depth)])
-        self.decoder_norm = LayerNorm(dim, eps=1e-6)
+        self.decoder_norm = LayerNorm(dim, eps=EPS)
         self.decoder_pred = PixelProjection(dim, 3 * patch**2)
 
-    def forward(self, latent: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor, draw: MAEDraw) -> torch.Tensor:
         """`latent` (B*(1 + V), D) -> predicted pixels (B*K, 3*P*P) of the masked patches, as in target_index."""
-        images, size, device = packed.images, packed.target_size, latent.device
+        images, size = draw.images, draw.target_size
         x = self.decoder_embed(latent).view(images, -1, self.dim)
-        positions = self.positions.to(x.dtype)
-        rows = torch.cat([packed.context_index.view(images, -1), packed.target_index[0]], dim=1) % packed.patches
         masked = self.mask_token.to(x.dtype).expand(images, size, -1)
-        positions = masked_gather(positions, rows.flatten()).view(images, -1, self.dim)
+        positions = masked_gather(self.positions.to(x.dtype), draw.decoder_places).view(images, -1, self.dim)
         x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
-        length, counts = x.shape[1], torch.arange(images + 1, dtype=torch.int32, device=device)
+        length = x.shape[1]
         last = Sequences(
-            cu_seqlens=counts * length,
+            cu_seqlens=draw.decoder_cu_seqlens,
             max_seqlen=length,
             select=partial(last_rows, length=length, count=size),
-            query_cu_seqlens=counts * size,
+            query_cu_seqlens=draw.masked_cu_seqlens,
             query_max_seqlen=size,
         )
-        x = x.flatten(0, 1)
-        sequences = Sequences(images=images)
+        x, sequences = x.flatten(0, 1), Sequences(images=images)
         x = run_blocks(self.decoder_blocks, self.decoder_norm, x, None, sequences, last, recompute=self.recompute)
         return self.decoder_pred(x)
 
@@ -117,58 +206,6 @@ class Decoder(nn.Module):
 def last_rows(x: torch.Tensor, length: int, count: int) -> torch.Tensor:
     """x (B*length, D) -> (B*count, D): the last `count` rows of every `length`."""
     return x.view(-1, length, x.shape[1])[:, -count:].reshape(-1, x.shape[1])
-
-
-class MAE(nn.Module):
-    """Masked autoencoder.
-
-    Args:
-        normalise: compare with pixels normalised patch by patch ("norm_pix_loss"), the paper's better target.
-        mean: (3,) of the images, in units of 0..1.
-        std: (3,) likewise.
-    """
-
-    def __init__(self, encoder: ClassTokenEncoder, decoder: Decoder, *, normalise=True, mean, std):
-        super().__init__()
-        self.encoder, self.predictor = encoder, decoder
-        self.normalise, self.mean, self.std = normalise, tuple(mean), tuple(std)
-        self.apply(init_weights)
-        nn.init.normal_(encoder.cls_token, std=0.02)
-        nn.init.normal_(decoder.mask_token, std=0.02)
-        self._target_encoder = (copy.deepcopy(encoder).requires_grad_(False).eval(),)
-
-    @property
-    def target_encoder(self) -> ClassTokenEncoder:
-        """The encoder that is probed."""
-        return self._target_encoder[0]
-
-    def forward(self, images: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
-        return self.loss_of_patches(self.patchify(images), packed)
-
-    def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
-        return patchify(images, self.encoder.patch, self.mean, self.std, dtype=self.encoder.norm.weight.dtype)
-
-    def loss_of_patches(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """The loss from `patches` (B*N, W): mean squared error over masked patches."""
-        if (
-            packed.targets * packed.contexts != 1
-            or len(packed.context_index) != packed.images * packed.context_max_seqlen
-        ):
-            raise ValueError(
-                f"packed: expected one target block and one context of equal length in every image, got "
-                f"{packed.targets} and {packed.contexts}; draw masks with mask.strategy=random"
-            )
-        predictions = self.predictor(self.encoder.context(patches, packed), packed)
-        pixels = patches[:, : predictions.shape[1]].contiguous()
-        index = packed.target_index.view(-1)
-        if not self.normalise:
-            return F.mse_loss(predictions.float(), pixels[index].float())
-        # The published target divides by the unbiased variance: LayerNorm, scaled by this.
-        n = predictions.shape[1]
-        scale = ((n - 1) / n) ** 0.5
-        return scale**2 * target_loss(predictions / scale, pixels, index, kind="l2", eps=EPS * scale**2)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -181,54 +218,26 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-@dataclass
-class Options:
-    """What a configuration may say under objective.options; the values here are the published ones."""
+def step_work(
+    encoder: Transformer,
+    decoder: Transformer,
+    *,
+    patch: int,
+    patches: int,
+    visible: int,
+    images: int = 1,
+    embed_all: bool = True,
+    used_rows_only: bool = False,
+) -> Work:
+    """Work of an MAE step that keeps `visible` patches of each image, with a class token.
 
-    masked: float = MASKED_SHARE  # of the patches
-    normalise: bool = True  # compare with pixels normalised patch by patch
-
-
-def build(config) -> MAE:
-    """The objective of a run's configuration; the decoder has predictor_dim and predictor_depth, and 32-wide heads."""
-    model = config.model
-    sizes = (config.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
-    encoder = ClassTokenEncoder(*sizes, recompute=model.recompute)
-    decoder = Decoder(
-        encoder.grid,
-        model.patch,
-        model.dim,
-        model.predictor_dim,
-        model.predictor_depth,
-        heads=max(1, model.predictor_dim // 32),
-        recompute=model.recompute,
-    )
-    return MAE(encoder, decoder, normalise=_options(config).normalise, mean=config.data.mean, std=config.data.std)
-
-
-def make_batches(config, steps_per_epoch: int):
-    """What draws a batch's masks: (images, seed, step, rank) -> PackedBatch. `steps_per_epoch` has no meaning here."""
-    side = config.data.crop // config.model.patch
-    sampler = make_sampler("random", (side, side), target_scale=_options(config).masked)
-    return lambda images, seed, step, rank=0: pack(sampler(images, seed, step, rank))
-
-
-def work(config, packed: PackedBatch) -> flops.Work:
-    """The work of a step on a batch, as executed here."""
-    model = config.model
-    return flops.mae(
-        flops.Transformer(model.dim, model.depth, model.mlp_ratio),
-        flops.Transformer(model.predictor_dim, model.predictor_depth),
-        patch=model.patch,
-        patches=packed.patches,
-        visible=packed.context_max_seqlen,
-        images=packed.images,
-        embed_all=False,
-        used_rows_only=True,
-    )
-
-
-def _options(config) -> Options:
-    from ijepa_fast.config import options_of
-
-    return options_of(config, Options)
+    embed_all: all patches are embedded before masking, as published. used_rows_only: the decoder's last block and its
+    prediction compute only the masked patches, as this project's rendering does.
+    """
+    pixels, masked = 3 * patch**2, patches - visible
+    embedding = flops.linear(patches if embed_all else visible, pixels, encoder.dim)
+    narrow = flops.linear(1 + visible, encoder.dim, decoder.dim)
+    narrow += decoder.forward([1 + patches], [masked] if used_rows_only else None)
+    narrow += flops.linear(masked if used_rows_only else 1 + patches, decoder.dim, pixels)
+    trained = {"encoder": embedding + encoder.forward([1 + visible]), "decoder": narrow}
+    return Work(0, {name: images * work for name, work in trained.items()}, images * embedding)

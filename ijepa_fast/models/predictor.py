@@ -5,15 +5,16 @@ Shapes: T context tokens, S = all predictor tokens, R = M*C*B*K mask tokens, D e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import Block, LayerNorm, Linear, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, Block, LayerNorm, Linear, Sequences, run_blocks
 
 
 class Predictor(nn.Module):
@@ -26,7 +27,17 @@ class Predictor(nn.Module):
         recompute: keep only each block's input for the backward pass.
     """
 
-    def __init__(self, grid, encoder_dim, dim, depth, heads, mlp_ratio=4.0, out_dim=None, recompute=False):
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        out_dim: int | None = None,
+        recompute: bool = False,
+    ):
         super().__init__()
         if dim % heads:
             raise ValueError(
@@ -37,29 +48,23 @@ class Predictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sincos_2d(dim, grid), persistent=False)
         self.predictor_blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
-        self.predictor_norm = LayerNorm(dim, eps=1e-6)
+        self.predictor_norm = LayerNorm(dim, eps=EPS)
         self.predictor_proj = Linear(dim, out_dim or encoder_dim)
 
-    def forward(self, context: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+    def forward(self, context: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """`context` (T, D) in packed order -> predictions (R, out_dim), rows ordered (m, c, b, k).
 
         The last block computes queries, attention output and MLP for the mask tokens alone.
         """
         positions = self.positions.to(context.dtype)
-        tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, packed)
-        cu_seqlens = packed.predictor_cu_seqlens
-        # Queries of the last block: K a sequence, none in those of padding behind each target block's.
-        place = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=tokens.device)
-        block = (cu_seqlens.shape[0] - 1) // packed.targets
-        ends = place // block * packed.sequences + (place % block).clamp(max=packed.sequences)
-        last = Sequences(
-            cu_seqlens,
-            packed.predictor_max_seqlen,
-            select=partial(predictor_readout, packed=packed),
-            query_cu_seqlens=ends * packed.target_size,
-            query_max_seqlen=packed.target_size,
+        tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, draw)
+        sequences = Sequences(draw.predictor_cu_seqlens, draw.predictor_max_seqlen)
+        last = replace(
+            sequences,
+            select=partial(predictor_readout, packed=draw),
+            query_cu_seqlens=draw.predictor_query_cu_seqlens,
+            query_max_seqlen=draw.target_size,
         )
-        sequences = Sequences(cu_seqlens, packed.predictor_max_seqlen)
         x = run_blocks(
             self.predictor_blocks, self.predictor_norm, tokens, None, sequences, last=last, recompute=self.recompute
         )

@@ -1,4 +1,4 @@
-"""The vision transformer of I-JEPA: one set of weights, run on packed tokens (context) or densely (target).
+"""The vision transformer of every method: one set of weights, run on packed tokens or on whole images.
 
 Shapes: B images, N patches an image, T packed tokens, U rows used, D width, H heads, P patch side, W padded patch row.
 
@@ -8,8 +8,8 @@ LayerNorm are one pass over memory. A parameter is used only in the `forward` of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,23 +18,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
-from ijepa_fast.kernels.common.dispatch import runs_triton
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.positions import sincos_2d
 
-# name: (width, depth, heads, MLP ratio), as published
-ARCHITECTURES = {
-    "vit_tiny": (192, 12, 3, 4.0),
-    "vit_small": (384, 12, 6, 4.0),
-    "vit_base": (768, 12, 12, 4.0),
-    "vit_large": (1024, 24, 16, 4.0),
-    "vit_huge": (1280, 32, 16, 4.0),
-    "vit_giant": (1408, 40, 16, 48 / 11),
-}
+EPS = 1e-6  # of every LayerNorm
+INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -43,6 +35,7 @@ class Sequences:
 
     cu_seqlens (n+1,) int32 and max_seqlen: packed tokens. images: dense ones, all of equal length.
     select: picks the wanted rows, (T, D) -> (U, D); they lie in sequences of query_cu_seqlens (n+1,), query_max_seqlen.
+    keep: (2, n) factors of a block's two branches for each packed sequence: 0 where stochastic depth drops it.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -51,6 +44,7 @@ class Sequences:
     select: Callable[[torch.Tensor], torch.Tensor] | None = None
     query_cu_seqlens: torch.Tensor | None = None
     query_max_seqlen: int = 0
+    keep: torch.Tensor | None = None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -111,13 +105,11 @@ class Attention(nn.Module):
 
 
 class LinearGELU(nn.Linear):
-    """Linear, then exact GELU; the bias joins the GELU's pass where that is a kernel."""
+    """Linear, then exact GELU."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (T, D) -> (T, F)."""
-        if runs_triton("bias_gelu", x):
-            return bias_gelu(linear(x, self.weight), self.bias)
-        return linear_gelu(x, self.weight, self.bias)
+        return linear_gelu(x, self.weight, self.bias, bias_gelu)
 
 
 class MLP(nn.Module):
@@ -133,7 +125,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, eps: float = 1e-6):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, eps: float = EPS):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
@@ -143,17 +135,41 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
         """Residual stream `x` (T, D), `branch` (T, D) to add to it -> the same two, (U, D) if rows are selected."""
         normed, x = (self.norm1(x), x) if branch is None else self.norm1(x, branch)
-        branch = self.attn(normed, sequences)
+        branch, cu_seqlens = self.attn(normed, sequences), sequences.cu_seqlens
         if sequences.select is not None:
-            x = sequences.select(x)
-        normed, x = self.norm2(x, branch)
-        return x, self.mlp(normed)
+            x, cu_seqlens = sequences.select(x), sequences.query_cu_seqlens
+        if sequences.keep is None:
+            normed, x = self.norm2(x, branch)
+            return x, self.mlp(normed)
+        normed, x = self.norm2(x, _scale(branch, cu_seqlens, sequences.keep[0]))
+        return x, _scale(self.mlp(normed), cu_seqlens, sequences.keep[1])
 
 
-def run_blocks(blocks, norm, x, branch, sequences, last=None, recompute=False) -> torch.Tensor:
-    """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows."""
+def _scale(branch: torch.Tensor, cu_seqlens: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`branch` (T, D), each of the sequences times its `factor` (sequences,)."""
+    rows = factor.to(branch.dtype).repeat_interleave(cu_seqlens.diff(), output_size=len(branch))
+    return branch * rows[:, None]
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    norm: LayerNorm,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    sequences: Sequences,
+    last: Sequences | None = None,
+    recompute: bool = False,
+    keep: list[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows.
+
+    keep: Sequences.keep of each block.
+    """
+    blocks = list(blocks)
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
+        if keep is not None and keep[i] is not None:
+            layout = replace(layout, keep=keep[i])
         if recompute and torch.is_grad_enabled():
             # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
             x, branch = checkpoint(block, x, branch, layout, use_reentrant=False, preserve_rng_state=False)
@@ -197,16 +213,36 @@ class PatchLinear(nn.Conv2d):
 
 
 class Encoder(nn.Module):
-    """ViT without class token and with fixed positions. State-dict names are the published code's.
+    """ViT. State-dict names are the published code's.
 
     Args:
         image_size: side of the square crop, pixels; divisible by `patch`.
         patch: side of a patch, pixels.
-        dim, depth, heads, mlp_ratio: the architecture; see ARCHITECTURES.
+        dim, depth, heads, mlp_ratio: the architecture; see config.ARCHITECTURES.
+        class_token: a learned token before the patches.
+        learned_positions: instead of the fixed table, in which the class token's position is zero.
+        mask_token: a learned embedding that stands in for masked patches, see `embed`.
+        drop_path: share of a branch dropped in the last block, rising linearly from 0 at the first; see `keep`.
+        readout: what `forward` gives, "patches" or "class".
         recompute: keep only each block's input for the backward pass (activation checkpointing).
     """
 
-    def __init__(self, image_size, patch, dim, depth, heads, mlp_ratio=4.0, recompute=False):
+    def __init__(
+        self,
+        image_size: int,
+        patch: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        class_token: bool = False,
+        learned_positions: bool = False,
+        mask_token: bool = False,
+        drop_path: float = 0.0,
+        readout: str = "patches",
+        recompute: bool = False,
+    ):
         super().__init__()
         if image_size % patch:
             raise ValueError(
@@ -214,62 +250,129 @@ class Encoder(nn.Module):
             )
         if dim % heads:
             raise ValueError(f"model.heads={heads} does not divide model.dim={dim}: choose a number of heads that does")
+        if readout == "class" and not class_token:
+            raise ValueError("readout: expected 'patches', for there is no class token, got 'class'")
         self.image_size, self.patch, self.dim = image_size, patch, dim
-        self.grid = (image_size // patch, image_size // patch)
-        self.recompute = recompute
+        self.side = image_size // patch
+        self.readout, self.drop_path, self.recompute = readout, drop_path, recompute
+        extra = int(class_token)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, extra + self.patches, dim)) if learned_positions else None
+        self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if mask_token else None
         self.patch_embed = PatchEmbed(patch, dim)
-        self.register_buffer("positions", sincos_2d(dim, self.grid), persistent=False)
+        if not learned_positions:
+            self.register_buffer("positions", sincos_2d(dim, self.grid), persistent=False)
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
-        self.norm = LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=EPS)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return (self.side, self.side)
 
     @property
     def patches(self) -> int:
-        """Patches an image, N."""
-        return self.grid[0] * self.grid[1]
+        """Patches per image, N."""
+        return self.side**2
 
-    def context(self, patches: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied."""
-        x = self.patch_embed(masked_gather(patches, packed.context_index))
-        positions = masked_gather(self.positions.to(x.dtype), packed.context_index % self.patches)
-        sequences = Sequences(packed.context_cu_seqlens, packed.context_max_seqlen)
+    def context(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
+        """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied.
+
+        With a class token each context has one before its patches, and all contexts must be of one length.
+        """
+        x = self.patch_embed(masked_gather(patches, draw.context_index))
+        positions = masked_gather(self.positions.to(x.dtype), draw.context_places)
+        sequences = Sequences(draw.context_cu_seqlens, draw.context_max_seqlen)
+        if self.cls_token is not None:
+            x = self._with_class_token((x + positions).view(draw.sequences, -1, self.dim)).flatten(0, 1)
+            positions, sequences = None, Sequences(images=draw.sequences)
         return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
 
-    def targets(self, patches: torch.Tensor, packed: PackedBatch, inner=None) -> torch.Tensor:
+    def targets(self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
 
         The last block computes queries, attention output and MLP for those rows alone. `inner` stand in for the blocks
-        before it (models/fp8.py).
+        before it (models/fp8.py). There must be no class token.
         """
-        images, device = packed.images, patches.device
         last = Sequences(
-            cu_seqlens=torch.arange(images + 1, dtype=torch.int32, device=device) * self.patches,
+            cu_seqlens=draw.dense_cu_seqlens,
             max_seqlen=self.patches,
-            select=partial(masked_gather, index=packed.union_index, unique=True),
-            query_cu_seqlens=packed.union_cu_seqlens,
-            query_max_seqlen=packed.union_max_seqlen,
+            select=partial(masked_gather, index=draw.union_index, unique=True),
+            query_cu_seqlens=draw.union_cu_seqlens,
+            query_max_seqlen=draw.union_max_seqlen,
         )
         blocks = self.blocks if inner is None else [*inner, self.blocks[-1]]
-        return run_blocks(blocks, self.norm, *self._embed(patches, images), Sequences(images=images), last)
+        return run_blocks(blocks, self.norm, self.embed(patches), None, Sequences(images=draw.images), last)
 
-    def forward(self, patches: torch.Tensor, images: int) -> torch.Tensor:
-        """Dense encoding of whole images: `patches` (B*N, W) -> (B*N, D), final norm applied."""
-        return run_blocks(self.blocks, self.norm, *self._embed(patches, images), Sequences(images=images))
+    def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
+        """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D).
+
+        readout: instead of the encoder's own.
+        """
+        x = self.embed(patches)
+        x = run_blocks(self.blocks, self.norm, x, None, Sequences(images=images), recompute=self.recompute)
+        return self._read_out(x, images, readout or self.readout)
 
     def layers(self, patches: torch.Tensor, images: int, count: int) -> list[torch.Tensor]:
-        """Outputs (B*N, D) of the last `count` blocks, without the final norm: what the paper's probe concatenates."""
-        x, branch = self._embed(patches, images)
+        """Read-outs of the last `count` blocks, without the final norm: what the paper's probe concatenates."""
+        x, branch = self.embed(patches), None
         outputs = []
         for block in self.blocks:
             x, branch = block(x, branch, Sequences(images=images))
             outputs.append(x + branch)
-        return outputs[-count:]
+        return [self._read_out(output, images, self.readout) for output in outputs[-count:]]
 
-    def _embed(self, patches: torch.Tensor, images: int):
-        x = self.patch_embed(patches).view(images, self.patches, self.dim) + self.positions.to(patches.dtype)
-        return x.view(-1, self.dim), None
+    def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens of square crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
+        side: patches along a crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the mask
+        token.
+        """
+        side = side or self.side
+        x = self.patch_embed(patches)
+        if mask is not None:
+            x = torch.where(mask[:, None], self.masked_embed.to(x.dtype), x)
+        x = self._with_class_token(x.view(-1, side**2, self.dim))
+        return (x + self._positions(side).to(x.dtype)).flatten(0, 1)
 
-INIT_STD = 0.02
+    def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
+        """Sequences.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
+
+        chance: numbers in 0..1, (depth, 2, sequences). They come with the batch, not from a generator, so that a
+        resumed run drops the same.
+        """
+        if not self.drop_path:
+            return [None] * len(chance)
+        drop = torch.linspace(0, self.drop_path, len(chance), device=chance.device)[:, None, None]
+        return [None, *((chance >= drop) / (1 - drop))[1:]]
+
+    def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (I, n, D) -> (I, 1 + n, D), or the same where there is no class token."""
+        if self.cls_token is None:
+            return x
+        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
+    def _positions(self, side: int) -> torch.Tensor:
+        """The table that is added to the tokens of a crop of side*side patches.
+
+        Learned ones of other crops are resampled, bicubic, by the scale factor that DINO and iBOT published.
+        """
+        if self.pos_embed is None:
+            return self.positions if self.cls_token is None else F.pad(self.positions, (0, 0, 1, 0))
+        if side == self.side:
+            return self.pos_embed
+        extra = self.pos_embed.shape[1] - self.patches
+        table = self.pos_embed[:, extra:].view(1, self.side, self.side, self.dim).permute(0, 3, 1, 2)
+        scale = (side + 0.1) / self.side
+        table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :extra], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def _read_out(self, x: torch.Tensor, images: int, readout: str) -> torch.Tensor:
+        """Tokens of whole images -> patches (B*N, D) or class tokens (B, D)."""
+        if self.cls_token is None:
+            return x
+        x = x.view(images, -1, self.dim)
+        return x[:, 0].contiguous() if readout == "class" else x[:, 1:].reshape(-1, self.dim)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -3,38 +3,46 @@
 python -m ijepa_fast report RUN [--images FOLDER] [--sample N] [--out FILE]
 """
 
+from __future__ import annotations
+
 import argparse
-import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ijepa_fast.config import load_config
-from ijepa_fast.data.sources import open_source
+from ijepa_fast.config import Config, load_config
+from ijepa_fast.data.sources import Source, open_source
+from ijepa_fast.eval.figures import cells, figures_of, headline
 from ijepa_fast.eval.rankme import rankme
-from ijepa_fast.interop.load import load
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.interop.load import latest, load
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart, with_average
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
-from ijepa_fast.run.build import method_of
-from ijepa_fast.run.checkpoint import latest
-from ijepa_fast.run.probing import probe_folders, training_source
+from ijepa_fast.report.summary import read_summary
+from ijepa_fast.run.build import build_method
+from ijepa_fast.run.sources import probe_folders, training_source
 
-RANK = ("rankme", "target_variance")  # figures of the online probe that belong to the section of the rank
+Record = dict[str, Any]  # a line of the log
+Series = dict[str, dict[str, tuple[list[int], list[float]]]]  # {metric: {label: (steps, values)}}
+
+RANK = ("rankme", "target_variance")  # metrics of the online probe that belong to the section of the rank
 TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}
+EMA = "Momentum of the EMA"  # under "momentum" in logs of earlier versions
 MOST_MASKS = 128  # images of the batch whose masks are drawn: a policy that truncates depends on their number
 
 
-def report(run, images=None, count=400):
+def report(run: str | Path, images: str | Path | None = None, count: int = 400) -> str:
     """The page of the run in folder `run`, as HTML.
 
     images: a folder, instead of the run's own held-out (or else training) images. count: how many of them to encode.
-    What cannot be shown (no checkpoint yet, images that are gone) is said on the page. ValueError for a folder that is
-    no run.
+    What cannot be shown (no checkpoint yet, images that are gone, an old summary) is said on the page. Raises
+    ValueError for a folder that is no run.
     """
     run = Path(run)
     for name in ("config.yaml", "log.jsonl"):
@@ -44,11 +52,10 @@ def report(run, images=None, count=400):
     training = [record for record in records if "loss" in record]
     if not training:
         raise ValueError(f"{run}/log.jsonl: expected at least one record with a loss; wait for the first")
-    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
     sections = [("Training", _training(training)), ("Speed", _speed(training))]
     online = _online(records)
-    sections.append(("Probes", _probes(online, summary.get("probe"))))
-    checkpoint, ranks = latest(run), _charts({figure: online[figure] for figure in RANK if figure in online})
+    sections.append(("Probes", _figures(run) + _probes(online)))
+    checkpoint, ranks = latest(run), _charts({metric: online[metric] for metric in RANK if metric in online})
     if ranks:
         sections.append(("Rank", text("Of the targets while training; a collapsed encoder has RankMe 1.") + ranks))
     if checkpoint is None:
@@ -64,72 +71,86 @@ def report(run, images=None, count=400):
     return page(config.name, _head(config, training), sections, (run / "config.yaml").read_text(), footer)
 
 
-def _head(config, training):
+def _head(config: Config, training: list[Record]) -> dict[str, str]:
     rate = np.median([record["images_per_second"] for record in training])
     tokens = np.mean([record["tokens_per_image"] for record in training])
     model = config.model
     return {
         "steps": f"{training[-1]['step']:,} <small>of {config.batch_size:,} images</small>",
         "loss": f"{training[0]['loss']:.4f} → {training[-1]['loss']:.4f}",
-        "images a second": f"{rate:,.0f} <small>at {tokens:.0f} tokens</small>",
+        "images per second": f"{rate:,.0f} <small>at {tokens:.0f} tokens</small>",
         "waiting for data": f"{100 * np.mean([record['data_wait'] for record in training]):.2g}%",
         "encoder": f"{model.depth} blocks <small>of width {model.dim}, patch {model.patch}</small>",
     }
 
 
-def _column(records, key):
+def _column(records: list[Record], key: str) -> tuple[list[int], list[float]]:
     found = [(record["step"], record[key]) for record in records if key in record]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _training(training):
+def _training(training: list[Record]) -> str:
     loss = with_average(*_column(training, "loss"), "loss")
     figure = line_chart("Loss", loss, wide=True)
     if len(loss) > 1:
         figure = figure.replace('class="chart', 'class="averaged chart', 1)
-    titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "momentum": "Momentum of the target encoder"}
-    charts = [line_chart(title, {"": _column(training, key)}) for key, title in titles.items()]
-    charts.append(line_chart("Tokens an image", {"": _column(training, "tokens_per_image")}))
+    terms = [{"step": record["step"]} | record.get("loss_terms", {}) for record in training]
+    charts = [line_chart("Terms of the loss", {name: _column(terms, name) for name in terms[-1] if name != "step"})]
+    titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "ema": EMA, "momentum": EMA}
+    titles["tokens_per_image"] = "Tokens per image"
+    charts += [line_chart(title, {"": _column(training, key)}) for key, title in titles.items()]
     return f'<div class="charts">{figure}{"".join(charts)}</div>'
 
 
-def _speed(training):
-    rate = line_chart("Images a second", {"": _column(training, "images_per_second")}, floor=0)
+def _speed(training: list[Record]) -> str:
+    rate = line_chart("Images per second", {"": _column(training, "images_per_second")}, floor=0)
     wait = line_chart("Share of the time waiting for data", {"": _column(training, "data_wait")}, floor=0, percent=True)
     bad = training[-1].get("replaced", 0)
     told = text(f"{bad} unreadable images were replaced.", "note") if bad else ""
     return f'{told}<div class="charts">{rate}{wait}</div>'
 
 
-def _probes(online, final):
-    charts = _charts({figure: series for figure, series in online.items() if figure not in RANK})
-    out = text("Of frozen, average-pooled features of the target encoder.")
-    if final:
-        out += _final(final)
-    if charts:
-        out += text("While training, on training images: for comparing one step with another.") + charts
-    if not final and not charts:
-        out += text("None was run: set probe.every, or probe.test to labelled images.", "note")
-    return out
+def _figures(run: Path) -> str:
+    """The table of the figures in the run's summary."""
+    try:
+        summary = read_summary(run)
+    except ValueError as error:
+        return text(f"Not shown: {error}", "note")
+    figures = headline(figures_of(summary)) if summary else []
+    if not figures:
+        told = "The encoder was not evaluated on labelled images: the run has not finished, or probe.test is not set."
+        return text(told, "note")
+    head, rows = cells(figures)
+    better = [(row, head.index("value")) for row, figure in enumerate(figures) if figure.improved]
+    return text("Of frozen features of the trained encoder, on test images.") + table(head, rows, better)
 
 
-def _online(records):
-    """{figure: {probe: (steps, values)}} of the online probe's numbers in the log."""
-    found = {}
+def _probes(online: Series) -> str:
+    charts = _charts({metric: series for metric, series in online.items() if metric not in RANK})
+    if not charts:
+        return text(
+            "There was no probe while training: probe.every is 0, or the training images have no labels.", "note"
+        )
+    return text("While training, on training images: for comparing one step with another.") + charts
+
+
+def _online(records: list[Record]) -> Series:
+    """The numbers of the online probe in the log."""
+    found: Series = {}
     for record in records:
-        for (*probe, figure), value in _numbers(record.get("probe", {})):
-            steps, values = found.setdefault(figure, {}).setdefault(" ".join(probe), ([], []))
+        for (*probe, metric), value in _numbers(record.get("probe", {})):
+            steps, values = found.setdefault(metric, {}).setdefault(" ".join(probe), ([], []))
             steps.append(record["step"])
             values.append(value)
     return found
 
 
-def _charts(figures):
-    charts = [line_chart(TITLES.get(f, f.replace("_", " ").capitalize()), series) for f, series in figures.items()]
+def _charts(metrics: Series) -> str:
+    charts = [line_chart(TITLES.get(m, m.replace("_", " ").capitalize()), series) for m, series in metrics.items()]
     return f'<div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
-def _numbers(values, path=()):
+def _numbers(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _numbers(value, (*path, key))
@@ -137,25 +158,7 @@ def _numbers(values, path=()):
             yield (*path, key), value
 
 
-def _final(final):
-    rows, better = [], []
-    for name, after in final["after"].items():
-        before = final["before"][name]
-        key = "r2" if after["task"] == "regression" else "accuracy"
-        for head, was, now in (("linear", before["linear"], after["linear"]), *_knn(before, after)):
-            figures = (f"{values[key]:z.3f}" for values in (after["chance"], was, now))
-            rows.append([f"{name}, {head}", TITLES[key], *figures])
-            if now[key] > was[key]:
-                better.append((len(rows) - 1, 4))
-    return table(["probe", "figure", "chance", "untrained", "trained"], rows, better)
-
-
-def _knn(before, after):
-    k = "20" if "20" in after["knn"] else next(iter(after["knn"]), None)
-    return [(f"{k} neighbours", before["knn"][k], after["knn"][k])] if k else []
-
-
-def _features(config, checkpoint, images, count):
+def _features(config: Config, checkpoint: Path, images: str | Path | None, count: int) -> list[tuple[str, str]]:
     """Sections of what the target encoder in `checkpoint` makes of sample images."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load(checkpoint, device=device)
@@ -174,21 +177,25 @@ def _features(config, checkpoint, images, count):
     )
     told = f"Of the {dim} pooled features of {size} images. RankMe is {rank:.1f} of at most {min(size, dim)}."
     sections = [("Spectrum", text(told) + f'<div class="charts">{chart}</div>')]
-    packed = method_of(config).make_batches(config, 1)(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
-    if isinstance(packed, PackedBatch):
+    with torch.device("meta"):
+        method = build_method(config, foreign=False)
+    packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
+    if isinstance(packed, MaskDraw):
         told = "The image, what the context encoder sees of it, and what is predicted: "
         told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
         sections.append(("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch)))
     told = f"By cosine similarity of standardised, average-pooled features, among {size} images of "
     told += f"{Path(source.root).name}; in green those of the same class."
     sections.append(("Nearest neighbours", text(told) + pictures.neighbours_gallery(sample)))
+    if sample.patches.shape[1] == 1:
+        return sections  # a class token
     told = "The first three principal components of patch features, as red, green and blue; the mean at each place is "
     told += "taken off first."
     sections.append(("Patch features", text(told) + pictures.pca_gallery(sample, encoder.encoder.grid)))
     return sections
 
 
-def _source(config, images):
+def _source(config: Config, images: str | Path | None) -> Source:
     if images is not None:
         return open_source(images)
     folders = probe_folders(config)
@@ -198,7 +205,7 @@ def _source(config, images):
     return source
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast report", description="Make one HTML page of a run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")

@@ -1,8 +1,11 @@
 """Line charts as inline SVG: crisp at any size, coloured by the page's style sheet, readable under a pointer."""
 
+from __future__ import annotations
+
 import html
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,9 +16,21 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 34  # margins
 COLOURS = 6  # colours in the style sheet: .s0 to .s5
 MOST = 600  # points of a line
 
+Numbers = Sequence[float] | np.ndarray
 
-def line_chart(title, series, *, note="", wide=False, log=False, percent=False, x_label="step", floor=None):
-    """A figure with one line a series.
+
+def line_chart(
+    title: str,
+    series: Mapping[str, tuple[Numbers, Numbers]],
+    *,
+    note: str = "",
+    wide: bool = False,
+    log: bool = False,
+    percent: bool = False,
+    x_label: str = "step",
+    floor: float | None = None,
+) -> str:
+    """An SVG figure with one line per series.
 
     series: {name: (xs, ys)} of numbers; points that are not finite are left out. log: of the values' axis.
     percent: values are shares of 1. floor: a value that the axis reaches down to. x_label: under the axis.
@@ -29,12 +44,12 @@ def line_chart(title, series, *, note="", wide=False, log=False, percent=False, 
     values = np.concatenate([ys for _, ys in series.values()])
     y_low, y_high = _span(np.log10(values) if log else values, floor)
 
-    def place_x(x):
+    def place_x(x: Numbers | float) -> np.ndarray:
         return LEFT + (np.asarray(x, float) - x_low) / (x_high - x_low) * (width - LEFT - RIGHT)
 
-    def place_y(y):
-        y = np.log10(y) if log else np.asarray(y, float)
-        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+    def place_y(y: Numbers | float) -> np.ndarray:
+        values = np.log10(y) if log else np.asarray(y, float)
+        return HEIGHT - BOTTOM - (values - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     marks = [_grid(place_x, place_y, (x_low, x_high), (y_low, y_high), width, log, percent)]
     for number, (xs, ys) in enumerate(series.values()):
@@ -62,12 +77,12 @@ def line_chart(title, series, *, note="", wide=False, log=False, percent=False, 
     )
 
 
-def with_average(xs, ys, name):
+def with_average(xs: Numbers, ys: Numbers, name: str) -> dict[str, tuple[Numbers, Numbers]]:
     """{name: points, and their moving average} once there are enough points for one."""
     return {name: (xs, ys), "moving average": (xs, smooth(ys))} if len(xs) > 20 else {name: (xs, ys)}
 
 
-def thin(xs, ys, most=MOST):
+def thin(xs: Numbers, ys: Numbers, most: int = MOST) -> tuple[Numbers, Numbers]:
     """At most `most` points: the means of neighbours where there are more."""
     if len(xs) <= most:
         return xs, ys
@@ -76,13 +91,13 @@ def thin(xs, ys, most=MOST):
     return np.add.reduceat(xs, edges) / counts, np.add.reduceat(ys, edges) / counts
 
 
-def _finite(xs, ys, log):
+def _finite(xs: Numbers, ys: Numbers, log: bool) -> tuple[np.ndarray, np.ndarray]:
     xs, ys = np.asarray(xs, float), np.asarray(ys, float)
     good = np.isfinite(ys) & (ys > 0) if log else np.isfinite(ys)
     return xs[good], ys[good]
 
 
-def _span(values, floor=None):
+def _span(values: np.ndarray, floor: float | None = None) -> tuple[float, float]:
     """Ends of an axis that holds `values`, a little wider for values, never empty."""
     low, high = float(values.min()), float(values.max())
     low = low if floor is None else min(low, floor)
@@ -92,7 +107,7 @@ def _span(values, floor=None):
     return low, high
 
 
-def ticks(low, high, count=4):
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers in [low, high]."""
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step *= next((m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= count + 1.5), 10)
@@ -100,7 +115,15 @@ def ticks(low, high, count=4):
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _grid(place_x, place_y, x_span, y_span, width, log, percent):
+def _grid(
+    place_x: Callable,
+    place_y: Callable,
+    x_span: tuple[float, float],
+    y_span: tuple[float, float],
+    width: int,
+    log: bool,
+    percent: bool,
+) -> str:
     marks = []
     for tick in ticks(*y_span):
         value = 10.0**tick if log else tick
@@ -117,7 +140,7 @@ def _grid(place_x, place_y, x_span, y_span, width, log, percent):
     return "".join(marks)
 
 
-def _format(value, percent=False):
+def _format(value: float, percent: bool = False) -> str:
     """Three significant digits, short."""
     if percent:
         return f"{100 * value:.3g}%"

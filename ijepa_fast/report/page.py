@@ -1,13 +1,16 @@
 """The page around the charts and pictures: one HTML file with nothing to fetch, light or dark as the reader's."""
 
+from __future__ import annotations
+
 import html
+from collections.abc import Collection
 from importlib.resources import files
 
 
-def page(title, figures, sections, config, footer):
+def page(title: str, figures: dict[str, str], sections: list[tuple[str, str]], config: str, footer: str) -> str:
     """The whole document.
 
-    figures: {name: value} for the head, in plain text. sections: [(heading, HTML)]. config: the run's YAML.
+    figures: {name: HTML} for the head. sections: [(heading, HTML)]. config: the run's YAML.
     """
     style, script = (files("ijepa_fast.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     cards = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures.items())
@@ -22,12 +25,12 @@ def page(title, figures, sections, config, footer):
     )
 
 
-def text(content, kind=""):
+def text(content: str, kind: str = "") -> str:
     """A paragraph of plain text; kind "note" for one that says what is missing."""
     return f'<p class="{kind}">{html.escape(content)}</p>'
 
 
-def table(head, rows, better=()):
+def table(head: list[str], rows: list[list[str]], better: Collection[tuple[int, int]] = ()) -> str:
     """A table of plain text; better: (row, column) of the cells to stress."""
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(
@@ -41,5 +44,5 @@ def table(head, rows, better=()):
     return f'<div class="card"><table><tr>{cells}</tr>{body}</table></div>'
 
 
-def _anchor(heading):
+def _anchor(heading: str) -> str:
     return heading.lower().replace(" ", "-")

@@ -3,19 +3,25 @@
 Shapes: n images, N patches, D features.
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.sources import Source
 from ijepa_fast.eval.features import Standardiser, pool
 from ijepa_fast.eval.knn import nearest
 from ijepa_fast.eval.labels import Samples
+from ijepa_fast.interop.load import PretrainedEncoder
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report.plots import batch_masks, mask_views
 
 NEIGHBOURS = 6
@@ -26,8 +32,10 @@ SIDE = 160  # pixels of a photograph on the page, at most
 
 @dataclass
 class Sample:
-    """Images of a run and what its encoder makes of them: images uint8 (n, H, W, 3), pooled fp32 (n, D), patch features
-    fp32 (BASIS, N, D) of the first; labels: n names, or n empty ones.
+    """Images of a run and what its encoder makes of them.
+
+    images uint8 (n, H, W, 3); pooled: features fp32 (n, D); patches: features fp32 (BASIS, N, D) of the first images;
+    labels: n names, or n empty ones.
     """
 
     images: torch.Tensor
@@ -37,13 +45,16 @@ class Sample:
 
 
 @torch.no_grad()
-def take_sample(source, encoder, count, device, seed=0):
-    """A Sample of `count` images of `source`, drawn by `seed`. encoder: interop.load.PretrainedEncoder on `device`."""
+def take_sample(
+    source: Source, encoder: PretrainedEncoder, count: int, device: torch.device | str, seed: int = 0
+) -> Sample:
+    """A Sample of `count` images of `source`, drawn by `seed`; the encoder is on `device`."""
     rows = np.random.default_rng(seed).permutation(len(source))[:count]
     interpolation = encoder.arch.interpolation
-    options = {"crop": encoder.crop, "resize": encoder.crop, "batch_size": 32, "interpolation": interpolation}
-    images, pooled, patches, ids = [], [], [], []
-    for batch, found in eval_batches(Samples(source, rows), device=device, **options):
+    options: dict[str, Any] = {"crop": encoder.crop, "resize": encoder.crop, "interpolation": interpolation}
+    images, pooled, ids = [], [], []
+    patches: list[torch.Tensor] = []
+    for batch, found in eval_batches(Samples(source, rows), batch_size=32, device=device, **options):
         features = encoder(batch)
         if sum(map(len, patches)) < BASIS:
             patches.append(features.float().cpu())
@@ -56,7 +67,7 @@ def take_sample(source, encoder, count, device, seed=0):
     return Sample(torch.cat(images), torch.cat(pooled), torch.cat(patches), names)
 
 
-def masks_gallery(images, packed, patch):
+def masks_gallery(images: torch.Tensor, packed: MaskDraw, patch: int) -> str:
     """The first images beside what the context encoder sees of each and the blocks to predict."""
     contexts, targets = batch_masks(packed)
     rows = []
@@ -66,9 +77,10 @@ def masks_gallery(images, packed, patch):
     return f'<div class="gallery pairs">{"".join(rows)}</div>'
 
 
-def neighbours_gallery(sample):
-    """Rows of an image and its nearest neighbours, with labels: by the cosine of pooled features, standardised as the
-    probes do it.
+def neighbours_gallery(sample: Sample) -> str:
+    """Rows of an image and its nearest neighbours, with labels.
+
+    Distance is the cosine of pooled features, standardised as for the probes.
     """
     features = Standardiser(sample.pooled)(sample.pooled)
     unit = torch.nn.functional.normalize(features, dim=1)
@@ -85,10 +97,12 @@ def neighbours_gallery(sample):
     return f'<div class="rows">{"".join(rows)}</div>'
 
 
-def pca_colours(patches, shown=SHOWN):
-    """Colours fp32 (shown, N, 3) in 0..1 of the patches of the first images: their first three principal components
-    among the patches of all images (n, N, D), each stretched between its 2nd and 98th percentile. The mean over images
-    is taken off at each place, or the colours would tell where a patch lies and not what it holds.
+def pca_colours(patches: torch.Tensor, shown: int = SHOWN) -> np.ndarray:
+    """Colours fp32 (shown, N, 3) in 0..1 of the patches of the first images.
+
+    They are the first three principal components among the patches of all images (n, N, D), each stretched between its
+    2nd and 98th percentile. The mean over images is taken off at each place, or the colours would tell where a patch
+    lies and not what it holds.
     """
     centred = (patches - patches.mean(0)).flatten(0, 1)
     _, vectors = torch.linalg.eigh(centred.T.double() @ centred.double())
@@ -98,7 +112,7 @@ def pca_colours(patches, shown=SHOWN):
     return colours.reshape(-1, patches.shape[1], 3)
 
 
-def pca_gallery(sample, grid):
+def pca_gallery(sample: Sample, grid: tuple[int, int]) -> str:
     """The first images beside the colours of their patches; grid: (rows, columns) of patches."""
     pairs = []
     for image, colours in zip(sample.images, pca_colours(sample.patches)):
@@ -107,28 +121,28 @@ def pca_gallery(sample, grid):
     return f'<div class="gallery">{"".join(pairs)}</div>'
 
 
-def spectrum(features):
+def spectrum(features: torch.Tensor) -> np.ndarray:
     """Singular values of features (n, D) over the largest, largest first, fp64."""
     values = torch.linalg.svdvals(features.double()).numpy()
     return values / values[0]
 
 
-def _labelled(image, text, kind):
+def _labelled(image: torch.Tensor, text: str, kind: str) -> str:
     return f'<figure class="{kind}">{_photo(image)}<figcaption>{html.escape(text)}</figcaption></figure>'
 
 
-def _photo(image):
+def _photo(image: torch.Tensor) -> str:
     picture = Image.fromarray(np.asarray(image))
     if picture.width > SIDE:
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     return _tag(picture, "JPEG", "", quality=90)
 
 
-def _image(array, kind=""):
+def _image(array: np.ndarray, kind: str = "") -> str:
     return _tag(Image.fromarray(array), "PNG", kind)
 
 
-def _tag(picture, form, kind, **options):
+def _tag(picture: Image.Image, form: str, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     data = base64.b64encode(buffer.getvalue()).decode()

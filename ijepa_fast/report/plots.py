@@ -1,15 +1,24 @@
 """PNG pictures at the end of a run: the loss curve, and the masks drawn over sample images."""
 
+from __future__ import annotations
+
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+
+from ijepa_fast.masks.packing import MaskDraw
+
+Indices = Sequence[int] | np.ndarray  # of patches in an image, row by row
 
 # Okabe and Ito's palette: told apart by colour-blind readers, on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
-def read_log(path):
+def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The records of a run's log.jsonl, a list of dicts; a last line cut short by a kill is left out."""
     records = []
     lines = Path(path).read_text().splitlines()
@@ -22,7 +31,7 @@ def read_log(path):
     return records
 
 
-def smooth(values, weight=0.9):
+def smooth(values: Sequence[float] | np.ndarray, weight: float = 0.9) -> np.ndarray:
     """Bias-corrected exponential moving average of a 1-D sequence, float64."""
     average, out = 0.0, np.empty(len(values))
     for i, value in enumerate(values):
@@ -31,7 +40,7 @@ def smooth(values, weight=0.9):
     return out
 
 
-def plot_loss(records, path):
+def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     """Draw loss over steps as a PNG.
 
     records: dicts with `step` and `loss` (lines without them are passed over); path: of the PNG to write.
@@ -56,24 +65,24 @@ def plot_loss(records, path):
     figure.savefig(path)
 
 
-def _rgb(colour):
+def _rgb(colour: str) -> np.ndarray:
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.float32)
 
 
-def _enlarge(image, patch, least):
+def _enlarge(image: np.ndarray, patch: int, least: int) -> tuple[np.ndarray, int]:
     """Nearest-neighbour enlargement by a whole factor, so that a side has at least `least` pixels."""
     factor = max(1, -(-least // image.shape[0]))
     return image.repeat(factor, 0).repeat(factor, 1), patch * factor
 
 
-def _patch_mask(indices, grid, patch):
+def _patch_mask(indices: Indices, grid: tuple[int, int], patch: int) -> np.ndarray:
     """Flat patch indices -> boolean pixel mask."""
     mask = np.zeros(grid[0] * grid[1], dtype=bool)
     mask[np.asarray(indices, dtype=np.int64)] = True
     return mask.reshape(grid).repeat(patch, 0).repeat(patch, 1)
 
 
-def _border(mask, width):
+def _border(mask: np.ndarray, width: int) -> np.ndarray:
     """The rim of a boolean pixel mask, `width` pixels inside it."""
     inside = np.pad(mask, width)
     shrunk = inside.copy()
@@ -83,7 +92,9 @@ def _border(mask, width):
     return mask & ~shrunk[width:-width, width:-width]
 
 
-def mask_views(image, context, targets, patch, least=160):
+def mask_views(
+    image: np.ndarray, context: Indices, targets: Iterable[Indices], patch: int, least: int = 160
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One image, what the context encoder sees of it, and the blocks to predict.
 
     image: uint8 (H, W, 3). context: patch indices (row-major over the grid). targets: M sequences of patch indices.
@@ -104,15 +115,17 @@ def mask_views(image, context, targets, patch, least=160):
     return big, seen.astype(np.uint8), blocks.astype(np.uint8)
 
 
-def mask_tiles(image, context, targets, patch, least=160):
+def mask_tiles(
+    image: np.ndarray, context: Indices, targets: Iterable[Indices], patch: int, least: int = 160
+) -> np.ndarray:
     """The three of mask_views side by side: uint8 (h, 3*w + 2*gap, 3)."""
     image, seen, blocks = mask_views(image, context, targets, patch, least)
     gap = np.full((image.shape[0], max(4, image.shape[0] // 24), 3), 255, dtype=np.uint8)
     return np.concatenate([image, gap, seen, gap, blocks], axis=1)
 
 
-def batch_masks(packed):
-    """Patch indices within each image of a packing.PackedBatch.
+def batch_masks(packed: MaskDraw) -> tuple[list[np.ndarray], np.ndarray]:
+    """Patch indices within each image of a masks.packing.MaskDraw.
 
     Returns (the first context, a list of B arrays; the target blocks, (M, B, K)), int64.
     """
@@ -121,10 +134,10 @@ def batch_masks(packed):
     return np.split(context, ends[1:-1]), packed.target_index.numpy() % packed.patches
 
 
-def plot_masks(images, packed, patch, path, columns=2):
+def plot_masks(images: torch.Tensor, packed: MaskDraw, patch: int, path: Path, columns: int = 2) -> None:
     """Draw masks over images as a PNG: for each image the image, its (first) context, its target blocks.
 
-    images: uint8 (b, H, W, 3), the first b of the batch that packed (packing.PackedBatch) belongs to. patch: side of a
+    images: uint8 (b, H, W, 3), the first b of the batch that packed, a MaskDraw, belongs to. patch: side of a
     patch, pixels. path: of the PNG to write. columns: images side by side.
     """
     from PIL import Image

@@ -1,27 +1,49 @@
-"""What a finished run leaves for a person: probes, summary.json, loss.png and masks.png."""
+"""What a finished run leaves for a person: summary.json with the figures of the probes, loss.png and masks.png."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from ijepa_fast.config import Config
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.data.sources import Source
+from ijepa_fast.eval.evaluate import evaluate
+from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table
+from ijepa_fast.masks.packing import MaskDraw
+from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
-from ijepa_fast.run.build import build_loader, build_objective
-from ijepa_fast.run.probing import probe
+from ijepa_fast.run.build import build_loader
+from ijepa_fast.run.provenance import FORMAT, provenance
+from ijepa_fast.run.sources import encode_with, evaluation, untrained
 
 
-def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str] | None, device: torch.device) -> dict:
-    """Write the run's results and print them. Called by rank 0. Returns what summary.json holds."""
+def finish(
+    config: Config,
+    method: Method,
+    source: Source | None,
+    folders: tuple[str, str] | None,
+    device: torch.device,
+    began: float,
+) -> dict[str, Any]:
+    """Write the run's results and print them. Called by rank 0. Returns what summary.json holds.
+
+    folders: labelled training and test images, None to evaluate nothing. began: time.perf_counter() of the start.
+    """
     folder = config.folder
     bad = folder / "bad_files.txt"
     records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
-    summary = {
+    plot_loss(records, folder / "loss.png")
+    _plot_masks(config, method, source)
+    figures = [] if folders is None else _evaluate(config, method, folders, device)
+    summary = provenance(device) | {
+        "wall_seconds": time.perf_counter() - began,  # of this launch, with what follows the last step
+        "train_seconds": train_seconds(records, records[-1]["step"], config.batch_size),
         "steps": records[-1]["step"],
         "loss_first": records[0]["loss"],
         "loss_last": records[-1]["loss"],
@@ -30,19 +52,8 @@ def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str
         "data_wait": statistics.fmean(r["data_wait"] for r in records),
         "context_policy": config.mask.policy,
         "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,
-        "probe": None,
+        "figures": [figure.to_json() for figure in figures],
     }
-    plot_loss(records, folder / "loss.png")
-    _plot_masks(config, source)
-    if folders is not None:
-        print("probing the encoder before and after training", file=sys.stderr)
-        untrained = build_objective(config)
-        untrained.target_encoder.to(device)
-        untrained.encoder.to(device)
-        summary["probe"] = {
-            "before": probe(config, untrained, folders, device),
-            "after": probe(config, objective, folders, device),
-        }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(describe(summary), file=sys.stderr)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
@@ -50,37 +61,59 @@ def finish(config: Config, objective: nn.Module, source, folders: tuple[str, str
     return summary
 
 
-def describe(summary: dict) -> str:
-    """A short text of a summary: loss, speed, and each probe before and after training."""
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of a run's folder, None where the run has not finished.
+
+    Raises ValueError for another version of the format; the first had no number.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    if (found := summary.get("version", 1)) != FORMAT:
+        raise ValueError(
+            f"{path} has version {found} of the format, and this ijepa_fast reads version {FORMAT}; evaluate the run "
+            f"again: python -m ijepa_fast probe --checkpoint {folder}"
+        )
+    return summary
+
+
+def train_seconds(records: list[dict[str, Any]], step: int, batch: int) -> float:
+    """Seconds of all steps up to `step` by the log's rates, over all launches; checkpoints and probes are not in it."""
+    seconds, last = 0.0, 0
+    for record in records:
+        if "loss" in record and record["step"] <= step:
+            seconds += (record["step"] - last) * batch / record["images_per_second"]
+            last = record["step"]
+    return seconds
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """A short text of a summary: loss, speed, and the main figures of the probes."""
     lines = [
         f"{summary['steps']} steps, loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}, "
-        f"{summary['images_per_second']:.0f} images/s at {summary['tokens_per_image']:.0f} tokens an image"
+        f"{summary['images_per_second']:.0f} images/s at {summary['tokens_per_image']:.0f} tokens per image"
     ]
     if summary["bad_files"]:
         lines.append(f"{summary['bad_files']} files could not be decoded: bad_files.txt names them, with reasons")
-    if summary["probe"]:
-        before, after = summary["probe"]["before"], summary["probe"]["after"]
-        lines.append(f"{'probe':<32}{'untrained':>10}{'trained':>10}")
-        for name in after:
-            for head in ("linear", "knn"):
-                key, was, now = _figure(before[name], after[name], head)
-                lines.append(f"{f'{name} ({head}, {key})':<32}{was:>10.3f}{now:>10.3f}")
+    if figures := headline(figures_of(summary)):
+        lines.append(table(figures))
     return "\n".join(lines)
 
 
-def _figure(before: dict, after: dict, head: str) -> tuple[str, float, float]:
-    key = "r2" if after["task"] == "regression" else "accuracy"
-    if head == "linear":
-        return key, before["linear"][key], after["linear"][key]
-    k = "20" if "20" in after["knn"] else next(iter(after["knn"]))
-    return f"k={k}, {key}", before["knn"][k][key], after["knn"][k][key]
+def _evaluate(config: Config, method: Method, folders: tuple[str, str], device: torch.device) -> list[Figure]:
+    print("evaluating the encoder before and after training", file=sys.stderr)
+    data = evaluation(config, folders, device)
+    before, after = (evaluate(encode, *data) for encode in (untrained(config, device), encode_with(method)))
+    return against(after, before)
 
 
-def _plot_masks(config: Config, source) -> None:
-    loader = build_loader(config, source, torch.device("cpu"), 0, 1)
+def _plot_masks(config: Config, method: Method, source: Source | None) -> None:
+    loader = build_loader(config, method, source, torch.device("cpu"), 0, 1)
     try:
         batch = next(loader)
-        if isinstance(batch.extra, PackedBatch):  # iBOT's masks are of several views
-            plot_masks(batch.images[:8], batch.extra, config.model.patch, config.folder / "masks.png")
+        images, draw = batch.images, batch.draw
+        if isinstance(draw, MaskDraw) and isinstance(images, torch.Tensor):  # iBOT's are of several views
+            plot_masks(images[:8], draw, config.model.patch, config.folder / "masks.png")
     finally:
         loader.close()

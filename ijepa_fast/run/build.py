@@ -1,115 +1,126 @@
-"""From the configuration to the parts of a run."""
+"""From the configuration to the parts of a run. Below this file, every part takes its own section or plain values."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from types import ModuleType
 
 import torch
-from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
-from ijepa_fast.engine.schedules import Schedule
+from ijepa_fast.engine.engine import Engine
+from ijepa_fast.masks.draw import Draw
+from ijepa_fast.methods.method import Method, Setup, method_class
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
 
 
-def plan(config: Config, source: Source | None) -> tuple[Schedule, int]:
-    """The schedules of a run over `source` (random images without one), and its number of steps."""
-    images = SYNTHETIC_IMAGES if source is None else len(source)
-    steps_per_epoch = images // config.batch_size
-    if steps_per_epoch == 0:
-        raise ConfigError(
-            f"batch_size={config.batch_size} is more than the {images} images of {config.data.source}; "
-            f"set batch_size to at most {images}"
-        )
-    build_masks(config, torch.device("cpu"), 0, 1)  # masks that cannot be drawn are an error before anything starts
-    optim = config.optim
-    schedule = Schedule(
-        steps_per_epoch,
-        optim.epochs,
-        optim.warmup_epochs,
-        optim.horizon,
-        optim.start_lr,
-        optim.lr,
-        optim.final_lr,
-        optim.weight_decay,
-        optim.final_weight_decay,
-        optim.weight_decay_shape,
-        optim.momentum,
-        optim.final_momentum,
-        optim.momentum_shape,
-    )
-    total = optim.epochs * steps_per_epoch
-    return schedule, total if optim.steps is None else min(total, optim.steps)
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in optimiser steps."""
+
+    steps_per_epoch: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: Config, images: int | None) -> Length:
+        """The length of a run over `images` images (None: random ones). Raises ConfigError for fewer than a batch."""
+        images = SYNTHETIC_IMAGES if images is None else images
+        steps_per_epoch = images // config.batch_size
+        if steps_per_epoch == 0:
+            raise ConfigError(
+                f"batch_size={config.batch_size} is more than the {images} images of {config.data.source}; "
+                f"set batch_size to at most {images}"
+            )
+        steps = config.optim.epochs * steps_per_epoch
+        return cls(steps_per_epoch, steps if config.optim.steps is None else min(steps, config.optim.steps))
 
 
-def method_of(config: Config) -> ModuleType:
-    """The module of `objective.method`: objective.py, or one named by its import path, found where the trainer runs.
+def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True) -> Method:
+    """The method with its networks in fp32 on the CPU, initialised from `seed`.
 
-    It has build(config) -> nn.Module: `forward(images, batch)` is the loss, `encoder` and `predictor` are trained,
-    `target_encoder` (the encoder's average, kept by the engine) is probed with `patchify`, and tensors named in the
-    dict `carried`, where there is one, are checkpointed with the weights;
-    make_batches(config, steps_per_epoch) -> draw(images, seed, step, rank): what the loss needs beside the images, with
-    `images`, `tokens`, `to` and `pin_memory`; drawn by the arguments alone, so that a resumed run draws the same;
-    work(config, batch) -> flops.Work of a step;
-    and where an image is seen several times, make_views(config) -> list of data.views.View.
+    steps_per_epoch: counts whole steps. foreign: see method_class. Raises ConfigError for what does not go together.
     """
-    method = config.objective.method
-    try:
-        return importlib.import_module("ijepa_fast.methods.ijepa" if method == "ijepa" else method)
-    except ImportError as error:
-        raise ConfigError(
-            f"objective.method: expected ijepa or the import path of a module, got {method!r} ({error}); "
-            f"bench.baselines.* is found in a checkout"
-        ) from None
-
-
-def build_objective(config: Config) -> nn.Module:
-    """The objective with its networks in fp32 on the CPU, initialised from `seed`."""
+    cls = method_class(config.objective.method, foreign)
+    _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
-    return method_of(config).build(config)
+    micro_steps = steps_per_epoch * config.engine.accumulation
+    return cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
 
 
-def build_masks(config: Config, device: torch.device, rank: int, ranks: int, steps_per_epoch: int = 1) -> Callable:
-    """The masks of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
+def with_options(config: Config, method: Method) -> Config:
+    """The same configuration with every option of the method, defaults included."""
+    return replace(config, objective=replace(config.objective, options=asdict(method.options)))
 
-    They are packed on the CPU, in pinned memory where `device` is a GPU. `steps_per_epoch` counts whole steps.
+
+def _check_capabilities(config: Config, method: type[Method]) -> None:
+    engine = config.engine
+    wanted = {
+        "graphs": ("engine.cuda_graphs=true", engine.cuda_graphs),
+        "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
+        "target_stream": ("engine.target_stream=true", engine.target_stream),
+    }
+    for capability, (setting, on) in wanted.items():
+        if on and capability not in method.capabilities:
+            key = setting.partition("=")[0]
+            raise ConfigError(
+                f"{setting}: objective.method={config.objective.method} cannot do it; leave {key} at its default"
+            )
+
+
+def micro_batch(config: Config, ranks: int) -> int:
+    """Images of a micro-batch of one of `ranks` ranks. Raises ConfigError where they do not divide the batch."""
+    parts = config.engine.accumulation * ranks
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by {ranks} ranks x engine.accumulation="
+            f"{config.engine.accumulation}; set batch_size to a multiple of {parts}"
+        )
+    return config.batch_size // parts
+
+
+def build_engine(config: Config, method: Method, device: torch.device, ranks: int) -> Engine:
+    """The method on DeepSpeed."""
+    return Engine(method, config.engine, config.optim, micro_batch(config, ranks), device)
+
+
+def build_draw(config: Config, method: Method, device: torch.device, rank: int, ranks: int) -> Callable[[int], Draw]:
+    """The draw of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
+
+    It lies in host memory, pinned where `device` is a GPU.
     """
-    draw = method_of(config).make_batches(config, steps_per_epoch * config.engine.accumulation)
-    batch = _micro_batch(config, ranks)
+    images = micro_batch(config, ranks)
 
-    def masks(step: int):
-        packed = draw(batch, config.seed, step, rank)
-        return packed.pin_memory() if device.type == "cuda" else packed
+    def draw(step: int) -> Draw:
+        drawn = method.draw(images, config.seed, step, rank)
+        return drawn.pin_memory() if device.type == "cuda" else drawn
 
-    return masks
+    return draw
 
 
-def build_loader(config: Config, source: Source | None, device: torch.device, rank: int, ranks: int, first: int = 0):
-    """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.extra is their PackedBatch.
+def build_loader(
+    config: Config, method: Method, source: Source | None, device: torch.device, rank: int, ranks: int, first: int = 0
+) -> TrainLoader | SyntheticLoader:
+    """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.draw is their draw.
 
-    Masks are made ahead of the step, in the loader's threads. Without `source`, the images are random.
+    Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
-    data, method = config.data, method_of(config)
-    steps_per_epoch = (SYNTHETIC_IMAGES if source is None else len(source)) // config.batch_size
+    data, views = config.data, method.views()
     common = {
-        "batch_size": _micro_batch(config, ranks),
+        "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
         "rank": rank,
         "world_size": ranks,
         "device": device,
         "start_step": first,
-        "extra": build_masks(config, device, rank, ranks, steps_per_epoch),
+        "draw": build_draw(config, method, device, rank, ranks),
     }
-    views = method.make_views(config) if hasattr(method, "make_views") else None
     if source is None:
         sides = [view.crop for view in views] if views else data.crop
         return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
@@ -129,7 +140,3 @@ def build_loader(config: Config, source: Source | None, device: torch.device, ra
         max_pixels=data.max_pixels,
         **common,
     )
-
-
-def _micro_batch(config: Config, ranks: int) -> int:
-    return config.batch_size // (ranks * config.engine.accumulation)

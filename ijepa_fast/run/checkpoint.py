@@ -2,8 +2,8 @@
 
     checkpoints/step-00000500/
         rank-00000.safetensors   this rank's fragments of weights, moments and EMA: "<parameter>|<key>|<first element>",
-                                 and in the first one, whole, what the objective carries: "<name>|carried|0"
-        weights.safetensors      encoder, predictor and target encoder, whole, fp32, under the published names
+                                 and in the first one, whole, what the method carries: "<name>|carried|0"
+        weights.safetensors      every network and its average, whole, fp32, under the published names
         state.json               step, shapes, and the configuration the run had
 
 A folder is written under another name, flushed to disk and renamed: a kill at any moment leaves the last one good.
@@ -12,116 +12,139 @@ A folder is written under another name, flushed to disk and renamed: a kill at a
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ijepa_fast.config import Config, flatten
+from ijepa_fast import config
+from ijepa_fast.config import is_fixed, present
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.optim import STATES
-from ijepa_fast.interop.weights import POSITIONS, Arch, Weights, check_state, header, with_image_size
+from ijepa_fast.engine.partitions import Partition
+from ijepa_fast.files import draft_of, publish
+from ijepa_fast.interop.weights import (
+    Arch,
+    Weights,
+    check_state,
+    header,
+    position_key,
+    today,
+    with_image_size,
+)
 
 FORMAT = 1
-# A run resumed with another value of one of these would not be the run that was begun.
-FIXED = ("seed", "init", "batch_size", "data.", "mask.", "model.", "objective.")
-FREE = ("data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load", "data.max_bad_share", "model.recompute")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the run; the message names what and what to do."""
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint under the run's `folder`, or None where there is none."""
-    found = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+def save(folder: Path, engine: Engine, settings: Mapping[str, Any], arch: Arch, step: int, keep: int) -> Path:
+    """Write the state after `step` steps and drop all but the newest `keep` checkpoints. Called by every rank.
 
-
-def save(folder: Path, engine: Engine, config: Config, step: int) -> Path:
-    """Write the state after `step` steps and drop all but the newest `log.keep` checkpoints. Called by every rank."""
-    rank = torch.distributed.get_rank()
+    folder: the run's. settings: its flattened configuration. arch: of its encoder.
+    """
     final = folder / "checkpoints" / f"step-{step:08d}"
-    draft = final.with_name(f"draft-{step:08d}")
-    if rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    torch.distributed.barrier()
-    if rank == 0 or not engine.layout.replicated:
-        carried = {f"{name}|carried|0": tensor.cpu().clone() for name, tensor in engine.carried.items() if rank == 0}
-        _write(draft / f"rank-{rank:05d}.safetensors", _fragments(engine) | carried)
-    torch.distributed.barrier()
-    if rank == 0:
-        _write(
-            draft / "weights.safetensors", _whole_weights(draft, engine), metadata=header(architecture(config, step))
-        )
-        state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": flatten(config)}
-        (draft / "state.json").write_text(json.dumps(state, indent=1))
-        for path in (draft / "state.json", draft, final.parent):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
-        _flush(final.parent)
-        for old in sorted(final.parent.glob("step-*"))[: -config.log.keep]:
+    if torch.distributed.get_rank() == 0:
+        with publish(final, durable=True) as draft:
+            draft.mkdir()
+            _write_fragments(draft, engine)
+            save_file(_whole_weights(draft, engine), draft / "weights.safetensors", header(arch))
+            state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": dict(settings)}
+            (draft / "state.json").write_text(json.dumps(state, indent=1))
+        for old in sorted(final.parent.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
+    else:
+        _write_fragments(draft_of(final), engine)
     torch.distributed.barrier()
     return final
 
 
-def load(path: Path, engine: Engine, config: Config) -> int:
-    """Bring `engine` to the state in `path`; its step. Raises CheckpointError before anything is changed."""
+def load(path: Path, engine: Engine, settings: Mapping[str, Any]) -> int:
+    """Bring `engine` to the state in `path`; its step. Raises CheckpointError before anything is changed.
+
+    settings: the flattened configuration of the run that goes on.
+    """
     state = read_state(path)
-    changed = [
-        f"{key}: {json.dumps(state['config'].get(key))} -> {json.dumps(value)}"
-        for key, value in json.loads(json.dumps(flatten(config))).items()
-        if key.startswith(FIXED) and key not in FREE and state["config"].get(key, value) != value
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{path} was written by another run ({'; '.join(changed)}); restore these keys, or set another name"
-        )
+    _check_settings(path, present(state["config"]), json.loads(json.dumps(dict(settings))))
+    names = {name: today(name, engine.method.former_names) for name in state["shapes"]}
+    shapes = {names[name]: shape for name, shape in state["shapes"].items()}
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
-    for name in sorted(ours.keys() | state["shapes"].keys()):
-        if ours.get(name) != state["shapes"].get(name):
+    for name in sorted(ours.keys() | shapes.keys()):
+        if ours.get(name) != shapes.get(name):
             raise CheckpointError(
-                f"{path}: parameter {name} has shape {state['shapes'].get(name)} there, {ours.get(name)} in this model"
+                f"{path}: parameter {name} has shape {shapes.get(name)} there, {ours.get(name)} in this model"
             )
-    reader = _Reader(path)
+    reader = _Reader(path, names)
     for partition in engine.layout.partitions:
         reader.check(partition)
-    carried = {name: reader.read(name, "carried", tensor.shape) for name, tensor in engine.carried.items()}
-    engine.place(_positions(path))
+    carried = {name: reader.read(name, "carried", tensor.shape) for name, tensor in engine.method.carried.items()}
+    engine.place(_positions(path, engine))
     for partition in engine.layout.partitions:
         optimizer_state = engine.optimizer.init_state(partition.master, partition.ema)
         optimizer_state["step"] = state["step"]
         for key in _keys(partition):
             reader.fill(partition, key, _tensor(engine, partition, key))
     for name, tensor in carried.items():
-        engine.carried[name].copy_(tensor)
+        engine.method.carried[name].copy_(tensor)
     engine.restored()
     return state["step"]
 
 
-def begin(weights: Weights, engine: Engine, config: Config) -> None:
-    """Bring `engine` to the networks of `weights`, the average to its target encoder; moments and step stay at zero.
+def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """CheckpointError where a key that is fixed has another value now."""
+    methods = then.get("objective.method"), now["objective.method"]
+    if methods[0] not in (None, methods[1]):
+        raise CheckpointError(
+            f"{path} is a checkpoint of objective.method={methods[0]}, this run has {methods[1]}; set another name, or "
+            f"objective.method={methods[0]}"
+        )
+    changed = [
+        f"{key}: {json.dumps(then.get(key))} -> {json.dumps(value)}"
+        for key, value in now.items()
+        if is_fixed(key) and then.get(key, value) != value
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} was written by another run ({'; '.join(changed)}); restore these keys, or set another name"
+        )
 
-    Positions are resampled where the crop is another. A predictor that `weights` lacks stays as it is initialised.
+
+def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
+    """Bring `engine` to the networks of `weights`, averages to theirs; moments and step stay at zero.
+
+    Fixed positions are resampled where the crop is another. A network that `weights` lacks, a predictor say, stays as
+    it is initialised; an average it lacks starts as its network. heads, crop: of the run.
     Raises ValueError, naming the key and both shapes, before anything is changed.
     """
-    if weights.arch.heads != config.model.heads:
-        raise CheckpointError(f"init: the weights have {weights.arch.heads} heads, the model {config.model.heads}")
-    states = {name: weights.network(name) for name in ("encoder", "target_encoder")}
-    if weights.predictor:
-        states["predictor"] = weights.predictor
+    arch, encoder = weights.arch, engine.method.encoder
+    if arch.heads != heads:
+        raise CheckpointError(f"init: the weights have {arch.heads} heads, the model {heads}")
+    if arch.class_token != (encoder.cls_token is not None):
+        with_or_without = "a class token" if arch.class_token else "no class token"
+        raise CheckpointError(
+            f"init: the weights are {arch.method}'s, whose encoder has {with_or_without}, and the method's encoder is "
+            f"another; begin from weights of the same method"
+        )
+    resampled = with_image_size(weights, crop)
+    states = {name: resampled.networks[name] for name in engine.method.networks if resampled.networks.get(name)}
+    for name in engine.method.averaged:
+        if name in states:
+            states.setdefault(f"target_{name}", states[name])
+    whole = {}
     for name, state in states.items():
-        module = name.removeprefix("target_") + "."
-        shapes = {key.removeprefix(module): s for key, s in engine.shapes.items() if key.startswith(module)}
-        check_state(name, shapes, state)
-    whole = {f"{name}.{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+        network = name.removeprefix("target_") + "."
+        table = position_key(name) if name in engine.positions else None
+        trained = {key: tensor for key, tensor in state.items() if key != table}
+        check_state(
+            name, {k.removeprefix(network): s for k, s in engine.shapes.items() if k.startswith(network)}, trained
+        )
+        whole |= {f"{name}.{key}": tensor for key, tensor in trained.items()}
     for partition in engine.layout.partitions:
         engine.optimizer.init_state(partition.master, partition.ema)
         for key in ("weight", "ema") if partition.ema else ("weight",):
@@ -131,8 +154,7 @@ def begin(weights: Weights, engine: Engine, config: Config) -> None:
                 if name in whole:
                     values = whole[name].reshape(-1)[f.start : f.stop]
                     flat[f.offset : f.offset + f.stop - f.start] = values.to(flat.device)
-    resampled = with_image_size(weights, config.data.crop)
-    engine.place({name: getattr(resampled, name)[POSITIONS[name]][0] for name in states if name in engine.positions})
+    engine.place({name: states[name][position_key(name)][0] for name in engine.positions if name in states})
     engine.restored()
 
 
@@ -147,9 +169,9 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def architecture(config: Config, step: int) -> Arch:
-    """What is needed to rebuild the encoders of a run from weights.safetensors."""
-    model, data = config.model, config.data
+def architecture(engine: Engine, model: config.Model, data: config.Data, method: str, step: int) -> Arch:
+    """What is needed to rebuild the encoders of a run from weights.safetensors. method: objective.method."""
+    encoder = engine.method.encoder
     return Arch(
         image_size=data.crop,
         patch=model.patch,
@@ -163,61 +185,76 @@ def architecture(config: Config, step: int) -> Arch:
         std=tuple(data.std),
         interpolation=data.interpolation,
         step=step,
+        method=method,
+        class_token=encoder.cls_token is not None,
+        learned_positions=encoder.pos_embed is not None,
+        mask_token=encoder.masked_embed is not None,
+        readout=encoder.readout,
     )
 
 
-def _keys(partition) -> list[str]:
+def _keys(partition: Partition) -> list[str]:
     return ["weight", *(key for key in STATES if key != "ema" or partition.ema)]
 
 
-def _tensor(engine: Engine, partition, key: str) -> torch.Tensor:
+def _tensor(engine: Engine, partition: Partition, key: str) -> torch.Tensor:
     return partition.master.data if key == "weight" else engine.optimizer.state[partition.master][key]
 
 
-def _fragments(engine: Engine) -> dict[str, torch.Tensor]:
-    out = {}
-    for partition in engine.layout.partitions:
-        engine.optimizer.init_state(partition.master, partition.ema)
-        for key in _keys(partition):
-            flat = _tensor(engine, partition, key).detach().reshape(-1)
-            for f in partition.fragments:
-                out[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start].cpu().clone()
-    return out
+def _write_fragments(draft: Path, engine: Engine) -> None:
+    """Every rank's file; called by every rank, and done on all of them when it returns."""
+    torch.distributed.barrier()  # rank 0 has made the folder
+    rank = torch.distributed.get_rank()
+    if rank == 0 or not engine.layout.replicated:
+        tensors = {}
+        for partition in engine.layout.partitions:
+            engine.optimizer.init_state(partition.master, partition.ema)
+            for key in _keys(partition):
+                flat = _tensor(engine, partition, key).detach().reshape(-1)
+                for f in partition.fragments:
+                    tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start].cpu().clone()
+        if rank == 0:
+            carried = engine.method.carried.items()
+            tensors |= {f"{name}|carried|0": tensor.reshape(-1).cpu().clone() for name, tensor in carried}
+        save_file(tensors, draft / f"rank-{rank:05d}.safetensors")
+    torch.distributed.barrier()
 
 
 def _whole_weights(folder: Path, engine: Engine) -> dict[str, torch.Tensor]:
     reader, out = _Reader(folder), {}
     for name, shape in engine.shapes.items():
         out[name] = reader.read(name, "weight", shape)
-        if name.startswith("encoder."):
+        if name.partition(".")[0] in engine.method.averaged:
             out["target_" + name] = reader.read(name, "ema", shape)
-    return out | {f"{name}.{POSITIONS[name]}": table.cpu()[None] for name, table in engine.positions.items()}
+    return out | {f"{name}.{position_key(name)}": table.cpu()[None] for name, table in engine.positions.items()}
 
 
-def _positions(path: Path) -> dict[str, torch.Tensor]:
-    """The position tables (N, width) of a checkpoint, by network; none in one that has the fixed tables."""
+def _positions(path: Path, engine: Engine) -> dict[str, torch.Tensor]:
+    """The fixed position tables (N, width) of a checkpoint, by network; none in one that has the usual ones."""
     if not (path / "weights.safetensors").is_file():
         raise CheckpointError(f"{path}: weights.safetensors is missing; go back to another checkpoint")
     with safe_open(path / "weights.safetensors", "pt") as file:
         held = set(file.keys())
-        keys = {name: f"{name}.{key}" for name, key in POSITIONS.items()}
+        keys = {name: f"{name}.{position_key(name)}" for name in engine.positions}
         return {name: file.get_tensor(key)[0] for name, key in keys.items() if key in held}
 
 
 class _Reader:
     """Reads elements of a parameter from the fragments of all ranks."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: Mapping[str, str] | None = None):
+        """names: today's name of each parameter, where some have another in the files."""
         self._folder = folder
         self._files = [safe_open(p, "pt") for p in sorted(folder.glob("rank-*.safetensors"))]
         self._index: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
         for number, file in enumerate(self._files):
             for entry in file.keys():  # noqa: SIM118 (not a mapping)
                 name, key, start = entry.split("|")
+                name = name if names is None else names.get(name, name)
                 length = file.get_slice(entry).get_shape()[0]
                 self._index.setdefault((name, key), []).append((int(start), int(start) + length, number, entry))
 
-    def check(self, partition) -> None:
+    def check(self, partition: Partition) -> None:
         for key in _keys(partition):
             for f in partition.fragments:
                 held = sum(
@@ -229,7 +266,7 @@ class _Reader:
                         f"are missing; is a rank's file gone?"
                     )
 
-    def fill(self, partition, key: str, tensor: torch.Tensor) -> None:
+    def fill(self, partition: Partition, key: str, tensor: torch.Tensor) -> None:
         flat = tensor.view(-1)
         for f in partition.fragments:
             for a, b, number, entry in self._covering(f.name, key, f.start, f.stop):
@@ -243,16 +280,3 @@ class _Reader:
 
     def _covering(self, name: str, key: str, start: int, stop: int):
         return [piece for piece in self._index.get((name, key), []) if piece[0] < stop and piece[1] > start]
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    save_file(tensors, path, metadata)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

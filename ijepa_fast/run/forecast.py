@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from ijepa_fast.config import Config, ConfigError
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.methods.method import Method
 from ijepa_fast.models.flops import PEAKS
-from ijepa_fast.run.build import SYNTHETIC_IMAGES, build_masks, build_objective, method_of
+from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_batch
 
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses
+VALUE_BYTES = {"fp32": 4, "bf16": 2}
 # Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, this
 # project's aim, and the peak, under which no run can be.
 UTILISATIONS = (0.29, 0.52, 1.0)
@@ -43,68 +44,36 @@ class Memory:
         return sum(vars(self).values())
 
 
-def parameters(config: Config) -> tuple[int, int]:
-    """Parameters of the encoder and of what else is trained, counted on no device."""
-    with torch.device("meta"):
-        objective = build_objective(config)
-    return tuple(sum(p.numel() for p in net.parameters()) for net in (objective.encoder, objective.predictor))
+def parameters(method: Method) -> tuple[int, int]:
+    """Trained parameters: of the networks that have an average, and of the others."""
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in method.trained.items()}
+    averaged = sum(size for name, size in sizes.items() if name in method.averaged)
+    return averaged, sum(sizes.values()) - averaged
 
 
-def memory(config: Config, sizes: tuple[int, int], stage: int, ranks: int, activations: int) -> Memory:
+def memory(precision: str, sizes: tuple[int, int], stage: int, ranks: int, activations: int) -> Memory:
     """Bytes on each of `ranks` at ZeRO `stage`.
 
-    sizes: as `parameters` gives them; activations: bytes of a rank's micro-batch.
+    precision: engine.precision. sizes: as `parameters` gives them. activations: bytes of a rank's micro-batch.
     """
-    encoder, total = sizes[0], sum(sizes)
-    low = config.engine.precision == "bf16"
-    size = 2 if low else 4
+    averaged, total = sizes[0], sum(sizes)
+    low, size = precision == "bf16", VALUE_BYTES[precision]
     shards = ranks if stage else 1
 
     def share(elements: int, from_stage: int) -> int:
         return -(-elements // ranks) if stage >= from_stage else elements
 
     # Stage 3 gathers the average into a buffer before it copies it into the target encoder.
-    target = size * encoder * (2 if stage == 3 else 1)
+    target = size * averaged * (2 if stage == 3 else 1)
     return Memory(
         weights=size * share(total, 3),
         gradients=size * share(total, 2),
         masters=4 * -(-total // shards) if low or stage else 0,
         moments=8 * -(-total // shards),
-        average=4 * -(-encoder // shards) if low else 0,
+        average=4 * -(-averaged // shards) if low else 0,
         target=target,
         activations=activations,
     )
-
-
-def stack_values(dim: int, depth: int, ratio: float, tokens: int, used: int, recompute: bool) -> int:
-    """Values that a stack of blocks keeps for its backward pass, its last block computing `used` of `tokens` rows.
-
-    Of width `dim`: both LayerNorms' inputs and outputs, queries, keys, values, attention's output; of width `hidden`:
-    GELU's input and output. With recomputation each block's two inputs, and all of the block being recomputed.
-    """
-    hidden = int(dim * ratio)
-
-    def block(rows: int) -> int:
-        return tokens * 4 * dim + rows * (4 * dim + 2 * hidden)
-
-    norm = 2 * used * dim
-    if recompute:
-        return depth * 2 * tokens * dim + block(tokens) + norm
-    return (depth - 1) * block(tokens) + block(used) + norm
-
-
-def activations(config: Config, packed: PackedBatch) -> int:
-    """Bytes that an I-JEPA step keeps for its backward pass on one micro-batch: context encoder, predictor, loss."""
-    model, size = config.model, 2 if config.engine.precision == "bf16" else 4
-    context = packed.context_index.numel()
-    rows = packed.targets * packed.contexts * packed.images * packed.target_size
-    narrow = packed.targets * context + rows
-    stacks = stack_values(model.dim, model.depth, model.mlp_ratio, context, context, model.recompute)
-    stacks += stack_values(model.predictor_dim, model.predictor_depth, 4.0, narrow, rows, model.recompute)
-    width = -(-3 * model.patch**2 // 8) * 8
-    patches = packed.images * packed.patches * width + context * width  # all patches, and the embedding's input
-    predictions = 2 * rows * model.dim  # and their gradient
-    return size * (stacks + patches + predictions)
 
 
 @dataclass(frozen=True)
@@ -124,14 +93,10 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
     """The plan of a run over `images` an epoch (None: as many as the embedded data set, or ImageNet-1k, has).
 
     Numbers of ranks that do not divide the batch are left out. Raises ConfigError for a GPU that is not in flops.PEAKS,
-    a batch that no number of ranks divides, and objectives other than I-JEPA.
+    a batch that no number of ranks divides, and methods that cannot be forecast.
     """
     if gpu not in PEAKS:
         raise ConfigError(f"--gpu: expected one of {', '.join(PEAKS)}, got {gpu}")
-    if config.objective.method != "ijepa":
-        raise ConfigError(
-            f"objective.method={config.objective.method}: --plan knows the activations of ijepa only; plan that method"
-        )
     images = images or (config.data.scenes if config.data.source == "scenes" else SYNTHETIC_IMAGES)
     fitting = [n for n in ranks if config.batch_size % (n * config.engine.accumulation) == 0]
     if not fitting:
@@ -139,28 +104,33 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
             f"--ranks: batch_size={config.batch_size} is divided by none of {', '.join(map(str, ranks))} x "
             f"engine.accumulation={config.engine.accumulation}; name others, or change batch_size"
         )
-    sizes, table, tokens, flop = parameters(config), {}, {}, 0.0
+    length = Length.of(config, images)
+    with torch.device("meta"):
+        method = build_method(config, length.steps_per_epoch)
+    if "forecast" not in method.capabilities:
+        raise ConfigError(
+            f"objective.method={config.objective.method} does not say what it keeps for its backward pass, so --plan "
+            f"cannot be made; plan a method that does, such as ijepa"
+        )
+    sizes, table, tokens, flop = parameters(method), {}, {}, 0.0
     for n in fitting:
-        draw = build_masks(config, torch.device("cpu"), 0, n)
-        batches = [draw(i) for i in range(DRAWS)]
-        kept = max(activations(config, batch) for batch in batches)
+        batches = [method.draw(micro_batch(config, n), config.seed, step) for step in range(DRAWS)]
+        kept = VALUE_BYTES[config.engine.precision] * max(method.saved_values(batch) for batch in batches)
         tokens[n] = float(np.mean([batch.tokens / batch.images for batch in batches]))
-        flop = float(np.mean([method_of(config).work(config, batch).total / batch.images for batch in batches]))
-        table |= {(stage, n): memory(config, sizes, stage, n, kept) for stage in STAGES}
-    steps = config.optim.epochs * (images // config.batch_size)
-    steps = steps if config.optim.steps is None else min(steps, config.optim.steps)
-    seconds = flop * config.batch_size * steps / PEAKS[gpu]
+        flop = float(np.mean([method.work(batch).total / batch.images for batch in batches]))
+        table |= {(stage, n): memory(config.engine.precision, sizes, stage, n, kept) for stage in STAGES}
+    seconds = flop * config.batch_size * length.steps / PEAKS[gpu]
     hours = {share: seconds / share / 3600 for share in UTILISATIONS}
-    return Plan(table, sizes, images, steps, flop / 1e9, tokens, hours)
+    return Plan(table, sizes, images, length.steps, flop / 1e9, tokens, hours)
 
 
 def report(config: Config, plan: Plan, gpu: str) -> str:
     """The plan as Markdown."""
-    encoder, other = plan.parameters
+    averaged, other = plan.parameters
     names = list(Memory.__dataclass_fields__)
     lines = [
         f"{config.name}: predictions, nothing was measured",
-        f"{encoder / 1e6:.1f} M parameters in the encoder, {other / 1e6:.1f} M in the predictor; "
+        f"{averaged / 1e6:.1f} M parameters that have an average, {other / 1e6:.1f} M that have none; "
         f"{config.engine.precision}, batch {config.batch_size} in {config.engine.accumulation} micro-batch(es)",
         "",
         f"Bytes a rank, GB (recomputation {'on' if config.model.recompute else 'off'}):",

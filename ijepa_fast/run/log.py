@@ -9,12 +9,15 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from ijepa_fast.config import Config, flatten
+from ijepa_fast import config
+from ijepa_fast.masks.draw import Draw
 
 
 class NonFiniteLoss(RuntimeError):
@@ -29,8 +32,8 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._losses = self._images = self._tokens = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._count = self._images = self._tokens = 0
         self._wait = 0.0
         self._begin = time.perf_counter()
 
@@ -38,79 +41,94 @@ class Meter:
         """Forget the time since the last reading: something else than training was done in it."""
         self._begin = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, packed, wait: float) -> None:
-        """Count one micro-batch: its loss on the device, its PackedBatch, and seconds spent waiting for data."""
-        self._loss += loss
-        self._losses += 1
-        self._images += packed.images
-        self._tokens += packed.tokens
+    def add(self, loss: torch.Tensor, terms: Mapping[str, torch.Tensor], draw: Draw, wait: float) -> None:
+        """Count one micro-batch: its loss and the terms of it, on the device, and seconds spent waiting for data."""
+        for name, value in {"": loss, **terms}.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
+            self._sums[name] += value
+        self._count += 1
+        self._images += draw.images
+        self._tokens += draw.tokens
         self._wait += wait
 
-    def read(self, steps: tuple[int, int]) -> dict[str, float]:
+    def read(self, steps: tuple[int, int]) -> dict[str, Any]:
         """Means since the last reading, over all ranks; the only place that waits for the device.
 
         `steps`: first and last step of the window, for the message. Raises NonFiniteLoss.
         """
         ranks = torch.distributed.get_world_size()
-        losses = torch.zeros(ranks, dtype=torch.float64, device=self._device)
-        losses[torch.distributed.get_rank()] = self._loss / max(1, self._losses)
-        torch.distributed.all_reduce(losses)
-        losses = losses.tolist()
-        bad = [rank for rank, value in enumerate(losses) if not torch.isfinite(torch.tensor(value))]
+        names = list(self._sums)
+        values = torch.zeros(ranks, len(names), dtype=torch.float64, device=self._device)
+        values[torch.distributed.get_rank()] = torch.stack([self._sums[name] for name in names]) / self._count
+        torch.distributed.all_reduce(values)
+        values = values.cpu()
+        bad = [rank for rank, finite in enumerate(values[:, 0].isfinite().tolist()) if not finite]
         if bad:
             raise NonFiniteLoss(
                 f"the loss is not finite in steps {steps[0]} to {steps[1]} on ranks {bad}; earlier checkpoints are "
                 f"untouched: lower optim.lr, set optim.clip=1, or resume with engine.precision=fp32"
             )
         seconds = max(time.perf_counter() - self._begin, 1e-9)
+        loss, *terms = (values.sum(0) / ranks).tolist()
         window = {
-            "loss": sum(losses) / ranks,
+            "loss": loss,
             "images_per_second": self._images * ranks / seconds,
             "tokens_per_second": self._tokens * ranks / seconds,
-            "tokens_per_image": self._tokens / max(1, self._images),
+            "tokens_per_image": self._tokens / self._images,
             "data_wait": self._wait / seconds,
         }
+        if terms:
+            window["loss_terms"] = dict(zip(names[1:], terms, strict=True))
         self._reset()
         return window
 
 
-def check_loggers(config: Config) -> None:
+def check_loggers(log: config.Log) -> None:
     """Raises ImportError, naming the package and the key, where a logger was asked for that is not installed."""
-    for key, package in (("log.tensorboard", "tensorboard"), ("log.wandb", "wandb")):
-        if flatten(config)[key] and importlib.util.find_spec(package) is None:
+    for key, wanted, package in (("tensorboard", log.tensorboard, "tensorboard"), ("wandb", log.wandb, "wandb")):
+        if wanted and importlib.util.find_spec(package) is None:
             raise ImportError(
-                f"{key}: the package {package} is not installed; install it, or set {key} to false or null"
+                f"log.{key}: the package {package} is not installed; install it, or set log.{key} to false or null"
             )
 
 
 class RunLog:
-    """Rank 0's record of the run; on the other ranks, nothing. `step` of `total` steps are done already."""
+    """Rank 0's record of the run; on the other ranks, nothing.
 
-    def __init__(self, config: Config, rank: int, step: int, total: int):
+    Args:
+        folder: the run's.
+        name: the run's.
+        log: the section `log`.
+        settings: the flattened configuration, for W&B.
+        rank: of this process.
+        step, total: steps done already, and steps of the run.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, log: config.Log, settings: dict[str, Any], rank: int, step: int, total: int
+    ):
         self._bar = self._file = self._board = self._wandb = None
         if rank:
             return
-        folder = config.folder
         self._file = _reopen(folder / "log.jsonl", step)
         interval = 0.5 if sys.stderr.isatty() else 30
         self._bar = tqdm(
             total=total,
             initial=step,
-            desc=config.name,
+            desc=name,
             unit="step",
             dynamic_ncols=True,
             mininterval=interval,
         )
-        if config.log.tensorboard:
+        if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        if config.log.wandb:
+        if log.wandb:
             import wandb
 
-            self._wandb = wandb.init(
-                project=config.log.wandb, name=config.name, dir=folder, config=flatten(config), resume="allow"
-            )
+            self._wandb = wandb.init(project=log.wandb, name=name, dir=folder, config=settings, resume="allow")
 
     def advance(self) -> None:
         """One step is done."""
@@ -125,8 +143,9 @@ class RunLog:
         self._file.flush()
         numbers = dict(_numbers(record))
         if "loss" in record:
+            ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
             self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, momentum {record['momentum']:.4f}, "
+                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {ema}"
                 f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0%}",
                 refresh=False,
             )
@@ -150,7 +169,7 @@ class RunLog:
             self._wandb.finish()
 
 
-def _reopen(path: Path, step: int):
+def _reopen(path: Path, step: int) -> TextIO:
     """The log for appending, without records of steps that a resumed run will do again."""
     kept = []
     if path.is_file():
@@ -165,7 +184,7 @@ def _reopen(path: Path, step: int):
     return open(path, "a")
 
 
-def _numbers(record: dict, prefix: str = ""):
+def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{key}/")

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 BLOCK, WARPS = 1024, 4
 
 
@@ -101,21 +103,25 @@ def adamw_ema_multi_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, param_
         adamw_ema_(*tensors, ema, scalars, param_out, ema_out)
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: a ZeRO partition with bf16 gradients and both copies, one in fp32, one without an EMA."""
-    numbers = ("decay", "gain1", "beta2", "gain2", "step_size", "correction2", "eps", "momentum", "gain_ema")
+def aot_cases(capability: int = 9) -> list[Case]:
+    """A ZeRO partition with bf16 gradients and both copies, one in fp32, one without an EMA."""
+    numbers = ("decay", "gain1", "beta2", "gain2", "step_size", "correction2", "momentum", "gain_ema")
     state = ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "ema_ptr")
     types = {**dict.fromkeys(numbers, "fp32"), **dict.fromkeys(state, "*fp32"), "n": "i32:16", "scalars_ptr": "*fp64"}
     kinds = {
-        "bf16 +copies": ("*bf16", ("scalars_ptr",)),
-        "bf16 +copies, scalars on the device": ("*bf16", ()),
-        "fp32": ("*fp32", ("scalars_ptr", "param_out_ptr", "ema_out_ptr")),
-        "bf16, no EMA": ("*bf16", ("scalars_ptr", "ema_ptr", "ema_out_ptr")),
+        "bf16 +copies": ("scalars_ptr",),
+        "bf16 +copies, scalars on the device": (),
+        "fp32": ("scalars_ptr", "param_out_ptr", "ema_out_ptr"),
+        "bf16, no EMA": ("scalars_ptr", "ema_ptr", "ema_out_ptr"),
     }
-    cases = []
-    for kind, (low, absent) in kinds.items():
-        constants = {"BLOCK": BLOCK, **dict.fromkeys(absent)}
-        names = [name for name in _adamw_ema_kernel.arg_names if name not in constants]
-        signature = {name: types.get(name, low) for name in names}
-        cases.append((f"adamw_ema {kind}", _adamw_ema_kernel, signature, constants, WARPS, 3))
-    return cases
+    fp32 = types | {"grad_ptr": "*fp32"}
+    return [
+        Case(
+            f"adamw_ema {kind}",
+            _adamw_ema_kernel,
+            {"BLOCK": BLOCK, **dict.fromkeys(absent)},
+            WARPS,
+            types=fp32 if kind == "fp32" else types,
+        )
+        for kind, absent in kinds.items()
+    ]

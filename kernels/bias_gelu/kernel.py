@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.common.column_sum import column_sum
 from ijepa_fast.kernels.common.launch import programs
 
@@ -111,17 +112,12 @@ def bias_gelu_bwd(dy, x, bias):
     return dx, column_sum(partial, bias.dtype)
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the MLPs of the predictor, S/16, H/14 and g/16."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The MLPs of the predictor, S/16, H/14 and g/16."""
     cases = []
     for width in (1536, 5120, 6144):
-        tile = {"F": width, "COLUMNS": COLUMNS}
-        tensors = {"x_ptr": "*bf16", "bias_ptr": "*bf16"}
-        signature = {**tensors, "y_ptr": "*bf16", "T": "i32"}
-        cases.append(
-            (f"bias_gelu_fwd F={width}", _bias_gelu_fwd_kernel, signature, {**tile, "ROWS": FWD_ROWS}, WARPS, 3)
-        )
-        signature = {"dy_ptr": "*bf16", **tensors, "dx_ptr": "*bf16", "partial_ptr": "*fp32", "T": "i32"}
-        constants = {**tile, "ROWS": BWD_ROWS, "STAGES": BWD_STAGES}
-        cases.append((f"bias_gelu_bwd F={width}", _bias_gelu_bwd_kernel, signature, constants, WARPS, 3))
+        fwd = {"F": width, "COLUMNS": COLUMNS, "ROWS": FWD_ROWS}
+        bwd = {"F": width, "COLUMNS": COLUMNS, "ROWS": BWD_ROWS, "STAGES": BWD_STAGES}
+        cases.append(Case(f"bias_gelu_fwd F={width}", _bias_gelu_fwd_kernel, fwd, WARPS))
+        cases.append(Case(f"bias_gelu_bwd F={width}", _bias_gelu_bwd_kernel, bwd, WARPS))
     return cases

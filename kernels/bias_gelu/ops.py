@@ -32,26 +32,30 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return reference.bias_gelu(x, bias)
 
 
+# Of each of this project's implementations, where its functions are, named as the registered ops.
+IMPLEMENTATIONS = {"triton": torch.ops.ijepa_fast, "native": native}
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, kernels):
-        ctx.kernels = kernels
+    def forward(ctx, x, bias, implementation):
+        ctx.implementation = implementation
         ctx.save_for_backward(x, bias)
-        return _KERNELS[kernels][0](x, bias)
+        return IMPLEMENTATIONS[implementation].bias_gelu_fwd(x, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        return *_KERNELS[ctx.kernels][1](dy.contiguous(), *ctx.saved_tensors), None
+        bwd = IMPLEMENTATIONS[ctx.implementation].bias_gelu_bwd
+        return *bwd(dy.contiguous(), *ctx.saved_tensors), None
 
 
-_fwd = register(
+register(
     "bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor",
     cpu,
     fake=lambda x, bias: torch.empty_like(x),
 )
-_bwd = register(
+register(
     "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)",
     cpu,
     fake=lambda dy, x, bias: (torch.empty_like(x), torch.empty_like(bias)),
 )
-_KERNELS = {"triton": (_fwd, _bwd), "native": (native.bias_gelu_fwd, native.bias_gelu_bwd)}

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 ROWS = 64
 BLOCK = 32
 
@@ -36,16 +38,9 @@ def column_sum(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: dgamma and dbeta at D = 384 and 1280."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """dgamma and dbeta at D = 384 and 1280."""
     return [
-        (
-            f"column_sum C={columns}",
-            _column_sum_kernel,
-            {"partial_ptr": "*fp32", "out_ptr": "*bf16", "R": "i32"},
-            {"C": columns, "ROWS": ROWS, "BLOCK": BLOCK},
-            4,
-            3,
-        )
+        Case(f"column_sum C={columns}", _column_sum_kernel, {"C": columns, "ROWS": ROWS, "BLOCK": BLOCK}, warps=4)
         for columns in (2 * 384, 2 * 1280)
     ]

@@ -1,9 +1,8 @@
-"""Which implementation of an op runs: its PyTorch reference or its Triton kernel.
+"""Which implementation of an op runs. One setting per op, made once from the run's config with `use`:
 
-One setting an op, made once from the run's config with `use`:
-  auto       the Triton kernel for CUDA tensors, the reference elsewhere
-  triton     the Triton kernel, or an error with the reason; on the CPU it needs Triton's interpreter
-  reference  the PyTorch reference on every device
+auto       on CUDA tensors the Triton kernel, on CPU tensors the fastest of what there is
+triton     the Triton kernel, or an error with the reason; on the CPU it needs Triton's interpreter
+reference  the PyTorch reference on every device
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
-OPS = (
+# The ops that have a Triton kernel, and all of them.
+TRITON = (
     "patchify",
     "masked_gather",
     "varlen_attention",
@@ -27,6 +27,7 @@ OPS = (
     "mask_sampler",
     "fp8",
 )
+OPS = (*TRITON, "linear", "resize")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 _choices: dict[str, str] = dict.fromkeys(OPS, "auto")
@@ -41,14 +42,19 @@ if _HAS_TRITON and _INTERPRETED:
 def use(impl: str | Mapping[str, str]) -> None:
     """Set the implementation of every op (a string), or of some of them (a mapping from op to implementation).
 
-    Raises ValueError for an op or an implementation that does not exist.
+    "triton" for every op leaves those without a Triton kernel at "auto". Raises ValueError for an op or an
+    implementation that does not exist.
     """
-    wanted = dict.fromkeys(OPS, impl) if isinstance(impl, str) else dict(impl)
+    if isinstance(impl, str):
+        wanted = {op: "auto" if impl == "triton" and op not in TRITON else impl for op in OPS}
+    else:
+        wanted = dict(impl)
     for op, name in wanted.items():
         if op not in OPS:
             raise ValueError(f"kernels: there is no op {op!r}; the ops are {', '.join(OPS)}")
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"kernels.{op}: expected one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+        known = IMPLEMENTATIONS if op in TRITON else ("auto", "reference")
+        if name not in known:
+            raise ValueError(f"kernels.{op}: expected one of {', '.join(known)}, got {name!r}")
     _choices.update(wanted)
 
 

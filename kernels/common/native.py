@@ -92,11 +92,15 @@ def define(schema: str) -> Callable:
 def register(schema: str, cpu: ModuleType) -> None:
     """As `define`, and what the extension does not implement, others do: functions of the op's name and arguments.
 
-    For CPU tensors that is the one in `cpu`, the folder's cpu.py or reference.py; for CUDA tensors that in kernel.py.
+    For CPU tensors that is the one in `cpu`, the folder's cpu.py or reference.py; for CUDA tensors that in kernel.py,
+    where the folder has one.
     """
     define(schema)
     available()
     name = name_of(schema)
-    for key, implementation in (("CPU", getattr(cpu, name)), ("CUDA", triton_launcher(cpu, name))):
+    others = {"CPU": getattr(cpu, name)}
+    if importlib.util.find_spec(f"{cpu.__package__}.kernel"):
+        others["CUDA"] = triton_launcher(cpu, name)
+    for key, implementation in others.items():
         if not implements(name, key):
             _library.impl(name, implementation, key)

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 LARGEST = tl.constexpr(448.0)
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -56,26 +58,9 @@ def _layer_norm_quantise_kernel(
 
 
 @triton.jit
-def _bias_gelu_quantise_kernel(
-    x_ptr,  # (T, D)
-    bias_ptr,  # (D,)
-    values_ptr,  # (T, D) e4m3
-    scale_ptr,  # (T,) fp32
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < D
-    u = tl.load(x_ptr + row * D + columns, mask=mask, other=0.0).to(tl.float32)
-    u += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    y = 0.5 * u * (1.0 + tl.erf(u * ROOT_HALF))
-    _write_row(values_ptr, scale_ptr, row, y, columns, mask, D)
-
-
-@triton.jit
 def _quantise_kernel(
     x_ptr,  # (T, D)
+    bias_ptr,  # (D,), to quantise gelu(x + bias), or None
     values_ptr,  # (T, D) e4m3
     scale_ptr,  # (T,) fp32
     D: tl.constexpr,
@@ -85,6 +70,9 @@ def _quantise_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < D
     y = tl.load(x_ptr + row * D + columns, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        y = 0.5 * y * (1.0 + tl.erf(y * ROOT_HALF))
     _write_row(values_ptr, scale_ptr, row, y, columns, mask, D)
 
 
@@ -121,29 +109,27 @@ def fp8_bias_gelu(x, bias):
     """(values, scale) of gelu(x + bias)."""
     values, scale, options = _outputs(x)
     if x.shape[0]:
-        _bias_gelu_quantise_kernel[(x.shape[0],)](x, bias, values, scale, **options)
+        _quantise_kernel[(x.shape[0],)](x, bias, values, scale, **options)
     return values, scale
 
 
 def fp8_quantise(x, values, scale):
     """Write `values` and `scale` of x."""
     if x.shape[0]:
-        _quantise_kernel[(x.shape[0],)](x, values, scale, **_options(x.shape[1]))
+        _quantise_kernel[(x.shape[0],)](x, None, values, scale, **_options(x.shape[1]))
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: LayerNorm, the MLP's hidden layer and the weights of H/14. e4m3 needs sm_89 or later."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """LayerNorm, the MLP's hidden layer and the weights of H/14. e4m3 needs sm_89 or later."""
     if capability < 9:
         return []
-    out = {"values_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    norm = {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", **out}
-    norm |= {"sum_ptr": "*bf16", "eps": "fp32"}
+    types = {"values_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
     cases = (
-        ("fp8_layer_norm D=1280", _layer_norm_quantise_kernel, norm, 1280),
-        ("fp8_bias_gelu D=5120", _bias_gelu_quantise_kernel, {"x_ptr": "*bf16", "bias_ptr": "*bf16", **out}, 5120),
-        ("fp8_quantise D=1280", _quantise_kernel, {"x_ptr": "*bf16", **out}, 1280),
+        ("fp8_layer_norm D=1280", _layer_norm_quantise_kernel, 1280, {}),
+        ("fp8_bias_gelu D=5120", _quantise_kernel, 5120, {}),
+        ("fp8_quantise D=1280", _quantise_kernel, 1280, {"bias_ptr": None}),
     )
     return [
-        (name, kernel, signature, {"D": width, "BLOCK": triton.next_power_of_2(width)}, _warps(width), 3)
-        for name, kernel, signature, width in cases
+        Case(name, kernel, {"D": width, "BLOCK": triton.next_power_of_2(width), **absent}, _warps(width), types=types)
+        for name, kernel, width, absent in cases
     ]

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.common.column_sum import column_sum
-from ijepa_fast.kernels.common.launch import programs
+from ijepa_fast.kernels.common.launch import programs, row_tile
 
 FWD_TILE, FWD_WARPS = 4096, 4
 BWD_TILE, BWD_WARPS, BWD_STAGES = 4096, 8, 3
@@ -115,18 +116,13 @@ def _layer_norm_bwd_kernel(
     tl.store(partial + D, tl.sum(dbias, 0), mask=in_columns)
 
 
-def _tile(width: int, elements: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, elements // block), "BLOCK_D": block}
-
-
 def add_layer_norm_fwd(x, residual, weight, bias, eps):
     """(y, s, mean, rstd) of LN(s), s = x + residual; with residual None s is None."""
     tokens, width = x.shape
     y = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     mean, rstd = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
-    tile = _tile(width, FWD_TILE)
+    tile = row_tile(width, FWD_TILE)
     grid = (triton.cdiv(tokens, tile["ROWS"]),)
     _layer_norm_fwd_kernel[grid](
         x, residual, weight, bias, y, total, mean, rstd, tokens, eps, width, **tile, num_warps=FWD_WARPS
@@ -144,7 +140,7 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd):
     """(dx, dparameters): dx (T, D); dparameters (2, D), the gradients of weight and bias."""
     tokens, width = s.shape
     dx = torch.empty_like(s)
-    tile = _tile(width, BWD_TILE)
+    tile = row_tile(width, BWD_TILE)
     count = programs(s.device, BWD_PROGRAMS)
     partial = torch.empty((count, 2, width), dtype=torch.float32, device=s.device)
     _layer_norm_bwd_kernel[(count,)](
@@ -153,41 +149,17 @@ def layer_norm_bwd(dy, ds, s, weight, mean, rstd):
     return dx, column_sum(partial, weight.dtype)
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the encoders' and the predictor's widths, with and without the residual."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The encoders' and the predictor's widths, with and without the residual."""
     cases = []
     for width in (384, 768, 1024, 1280, 1408):
-        for fused in (False, True):
-            extra = "*bf16" if fused else "constexpr"
-            absent = {} if fused else {"residual_ptr": None, "sum_ptr": None}
-            signature = {
-                "x_ptr": "*bf16",
-                "residual_ptr": extra,
-                "weight_ptr": "*bf16",
-                "bias_ptr": "*bf16",
-                "y_ptr": "*bf16",
-                "sum_ptr": extra,
-                "mean_ptr": "*fp32",
-                "rstd_ptr": "*fp32",
-                "T": "i32",
-                "eps": "fp32",
-            }
-            constants = {"D": width, **_tile(width, FWD_TILE), **absent}
-            name = f"layer_norm_fwd D={width}{' +residual' if fused else ''}"
-            cases.append((name, _layer_norm_fwd_kernel, signature, constants, FWD_WARPS, 3))
-            signature = {
-                "dy_ptr": "*bf16",
-                "ds_ptr": extra,
-                "s_ptr": "*bf16",
-                "weight_ptr": "*bf16",
-                "mean_ptr": "*fp32",
-                "rstd_ptr": "*fp32",
-                "dx_ptr": "*bf16",
-                "partial_ptr": "*fp32",
-                "T": "i32",
-            }
-            absent = {} if fused else {"ds_ptr": None}
-            constants = {"D": width, **_tile(width, BWD_TILE), "STAGES": BWD_STAGES, **absent}
-            name = f"layer_norm_bwd D={width}{' +residual' if fused else ''}"
-            cases.append((name, _layer_norm_bwd_kernel, signature, constants, BWD_WARPS, 3))
+        fwd = {"D": width, **row_tile(width, FWD_TILE)}
+        bwd = {"D": width, **row_tile(width, BWD_TILE), "STAGES": BWD_STAGES}
+        for with_residual, fwd_absent, bwd_absent in (
+            ("", {"residual_ptr": None, "sum_ptr": None}, {"ds_ptr": None}),
+            (" +residual", {}, {}),
+        ):
+            name = f"D={width}{with_residual}"
+            cases.append(Case(f"layer_norm_fwd {name}", _layer_norm_fwd_kernel, fwd | fwd_absent, FWD_WARPS))
+            cases.append(Case(f"layer_norm_bwd {name}", _layer_norm_bwd_kernel, bwd | bwd_absent, BWD_WARPS))
     return cases

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 
 from ijepa_fast.kernels.common.checks import check_tensor
@@ -44,17 +41,21 @@ def layer_norm(
     return reference.layer_norm(x, weight, bias, eps, residual)
 
 
+# Of each of this project's implementations, where its functions are, named as the registered ops.
+IMPLEMENTATIONS = {"triton": torch.ops.ijepa_fast, "native": native}
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, kernels):
-        ctx.kernels = kernels
+    def forward(ctx, x, residual, weight, bias, eps, implementation):
+        ctx.implementation, kernels = implementation, IMPLEMENTATIONS[implementation]
         ctx.set_materialize_grads(False)
         if residual is None:
-            y, mean, rstd = KERNELS[kernels].fwd(x, weight, bias, eps)
+            y, mean, rstd = kernels.layer_norm_fwd(x, weight, bias, eps)
             ctx.save_for_backward(x, weight, mean, rstd)
             ctx.fused = False
             return y
-        y, total, mean, rstd = KERNELS[kernels].add_fwd(x, residual, weight, bias, eps)
+        y, total, mean, rstd = kernels.add_layer_norm_fwd(x, residual, weight, bias, eps)
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.fused = True
         return y, total
@@ -64,7 +65,7 @@ class _LayerNorm(torch.autograd.Function):
         total, weight, mean, rstd = ctx.saved_tensors
         dy = torch.zeros_like(total) if dy is None else dy.contiguous()
         ds = None if ds is None else ds.contiguous()
-        dx, dparameters = KERNELS[ctx.kernels].bwd(dy, ds, total, weight, mean, rstd)
+        dx, dparameters = IMPLEMENTATIONS[ctx.implementation].layer_norm_bwd(dy, ds, total, weight, mean, rstd)
         # One tensor is the gradient of both summands; autograd copies it before it would write into it.
         return dx, dx if ctx.fused else None, dparameters[0], dparameters[1], None, None
 
@@ -73,12 +74,12 @@ def _statistic(x):
     return x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_fwd = register(
+register(
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     cpu,
     fake=lambda x, weight, bias, eps: (torch.empty_like(x), _statistic(x), _statistic(x)),
 )
-_add_fwd = register(
+register(
     "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
     cpu,
@@ -89,23 +90,9 @@ _add_fwd = register(
         _statistic(x),
     ),
 )
-_bwd = register(
+register(
     "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd)"
     " -> (Tensor dx, Tensor dparameters)",
     cpu,
     fake=lambda dy, ds, s, weight, mean, rstd: (torch.empty_like(s), weight.new_empty(2, weight.shape[0])),
 )
-
-
-class Kernels(NamedTuple):
-    """Forward without and with a residual, and backward, of one of this project's implementations."""
-
-    fwd: Callable
-    add_fwd: Callable
-    bwd: Callable
-
-
-KERNELS = {
-    "triton": Kernels(_fwd, _add_fwd, _bwd),
-    "native": Kernels(native.layer_norm_fwd, native.add_layer_norm_fwd, native.layer_norm_bwd),
-}

@@ -8,10 +8,8 @@ operand transposed in memory, which costs much of what it gains; csrc's loops ta
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.linear import native
 
 DTYPES = (torch.float32,)
@@ -43,12 +41,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return _Linear.apply(x, weight, bias)
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """As `reference.linear_gelu`; without a gradient GELU is part of the product, with one the bias is part of GELU."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        if bias is None:
-            return F.gelu(_Linear.apply(x, weight, None))
-        return bias_gelu(_Linear.apply(x, weight, None), bias)
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """As `reference.linear_gelu`, GELU being part of the product; it has no gradient."""
     return _product(x, weight, bias, "gelu", [], "none")
 
 

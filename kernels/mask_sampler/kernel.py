@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.mask_sampler.reference import CONTEXT, SUBSET, TARGET, TRIES_PER_TARGET
 
 
@@ -172,23 +173,16 @@ def random_subset_(subset, kept, count, seed, step, rank, draw):
     )
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the 14x14 and 16x16 grids, which share a kernel, and 28x28."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The 14x14 and 16x16 grids, which share a kernel, and 28x28."""
     purposes = {"TARGET": TARGET, "CONTEXT": CONTEXT, "TRIES_PER_TARGET": TRIES_PER_TARGET}
-    types = {"context_ptr": "*u8", "target_ptr": "*i32", "seed": "i64"}
-    subset_types = {"subset_ptr": "*u8", "kept_ptr": "*u8", "count_ptr": "*i32", "seed": "i64"}
+    types = {"context_ptr": "*u8", "target_ptr": "*i32", "subset_ptr": "*u8", "kept_ptr": "*u8", "count_ptr": "*i32"}
+    types["seed"] = "i64"
     cases = []
     for patches in (14 * 14, 28 * 28):
         block, warps = _launch_sizes(patches)
-        for name, kernel, pointers, constants in (
-            ("sample_blocks", _sample_blocks_kernel, types, {**purposes, "BLOCK": block}),
-            (
-                "random_subset",
-                _random_subset_kernel,
-                subset_types,
-                {"SUBSET": SUBSET, "BLOCK": block, "BITS": 31 + block.bit_length()},
-            ),
-        ):
-            signature = {arg: pointers.get(arg, "i32") for arg in kernel.arg_names if arg not in constants}
-            cases.append((f"{name} N<={block}", kernel, signature, constants, warps, 3))
+        blocks = {**purposes, "BLOCK": block}
+        subset = {"SUBSET": SUBSET, "BLOCK": block, "BITS": 31 + block.bit_length()}
+        cases.append(Case(f"sample_blocks N<={block}", _sample_blocks_kernel, blocks, warps, types=types))
+        cases.append(Case(f"random_subset N<={block}", _random_subset_kernel, subset, warps, types=types))
     return cases

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 ROWS, COLUMNS, WARPS = 16, 256, 4
 
 
@@ -110,19 +112,16 @@ def masked_gather_bwd(dy, index, rows, unique, dtype):
     return dx
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: tokens of the encoders, patches of /14, the predictor's width with positions."""
+def aot_cases(capability: int = 9) -> list[Case]:
+    """Tokens of the encoders, patches of /14, the predictor's width with positions."""
+    types = {"order_ptr": "*i64", "start_ptr": "*i32", "period": "i32:16"}
     cases = []
     for width, positions in ((592, False), (384, True), (1280, False), (1408, True)):
-        extra = {"positions_ptr": "*bf16", "period": "i32:16"} if positions else {"positions_ptr": "constexpr"}
-        signature = {"x_ptr": "*bf16", "index_ptr": "*i32", "out_ptr": "*bf16", "T": "i32", "R": "i32", **extra}
-        constants = {"D": width, "ROWS": ROWS, "COLUMNS": _columns(width)}
+        whole = {"D": width, "COLUMNS": _columns(width)}
+        tile = {**whole, "ROWS": ROWS}
         absent = {} if positions else {"positions_ptr": None, "period": 1}
         name = f"masked_gather_fwd D={width}{' +positions' if positions else ''}"
-        cases.append((name, _gather_kernel, signature, {**constants, **absent}, WARPS, 3))
-        signature = {"dy_ptr": "*bf16", "index_ptr": "*i32", "dx_ptr": "*bf16", "T": "i32", "R": "i32"}
-        cases.append((f"masked_gather_bwd unique D={width}", _scatter_kernel, signature, constants, WARPS, 3))
-        signature = {"dy_ptr": "*bf16", "order_ptr": "*i64", "start_ptr": "*i32", "dx_ptr": "*bf16"}
-        constants = {"D": width, "COLUMNS": _columns(width)}
-        cases.append((f"masked_gather_bwd repeated D={width}", _segment_sum_kernel, signature, constants, 1, 3))
+        cases.append(Case(name, _gather_kernel, tile | absent, WARPS, types=types))
+        cases.append(Case(f"masked_gather_bwd unique D={width}", _scatter_kernel, tile, WARPS))
+        cases.append(Case(f"masked_gather_bwd repeated D={width}", _segment_sum_kernel, whole, warps=1, types=types))
     return cases

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
+
 ROWS, COLUMNS, WARPS = 16, 128, 4
 
 
@@ -67,24 +69,17 @@ def patchify(images, patch, mean, std, dtype, width):
     return out
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: /16 at 224 and 448, /14 padded to 592."""
-    signature = {
-        "images_ptr": "*u8",
-        "out_ptr": "*bf16",
-        "patches": "i32",
-        "height": "i32:16",
-        "width": "i32:16",
-        **{f"{name}_{channel}": "fp32" for name in ("scale", "shift") for channel in "rgb"},
-    }
+def aot_cases(capability: int = 9) -> list[Case]:
+    """/16 at 224 and 448, /14 padded to 592."""
+    numbers = [f"{name}_{channel}" for name in ("scale", "shift") for channel in "rgb"]
+    types = {"images_ptr": "*u8", "height": "i32:16", "width": "i32:16", **dict.fromkeys(numbers, "fp32")}
     return [
-        (
+        Case(
             f"patchify P={patch} width={width}",
             _patchify_kernel,
-            signature,
             {"P": patch, "WIDTH": width, "ROWS": ROWS, "COLUMNS": COLUMNS},
             WARPS,
-            3,
+            types=types,
         )
         for patch, width in ((14, 592), (16, 768))
     ]

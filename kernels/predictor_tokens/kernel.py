@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.common.column_sum import column_sum
 
 ROWS, BLOCK_D, WARPS = 16, 128, 8
@@ -287,11 +288,10 @@ def predictor_readout_bwd(dout, cu_seqlens, rows, targets, sequences, size, max_
     return dtokens
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the published predictors are 384 wide and see four targets."""
-    types = {"partial_ptr": "*fp32", "positions_ptr": "*fp32"}
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The published predictors are 384 wide and see four targets."""
+    types = {"positions_ptr": "*fp32"}
     types |= dict.fromkeys(("context_index_ptr", "cu_seqlens_ptr", "target_index_ptr"), "*i32")
-    types |= dict.fromkeys(("L", "K", "B", "N", "context_tiles", "sequences"), "i32")
     constants = {"M": 4, "D": 384, "ROWS": ROWS, "BLOCK_D": BLOCK_D}
     kernels = {
         "predictor_tokens fwd": _predictor_tokens_fwd_kernel,
@@ -299,7 +299,4 @@ def aot_cases(capability: int = 9):
         "predictor_readout fwd": _predictor_readout_fwd_kernel,
         "predictor_readout bwd": _predictor_readout_bwd_kernel,
     }
-    return [
-        (name, kernel, {n: types.get(n, "*bf16") for n in kernel.arg_names if n not in constants}, constants, WARPS, 3)
-        for name, kernel in kernels.items()
-    ]
+    return [Case(name, kernel, constants, WARPS, types=types) for name, kernel in kernels.items()]

@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.common.column_sum import column_sum
-from ijepa_fast.kernels.common.launch import programs
+from ijepa_fast.kernels.common.launch import programs, row_tile
 
 TILE, WARPS, STAGES = 4096, 8, 3
 PROGRAMS = 4  # a multiprocessor
@@ -89,11 +90,6 @@ def _target_loss_scale_kernel(
     tl.store(gradient_ptr + offsets, (gradient * upstream).to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"ROWS": max(1, TILE // block), "BLOCK_D": block}
-
-
 def target_loss_fwd(predictions, features, index, kind, eps):
     """(loss () fp32, its gradient (R, D) in predictions' dtype, or in fp32, whose range fp16 lacks)."""
     rows, width = predictions.shape
@@ -112,7 +108,7 @@ def target_loss_fwd(predictions, features, index, kind, eps):
         1.0 / (rows * width),
         width,
         kind == "smooth_l1",
-        **_tile(width),
+        **row_tile(width, TILE),
         STAGES=STAGES,
         num_warps=WARPS,
     )
@@ -126,18 +122,14 @@ def target_loss_scale_(gradient, upstream):
     _target_loss_scale_kernel[grid](gradient, upstream, rows, width, SCALE_BLOCK, num_warps=8)
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the encoders' widths, both losses; bf16 predictions and features."""
-    types = {"index_ptr": "*i32", "partial_ptr": "*fp32", "R": "i32", "eps": "fp32", "inverse_count": "fp32"}
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The encoders' widths, both losses."""
     cases = []
     for width in (384, 768, 1024, 1280, 1408):
         for smooth in (False, True):
-            constants = {"D": width, "SMOOTH_L1": smooth, **_tile(width), "STAGES": STAGES}
-            names = [name for name in _target_loss_fwd_kernel.arg_names if name not in constants]
-            signature = {name: types.get(name, "*bf16") for name in names}
+            constants = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE), "STAGES": STAGES}
             name = f"target_loss {'smooth_l1' if smooth else 'l2'} D={width}"
-            cases.append((name, _target_loss_fwd_kernel, signature, constants, WARPS, 3))
-    signature = {"gradient_ptr": "*bf16", "upstream_ptr": "*fp32", "R": "i32"}
-    constants = {"D": 1280, "BLOCK": SCALE_BLOCK}
-    cases.append(("target_loss scale D=1280", _target_loss_scale_kernel, signature, constants, 8, 3))
+            cases.append(Case(name, _target_loss_fwd_kernel, constants, WARPS, types={"inverse_count": "fp32"}))
+    constants, types = {"D": 1280, "BLOCK": SCALE_BLOCK}, {"upstream_ptr": "*fp32"}
+    cases.append(Case("target_loss scale D=1280", _target_loss_scale_kernel, constants, warps=8, types=types))
     return cases

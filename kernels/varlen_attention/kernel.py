@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ijepa_fast.kernels.common.aot import Case
 from ijepa_fast.kernels.varlen_attention.cpu import lse_dtype
 from ijepa_fast.kernels.varlen_attention.tiles import Tile, bwd_tiles, fwd_tile, split, whole_tiles
 
@@ -395,10 +396,9 @@ def varlen_attention_qkv_bwd(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale)
     return dqkv
 
 
-def aot_cases(capability: int = 9):
-    """Cases of bench/aot.py: the head dims of the published encoders and predictors (384 wide, the encoder's heads)."""
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
-    types |= {"scale": "fp32", "Tq": "i32", "tiles": "i32"}
+def aot_cases(capability: int = 9) -> list[Case]:
+    """The head dims of the published encoders and predictors (384 wide, the encoder's heads)."""
+    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "scale": "fp32"}
     models = {64: "S/16 B/16 L/16", 80: "H/14 H/16-448", 88: "g/16", 32: "predictor B/16", 24: "predictor L H g"}
     cases = []
     for head_dim, model in models.items():
@@ -406,19 +406,17 @@ def aot_cases(capability: int = 9):
         strides = dict.fromkeys(("Q_STRIDE", "K_STRIDE", "V_STRIDE", "DQ_STRIDE", "DKV_STRIDE"), 3 * heads * head_dim)
         common = {"H": heads, "HD": head_dim, **split(head_dim), **strides}
         query_tile, key_tile = bwd_tiles(capability, head_dim, 2)
-        wholes = whole_tiles(capability, head_dim, 2)
         kernels = [
             ("fwd", _varlen_attention_fwd_kernel, {}, fwd_tile(head_dim, 2)),
             ("bwd queries", _varlen_attention_bwd_queries_kernel, {"SKIP": 0}, query_tile),
             ("bwd keys", _varlen_attention_bwd_keys_kernel, {"SKIP": 0}, key_tile),
         ]
-        for tile in wholes:
+        for tile in whole_tiles(capability, head_dim, 2):
             extra = {"SKIP": -1, "delta_ptr": None}
             kernels.append((f"bwd whole {tile.keys}", _varlen_attention_bwd_keys_kernel, extra, tile))
         for part, kernel, extra, tile in kernels:
             constants = {**common, **extra, "BLOCK_Q": tile.queries, "BLOCK_K": tile.keys}
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            signature = {key: types.get(key, "*bf16") for key in kernel.arg_names if key not in constants}
             name = f"varlen_attention {part} hd={head_dim} ({model})"
-            cases.append((name, kernel, signature, constants, tile.warps, tile.stages))
+            cases.append(Case(name, kernel, constants, tile.warps, tile.stages, types))
     return cases

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -66,7 +63,7 @@ def varlen_attention(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     training = q.requires_grad or k.requires_grad or v.requires_grad
     name = _resolve(backend, q, max_seqlen_k, scale, training)
-    if name in KERNELS:
+    if name in IMPLEMENTATIONS:
         return _Attention.apply(q, k, v, *lengths, scale, name)
     return backends.FUNCTIONS[name](q, k, v, *lengths, scale)
 
@@ -94,7 +91,7 @@ def varlen_attention_qkv(
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(1)
     name = _resolve(backend, q, max_seqlen, scale, qkv.requires_grad)
-    if name in KERNELS:
+    if name in IMPLEMENTATIONS:
         return _AttentionQKV.apply(qkv, cu_seqlens, max_seqlen, scale, name)
     return backends.FUNCTIONS[name](q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
 
@@ -148,31 +145,38 @@ def _check_sequences(name: str, cu_seqlens: torch.Tensor, x: torch.Tensor, max_n
     check_sequences("varlen_attention", name, cu_seqlens, x.shape[0], max_name, max_seqlen)
 
 
+# Of each of this project's implementations, where its functions are, named as the registered ops.
+IMPLEMENTATIONS = {"triton": torch.ops.ijepa_fast, "native": native}
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, kernels):
-        ctx.kernels, ctx.rest = kernels, (max_seqlen_q, max_seqlen_k, scale)
-        out, lse = KERNELS[kernels].fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.rest)
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, implementation):
+        ctx.implementation, ctx.rest = implementation, (max_seqlen_q, max_seqlen_k, scale)
+        fwd = IMPLEMENTATIONS[implementation].varlen_attention_fwd
+        out, lse = fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.rest)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        gradients = KERNELS[ctx.kernels].bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest)
-        return *gradients, None, None, None, None, None, None
+        bwd = IMPLEMENTATIONS[ctx.implementation].varlen_attention_bwd
+        return *bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None
 
 
 class _AttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale, kernels):
-        ctx.kernels, ctx.rest = kernels, (max_seqlen, scale)
-        out, lse = KERNELS[kernels].fwd(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
+    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale, implementation):
+        ctx.implementation, ctx.rest = implementation, (max_seqlen, scale)
+        fwd = IMPLEMENTATIONS[implementation].varlen_attention_fwd
+        out, lse = fwd(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        return KERNELS[ctx.kernels].qkv_bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
+        bwd = IMPLEMENTATIONS[ctx.implementation].varlen_attention_qkv_bwd
+        return bwd(dout.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale):
@@ -184,34 +188,20 @@ def _packed(x):
 
 
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
-_fwd = register(
+register(
     f"varlen_attention_fwd(Tensor q, Tensor k, Tensor v, {_LENGTHS}, float scale) -> (Tensor out, Tensor lse)",
     cpu,
     fake=_fwd_fake,
 )
-_bwd = register(
+register(
     f"varlen_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv)",
     cpu,
     fake=lambda dout, q, k, v, *_: (_packed(q), _packed(k), _packed(v)),
 )
-_qkv_bwd = register(
+register(
     "varlen_attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, "
     "float scale) -> Tensor dqkv",
     cpu,
     fake=lambda dout, qkv, *_: _packed(qkv),
 )
-
-
-class Kernels(NamedTuple):
-    """Forward and backward of one of this project's implementations."""
-
-    fwd: Callable
-    bwd: Callable
-    qkv_bwd: Callable
-
-
-KERNELS = {
-    "triton": Kernels(_fwd, _bwd, _qkv_bwd),
-    "native": Kernels(native.varlen_attention_fwd, native.varlen_attention_bwd, native.varlen_attention_qkv_bwd),
-}

@@ -3,10 +3,16 @@
 import pytest
 import torch
 
-from ijepa_fast.kernels.linear import cpu, linear, linear_gelu, reference
+from ijepa_fast.kernels.bias_gelu import bias_gelu
+from ijepa_fast.kernels.common import dispatch
+from ijepa_fast.kernels.linear import cpu, linear, native, ops, reference
 from tests import oracle
 
 SHAPES = [(1, 8, 24), (7, 300, 65), (94, 384, 96), (33, 16, 1)]  # T, I, O
+
+
+def linear_gelu(x, weight, bias):
+    return ops.linear_gelu(x, weight, bias, bias_gelu)
 
 
 def make(tokens, inputs, outputs, dtype=torch.float32):
@@ -23,11 +29,48 @@ def test_onednn_is_used_here():
         assert "autocast" in cpu.unsupported(x, weight)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["linear", "linear_gelu"])
-def test_matches_reference(name, shape, poisoned):
-    op = {"linear": linear, "linear_gelu": linear_gelu}[name]
-    oracle.check_against_reference(op, getattr(reference, name), make(*shape), names=("x", "weight", "bias"))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", [linear, linear_gelu], ids=lambda op: op.__name__)
+def test_matches_reference(op, shape, poisoned):
+    oracle.check_against_reference(op, getattr(reference, op.__name__), make(*shape), names=("x", "weight", "bias"))
+
+
+@pytest.mark.parametrize("op", [linear, linear_gelu], ids=lambda op: op.__name__)
+def test_reference_is_what_runs_where_it_is_asked_for(op, monkeypatch):
+    monkeypatch.setattr(cpu, "_product", None)
+    before = dispatch.choice("linear")
+    dispatch.use({"linear": "reference"})
+    try:
+        inputs = make(5, 16, 32)
+        assert torch.equal(op(*inputs), getattr(reference, op.__name__)(*inputs))
+    finally:
+        dispatch.use({"linear": before})
+
+
+def test_the_triton_kernel_takes_the_bias(triton_everywhere):
+    """Where bias_gelu is a kernel the product comes without bias, and the kernel adds it."""
+    x, weight, bias = (value.to(triton_everywhere) for value in make(5, 16, 32))
+    given = []
+    ops.linear_gelu(x, weight, bias, lambda product, bias: given.append((product, bias)))
+    ((product, passed),) = given
+    torch.testing.assert_close(product, x @ weight.t())
+    assert passed is bias
+
+
+def test_gradient_of_the_bias_alone():
+    x, weight, bias = make(5, 16, 32)
+    oracle.check_against_reference(
+        lambda bias: linear_gelu(x.to(bias.dtype), weight.to(bias.dtype), bias),
+        lambda bias: reference.linear_gelu(x.to(bias.dtype), weight.to(bias.dtype), bias),
+        (bias,),
+    )
+
+
+def test_opcheck_of_the_weight_gradient():
+    x, dy = torch.randn(7, 32), torch.randn(7, 5)
+    if reason := native.unsupported(dy, x):
+        pytest.skip(f"csrc's weight gradient {reason}")
+    torch.library.opcheck(torch.ops.ijepa_fast.linear_dweight_cpu_.default, (dy, x, torch.empty(5, 32)))
 
 
 def test_without_bias():

@@ -237,10 +237,11 @@ def test_plain_implementation_of_the_ops(triton_everywhere):
     lengths = [7, 0, 40]
     qkv, cu = make(47, 2, 24, torch.float32, triton_everywhere), cu_seqlens(lengths, triton_everywhere)
     arguments = (cu, cu, 40, 40, 24**-0.5)
-    plain, kernel = (f(*qkv.unbind(1), *arguments) for f in (cpu.varlen_attention_fwd, ops._fwd))
+    where = (cpu, torch.ops.ijepa_fast)
+    plain, kernel = (w.varlen_attention_fwd(*qkv.unbind(1), *arguments) for w in where)
     torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5)
     dout = torch.randn_like(plain[0])
-    plain, kernel = (f(dout, *qkv.unbind(1), *plain, *arguments) for f in (cpu.varlen_attention_bwd, ops._bwd))
+    plain, kernel = (w.varlen_attention_bwd(dout, *qkv.unbind(1), *plain, *arguments) for w in where)
     torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-5)
     packed = cpu.varlen_attention_qkv_bwd(dout, qkv, None, None, cu, 40, 24**-0.5)
     assert torch.equal(packed, torch.stack(plain, 1))

@@ -1,18 +1,20 @@
-"""The probes of a run: frozen features of the target encoder, averaged over patches, before and after training."""
+"""What a run reads: its training images, and the labelled images and options that its encoder is evaluated with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
 
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.labels import match, open_labelled, read_features
-from ijepa_fast.eval.suite import probe_suite
+from ijepa_fast.eval.evaluate import Options
+from ijepa_fast.eval.features import Encode
+from ijepa_fast.eval.labels import Labelled, open_labelled
+from ijepa_fast.methods.method import Method
+from ijepa_fast.run.build import build_method
 
 HELD_OUT = 1000  # scenes to test on
 
@@ -29,6 +31,11 @@ def training_source(config: Config) -> Source | None:
         raise ConfigError(f"data.source: {error}") from None
 
 
+def label_columns(source: Source | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Labels of the training images: {label: values}, and {label: its classes}; none of random images."""
+    return ({}, {}) if source is None else (source.columns, source.index.classes)
+
+
 def probe_folders(config: Config) -> tuple[str, str] | None:
     """Labelled training and test images of the probes, or None where the run has none."""
     probe = config.probe
@@ -41,33 +48,36 @@ def probe_folders(config: Config) -> tuple[str, str] | None:
     return probe.train or config.data.source, probe.test
 
 
-def encode_with(objective: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """images (b, H, W, 3) uint8 -> the target encoder's features (b, N, D); of a class token, N is 1."""
-    encoder = objective.target_encoder
+def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -> tuple[Labelled, Labelled, Options]:
+    """What eval.evaluate takes beside an encoder: training images, test images, and options."""
+    train, test = (open_labelled(folder, cache=_index_cache(config)) for folder in folders)
+    options = Options(
+        crop=config.data.crop,
+        resize=config.probe.resize,
+        interpolation=config.data.interpolation,
+        device=device,
+        images=config.probe.images,
+        draw_seed=config.seed,
+    )
+    return train, test, options
+
+
+def untrained(config: Config, device: torch.device) -> Encode:
+    """The encoder of the run before training, on `device`."""
+    method = build_method(config)
+    method.probed.to(device)
+    return encode_with(method)
+
+
+def encode_with(method: Method) -> Encode:
+    """The encoder that a method leaves: images uint8 (b, H, W, 3) -> features (b, N, D); of a class token, N is 1."""
+    encoder = method.probed
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        features = encoder(objective.patchify(images), len(images))
+        features = encoder(method.patchify(images), len(images))
         return features.view(len(images), -1, features.shape[1])
 
     return encode
-
-
-def probe(config: Config, objective: nn.Module, folders: tuple[str, str], device: torch.device) -> dict:
-    """Linear and k-NN probes of every task the labels allow; see eval.suite.probe_suite for what is returned."""
-    train, test = (open_labelled(folder, cache=_index_cache(config)) for folder in folders)
-    parts = []
-    for part in (train, match(train, test)):
-        features, rows = read_features(
-            encode_with(objective),
-            part,
-            part.rows(config.probe.images, config.seed),
-            device,
-            crop=config.data.crop,
-            resize=config.probe.resize or config.data.crop,
-            interpolation=config.data.interpolation,
-        )
-        parts += [features, part.at(rows)]
-    return probe_suite(*parts, train.tasks)
 
 
 def _index_cache(config: Config) -> Path:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 from ijepa_fast.masks.crops import lay_out, teacher_temperature
-from ijepa_fast.masks.packing import from_masks
-from ijepa_fast.methods.ibot import IBOT, Backbone, Head, Network, Options
-from ijepa_fast.methods.mae import MAE, ClassTokenEncoder, Decoder
+from ijepa_fast.methods import ibot, mae
 from tests.parity import patches_of, relative_error, weights
+from tests.small import from_masks, setup_of
+
+RAW = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # the archives' images are normalised
 
 
 def parity_mae(archive) -> dict[str, float]:
     """Relative errors of an MAE archive: latents, predictions of masked patches, both losses, every gradient."""
     image, patch, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads = map(int, archive["config"])
-    encoder = ClassTokenEncoder(image, patch, dim, depth, heads)
-    decoder = Decoder(encoder.grid, patch, dim, decoder_dim, decoder_depth, decoder_heads)
-    model = MAE(encoder, decoder, mean=(0, 0, 0), std=(1, 1, 1))
+    sizes = (image, patch, dim, depth, heads, decoder_dim, decoder_depth)
+    model = mae.MAE(setup_of(*sizes, mae.Options(), **RAW))
+    # The archive's heads are not of the published width.
+    model.decoder = mae.Decoder(model.encoder.grid, patch, dim, decoder_dim, decoder_depth, decoder_heads)
+    encoder, decoder = model.encoder, model.decoder
     golden = weights(archive, "model")
     for network in (encoder, decoder):
         network.load_state_dict({name: golden[name] for name in network.state_dict()})
@@ -25,23 +29,23 @@ def parity_mae(archive) -> dict[str, float]:
     order = torch.from_numpy(archive["ids_restore"]).argsort(dim=1)
     visible = int((archive["mask"][0] == 0).sum())
     masked = order[:, visible:]
-    packed = from_masks(order[None, :, :visible], masked[None], encoder.patches)
+    draw = mae.with_decoder(from_masks(order[None, :, :visible], masked[None], encoder.patches))
     patches = patches_of(images, patch)
 
-    latent = encoder.context(patches, packed)
+    latent = encoder.context(patches, draw)
     # The published prediction has its columns in order (i, j, c).
     predictions = torch.from_numpy(archive["pred"]).unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)
     predictions = predictions[torch.arange(len(images))[:, None], masked].flatten(0, 1)
     errors = {
         "latent": relative_error(latent.view(archive["latent"].shape), archive["latent"]),
-        "pred (masked patches)": relative_error(decoder(latent, packed), predictions),
+        "pred (masked patches)": relative_error(decoder(latent, draw), predictions),
     }
     for name, table in (("pos_embed", encoder.positions), ("decoder_pos_embed", decoder.positions)):
         errors[name] = relative_error(table, archive[f"model/{name}"][0, 1:])
-    model.normalise = False
-    errors["loss_pix"] = relative_error(model.loss_of_patches(patches, packed), archive["loss_pix"])
-    model.normalise = True
-    loss = model.loss_of_patches(patches, packed)
+    model.options.normalise = False
+    errors["loss_pix"] = relative_error(model.loss_of_patches(patches, draw), archive["loss_pix"])
+    model.options.normalise = True
+    loss = model.loss_of_patches(patches, draw)
     errors["loss_norm_pix"] = relative_error(loss, archive["loss_norm_pix"])
     loss.backward()
     parameters = dict(encoder.named_parameters()) | dict(decoder.named_parameters())
@@ -55,10 +59,10 @@ def parity_mae(archive) -> dict[str, float]:
 def parity_ibot(archive) -> dict[str, float]:
     """Relative errors of an iBOT archive: logits, losses, centres, every gradient."""
     image, patch, dim, depth, heads, prototypes, hidden, bottleneck = map(int, archive["config"])
-    network = Network(Backbone(image, patch, dim, depth, heads), Head(dim, hidden, bottleneck, prototypes))
-    model = IBOT(network, mean=(0, 0, 0), std=(1, 1, 1))
-    load_network(model.encoder, archive, "student")
-    load_network(model.target_encoder, archive, "teacher")
+    options = ibot.Options(hidden=hidden, bottleneck=bottleneck, prototypes=prototypes, drop_path=0.0)
+    model = ibot.IBOT(setup_of(image, patch, dim, depth, heads, options=options, **RAW))
+    load_network(model.trained, archive, "student")
+    load_network(model.averaged, archive, "teacher")
     model.carried["centre"] = torch.from_numpy(archive["center_before"])
     model.carried["patch_centre"] = torch.from_numpy(archive["center2_before"])[0]
     locals_ = [torch.from_numpy(archive[f"local{i}"]) for i in range(sum(k.startswith("local") for k in archive.files))]
@@ -66,13 +70,13 @@ def parity_ibot(archive) -> dict[str, float]:
     large, small = patches_of(large, patch), patches_of(torch.cat(locals_), patch)
     mask = np.stack([archive[f"mask{i}"].reshape(len(archive["mask0"]), -1) for i in range(2)])
     # Epoch 5 of 10 of the warm-up.
-    temperatures = Options.first_temperature, Options.temperature
+    temperatures = ibot.Options.first_temperature, ibot.Options.temperature
     temperature = teacher_temperature(int(archive["epoch"]), 10 - 1, temperatures)
-    batch = lay_out(mask, len(locals_), locals_[0].shape[-1] // patch, temperature)
+    draw = lay_out(mask, len(locals_), locals_[0].shape[-1] // patch, temperature)
 
     masked = torch.from_numpy(mask).flatten(0, 1)
-    class_logits, patch_logits = model.encoder.student(large, small, batch)
-    teacher_classes, teacher_patches, patch_mean = model.target_encoder.teacher(large, batch)
+    class_logits, patch_logits = model.student(large, small, draw)
+    teacher_classes, teacher_patches, patch_mean = model.teacher(large, draw)
     teacher_golden = torch.from_numpy(archive["teacher_patch"])
     errors = {
         "student_cls": relative_error(class_logits[: len(masked)], archive["student_cls"]),
@@ -82,7 +86,7 @@ def parity_ibot(archive) -> dict[str, float]:
         "teacher_patch (masked)": relative_error(teacher_patches, teacher_golden[masked]),
         "teacher_patch (mean)": relative_error(patch_mean[0], teacher_golden.mean((0, 1))),
     }
-    class_loss, patch_loss = model.losses(large, small, batch)
+    class_loss, patch_loss = model.losses(large, small, draw)
     (class_loss + patch_loss).backward()
     errors |= {
         "loss": relative_error(class_loss + patch_loss, archive["loss"]),
@@ -92,18 +96,24 @@ def parity_ibot(archive) -> dict[str, float]:
         "center2_after": relative_error(model.carried["patch_centre"][None], archive["center2_after"]),
     }
     return errors | {
-        key: relative_error(model.encoder.get_parameter(key.removeprefix("grad/")).grad, archive[key])
+        key: relative_error(model.get_parameter(ours(key.removeprefix("grad/"))).grad, archive[key])
         for key in archive.files
         if key.startswith("grad/")
     }
 
 
-def load_network(network: Network, archive, prefix: str) -> None:
+def ours(name: str) -> str:
+    """A parameter's name here, of the archive's."""
+    return name.replace("backbone.", "encoder.", 1)
+
+
+def load_network(networks: dict[str, nn.Module], archive, prefix: str) -> None:
     """Load a student or teacher; weight gains (all 1) and the second name of the shared head are left out."""
-    golden = {k.removeprefix(prefix + "/"): archive[k] for k in archive.files if k.startswith(prefix + "/")}
-    own = network.state_dict()
-    # The published teacher has no embedding of masked patches, and never needs one.
-    network.load_state_dict(own | {name: torch.from_numpy(golden[name]) for name in own if name in golden})
-    missing = set(own) - set(golden) - {"backbone.masked_embed"}
-    if missing:
-        raise ValueError(f"{prefix}: the archive lacks {sorted(missing)}")
+    names = {ours(k.removeprefix(prefix + "/")): k for k in archive.files if k.startswith(prefix + "/")}
+    for network, module in networks.items():
+        own = module.state_dict()
+        golden = {k: torch.from_numpy(archive[names[f"{network}.{k}"]]) for k in own if f"{network}.{k}" in names}
+        # The published teacher has no embedding of masked patches, and never needs one.
+        if missing := set(own) - set(golden) - {"masked_embed"}:
+            raise ValueError(f"{prefix}: the archive lacks {sorted(missing)} of {network}")
+        module.load_state_dict(own | golden)

@@ -1,0 +1,131 @@
+"""Figures: what the probes measure of an encoder, as JSON and as the one table that people read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+METRICS = {"accuracy": "accuracy", "r2": "R^2", "mean_absolute_error": "mean abs. error"}
+
+# Student's t, 97.5 %, for 2 to 10 seeds; 1.96 and a little more for more of them.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number that a probe measures on test images.
+
+    Attributes:
+        task: name of the label, for example "class".
+        probe: what was trained on the features: "linear", "20-NN", "attentive", ...
+        metric: a key of METRICS.
+        value: the mean over seeds.
+        interval: half of the value's 95 % confidence interval (Student's t); None for one seed.
+        seeds: the value of each seed.
+        chance: the same metric of always answering the training images' commonest class, or their mean.
+        untrained: the value of the same probe on the encoder before training; None where it is not known.
+        n: number of test images.
+        chosen: what the sweep of each seed chose on held-out training images; () for a probe without a sweep.
+    """
+
+    task: str
+    probe: str
+    metric: str
+    value: float
+    interval: float | None
+    seeds: tuple[float, ...]
+    chance: float
+    untrained: float | None
+    n: int
+    chosen: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def improved(self) -> bool:
+        """Whether the value is better than the untrained encoder's; False where that is not known."""
+        if self.untrained is None:
+            return False
+        return self.value < self.untrained if self.metric == "mean_absolute_error" else self.value > self.untrained
+
+    def to_json(self) -> dict[str, Any]:
+        """The figure as a dict that json.dumps takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Figure:
+        """The figure that `to_json` wrote. Raises TypeError where a key is missing or unknown."""
+        return cls(**values | {key: tuple(values[key]) for key in ("seeds", "chosen") if key in values})
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """The mean over seeds, and half of its 95 % confidence interval (Student's t); None for one seed."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, None
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    t = _T[n - 2] if n - 2 < len(_T) else 2.262
+    return mean, t * deviation / math.sqrt(n)
+
+
+def over_seeds(task: str, probe: str, runs: list[dict[str, Any]], chance: dict[str, float], n: int) -> list[Figure]:
+    """The figures of a probe, one for each metric.
+
+    runs: of each seed, the value of each metric and, under other keys, what its sweep chose. chance: {metric: value}.
+    """
+    chosen = tuple({key: value for key, value in run.items() if key not in METRICS} for run in runs)
+    figures = []
+    for metric in (key for key in METRICS if key in runs[0]):
+        values = [run[metric] for run in runs]
+        mean, half = interval(values)
+        figures.append(
+            Figure(
+                task, probe, metric, mean, half, tuple(values), chance[metric], None, n, chosen if any(chosen) else ()
+            )
+        )
+    return figures
+
+
+def against(figures: Iterable[Figure], before: Iterable[Figure]) -> list[Figure]:
+    """`figures` with the values of the same probes in `before`, those of the untrained encoder."""
+    known = {(f.task, f.probe, f.metric): f.value for f in before}
+    return [replace(f, untrained=known.get((f.task, f.probe, f.metric))) for f in figures]
+
+
+def figures_of(results: dict[str, Any]) -> list[Figure]:
+    """The figures of a JSON file: a run's summary, or what the probe command wrote."""
+    return [Figure.from_json(values) for values in results["figures"]]
+
+
+def headline(figures: Iterable[Figure]) -> list[Figure]:
+    """What to look at first: the accuracy or R^2 of each task and probe, and of k-NN one k, 20 where there is that."""
+    figures = [f for f in figures if f.metric != "mean_absolute_error"]
+    neighbours = [f.probe for f in figures if f.probe.endswith("-NN")]
+    shown = "20-NN" if "20-NN" in neighbours else next(iter(neighbours), None)
+    return [f for f in figures if f.probe == shown or f.probe not in neighbours]
+
+
+def cells(figures: list[Figure]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table with a row per figure, as text."""
+    before = any(f.untrained is not None for f in figures)
+    head = ["task", "probe", "metric", "chance", *(["untrained"] if before else []), "value", "images"]
+    rows = []
+    for f in figures:
+        untrained = [_number(f.untrained)] if before else []
+        value = _number(f.value) + ("" if f.interval is None else f" +- {f.interval:.4f}")
+        rows.append([f.task, f.probe, METRICS[f.metric], _number(f.chance), *untrained, value, f"{f.n:,}"])
+    return head, rows
+
+
+def table(figures: list[Figure]) -> str:
+    """The figures as lines of text in columns; the first three, which are words, start at the left."""
+    head, rows = cells(figures)
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in (head, *rows)
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

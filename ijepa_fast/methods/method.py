@@ -1,0 +1,217 @@
+"""What a method is: the contract between it and everything else, and the registry of methods.
+
+A method is one file that defines one subclass of `Method`. Nothing else of the package names a method: the trainer, the
+engine, checkpoints, the forecast, probes, exports and the report ask the contract. Adding one takes a file here, a YAML
+in configs/ and a golden test; somebody else's stays where it is, and its import path is its name
+(`objective.method=my_package.my_method`).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
+from ijepa_fast.data.views import View
+from ijepa_fast.kernels.patchify import patchify
+from ijepa_fast.masks.draw import Draw
+from ijepa_fast.models.flops import Work
+from ijepa_fast.models.vit import Encoder
+
+# Registered are the files of this folder, by their names.
+METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
+CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is made from: sections of the run's configuration, and its own options as they were given."""
+
+    model: Model
+    data: Data
+    mask: Mask = field(default_factory=Mask)
+    options: Any = field(default_factory=dict)  # a mapping, or the method's Options
+    steps_per_epoch: int = 1  # micro-batches of an epoch
+
+    @property
+    def side(self) -> int:
+        """Patches along a crop."""
+        return self.data.crop // self.model.patch
+
+
+@dataclass
+class NoOptions:
+    """Of a method without options of its own."""
+
+
+class Method(nn.Module):
+    """A method's networks and its loss. A subclass sets the class attributes and builds its networks in `__init__`.
+
+    Every child module is trained; its parameters are named "<child>.<parameter>" in checkpoints. One of them is
+    `encoder`, which is what a run leaves: it is probed, loaded and exported, by its average where there is one.
+
+    Attributes:
+        Options: a dataclass of the method's own settings, published values as defaults; `check` says what they may be.
+        capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs. fp8:
+            `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
+        reads_mask: whether the section `mask` of the configuration means something to it.
+        former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
+        averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
+            empty where the method has none, and then the engine keeps none.
+        carried: tensors that `forward` moves in place beside the weights, by name, equal on all ranks (iBOT's centres);
+            they lie in checkpoints. They are on the device of the networks and keep their dtype.
+        watch: where set, a method whose targets are features calls it in every step with them (U, D) and its draw.
+        target_stream: where set, a CUDA stream for what needs no gradient.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    reads_mask: ClassVar[bool] = False
+    former_names: ClassVar[dict[str, str]] = {}
+    encoder: Encoder
+
+    def __init__(self, setup: Setup):
+        super().__init__()
+        self.setup, self.options = setup, self.parse(setup)
+        self.averaged: dict[str, nn.Module] = {}
+        self.carried: dict[str, torch.Tensor] = {}
+        self.watch: Callable[[torch.Tensor, Draw], None] | None = None
+        self.target_stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def parse(cls, setup: Setup) -> Any:
+        """The checked options. Raises ConfigError, naming the key."""
+        if not cls.reads_mask and setup.mask != Mask():
+            raise ConfigError(f"mask: objective.method={cls.__name__} draws its own masks; remove the section")
+        options = parse_options(setup.options, cls.Options)
+        cls.check(options, setup)
+        return options
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Raise ConfigError, naming `objective.options.<key>`, for options that cannot be."""
+
+    def views(self) -> list[View]:
+        """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
+        return []
+
+    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> Draw:
+        """What a micro-batch of `images` needs beside them, on the host: a function of the arguments alone.
+
+        step: counts micro-batches. Called ahead of the step, in another thread.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Any, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, an fp32 scalar, and its named terms for the log, detached; {} where there is but one.
+
+        images: uint8 (B, H, W, 3) on the device; of several views a list of them.
+        """
+        raise NotImplementedError
+
+    def work(self, draw: Draw) -> Work:
+        """The work of a step on `draw`, as it is executed here."""
+        raise NotImplementedError
+
+    def saved_values(self, draw: Draw) -> int:
+        """Values that a step keeps for its backward pass (capability "forecast")."""
+        raise NotImplementedError
+
+    def use_fp8(self) -> None:
+        """Run what needs no gradient in fp8 from now on (capability "fp8"); its weights lie where they will."""
+        raise NotImplementedError
+
+    def average_changed(self) -> None:
+        """Called whenever the weights of `averaged` were written."""
+
+    # What all methods share.
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The networks that the optimiser updates, by name."""
+        return dict(self.named_children())
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by name; averages are "target_<name>"."""
+        return self.trained | {f"target_{name}": network for name, network in self.averaged.items()}
+
+    @property
+    def probed(self) -> Encoder:
+        """The encoder that a run leaves: the average where there is one."""
+        return self.averaged.get("encoder", self.encoder)
+
+    def keep_average(self, *names: str) -> None:
+        """Keep averages of these child modules, equal to them at first."""
+        self.averaged = {name: copy.deepcopy(getattr(self, name)).requires_grad_(False).eval() for name in names}
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
+        data, dtype = self.setup.data, self.encoder.norm.weight.dtype
+        return patchify(images, self.encoder.patch, tuple(data.mean), tuple(data.std), dtype=dtype)
+
+
+def method_class(name: str, foreign: bool = True) -> type[Method]:
+    """The class of the method `name`: a name of METHODS, or the import path of a module that defines one Method.
+
+    The path is looked for in the working folder too. foreign: whether a module that is not registered may be imported;
+    commands that only read a run must not run code that its configuration names. Raises ConfigError.
+    """
+    if name not in METHODS and not foreign:
+        raise ConfigError(
+            f"objective.method={name}: only registered methods are imported here, which are {', '.join(METHODS)}"
+        )
+    try:
+        module = _import(f"ijepa_fast.methods.{name}" if name in METHODS else name)
+    except Exception as error:  # whatever a module raises while it is imported
+        raise ConfigError(
+            f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
+            f"Method, got {name!r} ({type(error).__name__}: {error})"
+        ) from error
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"objective.method={name}: expected a module that defines one subclass of ijepa_fast.methods.method.Method,"
+            f" found {len(found)}"
+        )
+    _check_contract(name, found[0])
+    return found[0]
+
+
+def _import(path: str):
+    """A module by its import path, from the working folder too, which a launcher leaves off the search path."""
+    here = os.getcwd()
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(path)
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _check_contract(name: str, method: type[Method]) -> None:
+    needed = ["draw", "forward", "work"]
+    needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
+    if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
+        raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    if unknown := set(method.capabilities) - set(CAPABILITIES):
+        raise ConfigError(
+            f"objective.method={name}: {method.__name__}.capabilities: expected of {', '.join(CAPABILITIES)}, got "
+            f"{', '.join(sorted(unknown))}"
+        )

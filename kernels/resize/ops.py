@@ -1,0 +1,42 @@
+"""resize: checks, dispatch and registration. csrc implements the schema for x86 with AVX2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ijepa_fast.kernels.common import native
+from ijepa_fast.kernels.common.checks import check_tensor
+from ijepa_fast.kernels.common.dispatch import choice
+from ijepa_fast.kernels.resize import cpu, reference
+
+native.register("resize_cpu_(Tensor[] images, bool bicubic, Tensor(a!) out) -> ()", cpu)
+
+
+def resize_(out: torch.Tensor, images: Sequence[torch.Tensor], interpolation: str) -> None:
+    """Resize images of any sizes to one size, antialiased as by Pillow, on the calling thread.
+
+    csrc and PyTorch's interpolation differ from Pillow by some levels of 255: they round differently.
+
+    Args:
+        out: (n, H, W, 3) uint8 on the CPU, written.
+        images: n tensors (height, width, 3), uint8 on the CPU, none of them empty.
+        interpolation: bilinear | bicubic. The filter widens where an image shrinks.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device, layout or interpolation.
+    """
+    device = torch.device("cpu")
+    check_tensor("resize", "out", out, (len(images), None, None, 3), torch.uint8, device)
+    for i, image in enumerate(images):
+        check_tensor("resize", f"images[{i}]", image, (None, None, 3), torch.uint8, device)
+        if image.numel() == 0 or out.numel() == 0:
+            raise ValueError(f"resize: expected sizes from 1, got {tuple(image.shape)} -> {tuple(out.shape[1:])}")
+    if interpolation not in reference.FILTERS:
+        wanted = ", ".join(reference.FILTERS)
+        raise ValueError(f"resize: interpolation: expected one of {wanted}, got {interpolation!r}")
+    if choice("resize") == "reference":
+        reference.resize_(out, images, interpolation)
+    else:
+        torch.ops.ijepa_fast.resize_cpu_(list(images), interpolation == "bicubic", out)

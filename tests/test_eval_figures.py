@@ -1,0 +1,108 @@
+"""Figures: there and back as JSON, over seeds, against the untrained encoder, and the table that people read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ijepa_fast.eval.figures import Figure, against, cells, figures_of, headline, interval, over_seeds, table
+
+LINEAR = Figure("class", "linear", "accuracy", 0.75, None, (0.75,), 0.5, None, 40)
+SEVERAL = Figure(
+    "count",
+    "linear, best",
+    "mean_absolute_error",
+    1.5,
+    6.3531,
+    (1.0, 2.0),
+    2.25,
+    1.75,
+    1000,
+    ({"rate": 1e-2, "head": "bn_linear", "held_out": 0.3}, {"rate": None, "head": "linear", "held_out": 0.25}),
+)
+
+
+def of(probe, metric="accuracy", value=0.5, untrained=None, task="class"):
+    """A figure of one seed."""
+    return Figure(task, probe, metric, value, None, (value,), 0.5, untrained, 40)
+
+
+@pytest.mark.parametrize("figure", [LINEAR, SEVERAL], ids=["one seed", "several seeds"])
+def test_a_figure_comes_back_from_json(figure):
+    (found,) = figures_of(json.loads(json.dumps({"figures": [figure.to_json()]})))
+    assert found == figure
+
+
+@pytest.mark.parametrize("change", [{"chance": ...}, {"colour": 3}], ids=["missing", "unknown"])
+def test_json_of_another_schema_is_an_error(change):
+    values = {k: v for k, v in (LINEAR.to_json() | change).items() if v is not ...}
+    with pytest.raises(TypeError, match=next(iter(change))):
+        Figure.from_json(values)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_interval_is_students(seeds):
+    from scipy import stats
+
+    values = np.random.default_rng(seeds).random(seeds).tolist()
+    low, high = stats.t.interval(0.95, seeds - 1, np.mean(values), stats.sem(values))
+    mean, half = interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+
+
+def test_one_seed_has_no_interval():
+    assert interval([0.5]) == (0.5, None)
+
+
+def test_a_figure_per_metric_over_seeds():
+    runs = [
+        {"accuracy": 0.25, "mean_absolute_error": 1.0, "rate": 1.0},
+        {"accuracy": 0.75, "mean_absolute_error": 3.0, "rate": 2.0},
+    ]
+    chance = {"accuracy": 0.125, "mean_absolute_error": 4.0}
+    accuracy, error = over_seeds("count", "linear", runs, chance, 60)
+    assert (accuracy.metric, accuracy.value, accuracy.seeds, accuracy.chance) == ("accuracy", 0.5, (0.25, 0.75), 0.125)
+    assert (error.metric, error.value, error.seeds, error.chance) == ("mean_absolute_error", 2.0, (1.0, 3.0), 4.0)
+    for figure in (accuracy, error):
+        assert (figure.task, figure.probe, figure.n) == ("count", "linear", 60)
+        assert figure.chosen == ({"rate": 1.0}, {"rate": 2.0})
+    assert over_seeds("count", "20-NN", [{"accuracy": 1.0}], chance, 60)[0].chosen == ()
+
+
+def test_untrained_values_are_those_of_the_same_probe():
+    before = [of("linear", value=0.1), of("linear", value=0.2, task="kind"), of("20-NN", value=0.3)]
+    after = [of("linear", value=0.9), of("attentive", value=0.8), of("20-NN", value=0.2)]
+    found = against(after, before)
+    assert [f.untrained for f in found] == [0.1, None, 0.3]
+    assert [f.improved for f in found] == [True, False, False]
+    assert [f.value for f in found] == [0.9, 0.8, 0.2]
+
+
+@pytest.mark.parametrize(("metric", "less", "more"), [("r2", False, True), ("mean_absolute_error", True, False)])
+def test_errors_improve_downwards(metric, less, more):
+    assert of("linear", metric, 0.4, untrained=0.5).improved is less
+    assert of("linear", metric, 0.6, untrained=0.5).improved is more
+
+
+@pytest.mark.parametrize(("ks", "shown"), [((10, 20, 100), "20-NN"), ((10,), "10-NN")], ids=["with 20", "few images"])
+def test_headline_has_one_k_and_one_metric(ks, shown):
+    figures = [of("linear"), of("linear", "mean_absolute_error"), *(of(f"{k}-NN") for k in ks), of("attentive")]
+    assert [(f.probe, f.metric) for f in headline(figures)] == [
+        ("linear", "accuracy"),
+        (shown, "accuracy"),
+        ("attentive", "accuracy"),
+    ]
+
+
+def test_table():
+    assert table([SEVERAL, LINEAR]).splitlines() == [
+        "task   probe         metric           chance  untrained             value  images",
+        "count  linear, best  mean abs. error  2.2500     1.7500  1.5000 +- 6.3531   1,000",
+        "class  linear        accuracy         0.5000                       0.7500      40",
+    ]
+
+
+def test_table_without_untrained_values_has_no_column_of_them():
+    head, rows = cells([LINEAR])
+    assert head == ["task", "probe", "metric", "chance", "value", "images"]
+    assert rows == [["class", "linear", "accuracy", "0.5000", "0.7500", "40"]]

@@ -1,0 +1,105 @@
+"""What a finished run leaves in summary.json: one schema, which the probe command and the report have too."""
+
+import datetime
+import json
+
+import pytest
+
+from ijepa_fast.__main__ import main
+from ijepa_fast.config import load_config
+from ijepa_fast.eval.figures import figures_of, headline, table
+from ijepa_fast.report.plots import read_log
+from ijepa_fast.report.summary import describe, read_summary, train_seconds
+from ijepa_fast.run.provenance import provenance
+
+
+@pytest.fixture(scope="module")
+def summary(finished_run):
+    return read_summary(finished_run)
+
+
+def test_it_says_where_it_comes_from(summary):
+    """All that provenance says, of the machine of this test, and how long the run took."""
+    here = provenance("cpu")
+    assert {key: summary[key] for key in ("version", "host", "versions", "commit")} == {
+        key: here[key] for key in ("version", "host", "versions", "commit")
+    }
+    assert "thread" in summary["device"]
+    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(summary["date"])
+    assert datetime.timedelta(0) <= age < datetime.timedelta(hours=2)
+    assert summary["wall_seconds"] > summary["train_seconds"] > 0
+
+
+def test_it_says_what_the_log_says(summary, finished_run):
+    records = read_log(finished_run / "log.jsonl")
+    assert summary["steps"] == len(records) == 24
+    assert (summary["loss_first"], summary["loss_last"]) == (records[0]["loss"], records[-1]["loss"])
+    assert summary["bad_files"] == 0
+
+
+def test_seconds_are_the_logs():
+    log = [{"step": 10, "loss": 1, "images_per_second": 64}, {"step": 12}]
+    log += [{"step": 15, "loss": 1, "images_per_second": 32}]
+    assert train_seconds(log, 10, 64) == 10
+    assert train_seconds(log, 15, 64) == 20
+
+
+def test_every_figure_has_its_untrained_value(summary):
+    figures = figures_of(summary)
+    assert [(f.task, f.probe, f.metric) for f in figures] == [
+        ("class", probe, "accuracy") for probe in ("linear", "10-NN", "20-NN")
+    ]
+    for figure in figures:
+        assert (figure.chance, figure.n) == (0.5, 24)
+        assert 0 <= figure.untrained <= 1
+
+
+def test_the_command_measures_what_the_end_of_the_run_measured(summary, finished_run, tmp_path, capsys):
+    """From the checkpoint and on the images that the run's configuration names; the untrained values are not known."""
+    out = tmp_path / "probe.json"
+    options = ["--heads", "bn_linear", "--device", "cpu", "--out", str(out)]
+    assert main(["probe", "--checkpoint", str(finished_run), *options]) == 0
+    found = json.loads(out.read_text())
+    assert found["figures"] == [figure | {"untrained": None} for figure in summary["figures"]]
+    assert found.keys() & summary.keys() >= provenance("cpu").keys()
+    assert capsys.readouterr().out == table(figures_of(found)) + "\n"
+
+
+def test_the_untrained_encoder_is_the_one_before_training(summary, finished_run):
+    """Built from the run's configuration and evaluated by the same function."""
+    import torch
+
+    from ijepa_fast.eval.evaluate import evaluate
+    from ijepa_fast.run.sources import evaluation, probe_folders, untrained
+
+    config = load_config(finished_run / "config.yaml")
+    cpu = torch.device("cpu")
+    before = evaluate(untrained(config, cpu), *evaluation(config, probe_folders(config), cpu))
+    assert [f.value for f in before] == [f.untrained for f in figures_of(summary)]
+
+
+def test_a_person_reads_the_headline(summary):
+    text = describe(summary)
+    assert text.startswith("24 steps, loss 0.")
+    assert text.endswith(table(headline(figures_of(summary))))
+    assert "untrained" in text
+
+
+def test_a_run_without_labels_has_no_table(summary):
+    assert describe(summary | {"figures": []}).count("\n") == 0
+
+
+def test_bad_files_are_counted(summary):
+    assert "3 files could not be decoded" in describe(summary | {"bad_files": 3})
+
+
+def test_there_is_no_summary_before_the_end(tmp_path):
+    assert read_summary(tmp_path) is None
+
+
+def test_a_summary_before_versions_is_named(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3, "probe": {"before": {}, "after": {}}}))
+    with pytest.raises(
+        ValueError, match=r"summary.json has version 1 .* reads version 2; evaluate the run again: python"
+    ):
+        read_summary(tmp_path)

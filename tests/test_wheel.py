@@ -1,0 +1,105 @@
+"""What is installed is complete: a wheel, used from another folder without the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("setuptools")
+
+from ijepa_fast import configs
+from tests.launch import ROOT
+
+OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/ops.py"))
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ijepa_fast", "kernels", "configs")
+TINY = ["optim.steps=2", "optim.epochs=1", "optim.warmup_epochs=0", "batch_size=8", "data.source=scenes"]
+TINY += ["data.scenes=200", "data.scenes_size=32", "data.crop=32", "model.depth=1", "model.predictor_depth=1"]
+TINY += ["log.every=1", "log.tensorboard=false", "probe.enabled=false"]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that a wheel of this checkout is installed in, without csrc, which tests of its own cover."""
+    root = tmp_path_factory.mktemp("wheel")
+    source, target = root / "source", root / "installed"
+    source.mkdir()
+    for name in SOURCES:  # a copy: a build folder left in the checkout would add files that it no longer has
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = [*pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", root, source]
+    subprocess.run(build, check=True, env=os.environ | {"IJEPA_FAST_NO_EXT": "1"})
+    (wheel,) = root.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-index", "--no-deps", "--target", target, wheel], check=True)
+    shutil.rmtree(source)
+    return target
+
+
+@pytest.fixture
+def python(installed, tmp_path):
+    """Runs `python ARGUMENTS` in an empty folder, where the wheel comes before every other path."""
+    alone = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
+
+    def run(*arguments, status=0):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | alone, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    return run
+
+
+IMPORT = """
+import importlib, json, pkgutil, sys
+import ijepa_fast
+from ijepa_fast import configs, kernels
+from ijepa_fast.config import load_config
+
+found = {}
+for module in pkgutil.walk_packages(ijepa_fast.__path__, "ijepa_fast."):
+    if not module.name.endswith("__main__"):
+        found[module.name] = importlib.import_module(module.name).__file__
+for name in configs.names():
+    load_config(name)
+json.dump({"modules": found, "configs": configs.names()}, sys.stdout)
+"""
+
+
+def test_every_module_every_op_and_every_config_is_there(installed, python):
+    found = json.loads(python("-c", IMPORT).stdout.splitlines()[-1])
+    assert {path for path in found["modules"].values() if not path.startswith(str(installed))} == set()
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in ROOT.glob("ijepa_fast/**/*.py")
+        if path.name != "__main__.py"
+    }
+    assert set(found["modules"]) >= modules - {"ijepa_fast"} | {f"ijepa_fast.kernels.{op}.ops" for op in OPS}
+    assert found["configs"] == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
+
+
+def test_files_that_are_not_python(installed):
+    package = installed / "ijepa_fast"
+    assert (package / "py.typed").is_file()
+    for path in ROOT.glob("ijepa_fast/report/page.*"):
+        assert (package / "report" / path.name).read_bytes() == path.read_bytes()
+    assert not [path.name for path in installed.iterdir() if path.name in ("kernels", "configs", "tests", "bench")]
+
+
+@pytest.mark.parametrize("config", ["quickstart", "mae_cifar10"])
+def test_trains_by_the_name_of_a_config(python, tmp_path, config):
+    python("-m", "ijepa_fast", "train", "--config", config, *TINY, f"data.cache={tmp_path}", "runs=here")
+    steps = [json.loads(line) for line in (tmp_path / "here" / config / "log.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if "loss" in step] == [1, 2]
+
+
+def test_an_unknown_name_lists_the_ready_ones(python):
+    done = python("-m", "ijepa_fast", "train", "--config", "quickstrat", status=1)
+    expected = f"there is no file quickstrat; did you mean quickstart, of the ready ones {', '.join(configs.names())}?"
+    assert done.stderr.splitlines()[-1] == f"error: --config: {expected}"
