@@ -1,5 +1,5 @@
-// Products of bf16 by AMX tiles, sums in fp32. The instructions are written out: they need no header and no target, only
-// an assembler that knows them. See vectors.h.
+// Products of bf16 by AMX tiles, sums in fp32. The instructions are written out, as GCC 12's intrinsics do not tell the
+// compiler that a tile is loaded from memory. See vectors.h.
 
 // A thread's tiles: 16 rows of 64 bytes each, from here to the end of its piece of work.
 struct Tiles {

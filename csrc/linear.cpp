@@ -22,7 +22,10 @@ void weight_gradient_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Te
   TORCH_CHECK_VALUE(x.size(1) % kLoopWidth == 0, "linear: expected inputs that are a multiple of ", kLoopWidth);
   TORCH_CHECK_VALUE(dy.size(0) == x.size(0) && dweight.size(0) == dy.size(1) && dweight.size(1) == x.size(1),
                     "linear: expected dy and x of equal length, and a gradient of (outputs, inputs)");
-  if (x.size(0) == 0) dweight.zero_();
+  if (x.size(0) == 0) {
+    dweight.zero_();
+    return;
+  }
   with_type(x, [&](auto type) {
     using T = decltype(type);
     const Loops<T>& own = loops<T>();

@@ -4,12 +4,21 @@
 
 #include <utility>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // Clang has no such pragma
-#define IJEPA_FAST_X86
+#ifdef IJEPA_FAST_X86
 #include <immintrin.h>
-#if __has_include(<amxbf16intrin.h>)  // the compiler knows AMX
-#define IJEPA_FAST_AMX
 #endif
+
+// What is between the two is compiled for a target of its own.
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define PUSH_TARGET(name) PRAGMA(clang attribute push(__attribute__((target(name))), apply_to = function))
+#define POP_TARGET PRAGMA(clang attribute pop)
+#define WIDEST
+#else
+#define PUSH_TARGET(name) PRAGMA(GCC push_options) PRAGMA(GCC target(name))
+#define POP_TARGET PRAGMA(GCC pop_options)
+#define WIDEST ",prefer-vector-width=512"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own intrinsics
 #endif
 
 namespace ijepa_fast {
@@ -33,8 +42,7 @@ constexpr Loops<Bf16> kBf16 = LOOPS(Bf16, nullptr, 0);
 }  // namespace any
 
 #ifdef IJEPA_FAST_X86
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+PUSH_TARGET("arch=x86-64-v3")
 namespace v3 {
 constexpr int kWidth = 8, kRows = 6, kVectors = 2;
 #include "vectors.h"
@@ -45,10 +53,9 @@ constexpr int kWidth = 8, kRows = 6, kVectors = 2;
 constexpr Loops<float> kFp32 = LOOPS(float, weight_gradient, kGradientScratch);
 constexpr Loops<Bf16> kBf16 = LOOPS(Bf16, nullptr, 0);
 }  // namespace v3
-#pragma GCC pop_options
+POP_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+PUSH_TARGET("arch=x86-64-v4" WIDEST)
 namespace v4 {
 constexpr int kWidth = 16, kRows = 6, kVectors = 4;
 #include "vectors.h"
@@ -59,13 +66,11 @@ constexpr int kWidth = 16, kRows = 6, kVectors = 4;
 constexpr Loops<float> kFp32 = LOOPS(float, weight_gradient, kGradientScratch);
 constexpr Loops<Bf16> kBf16 = LOOPS(Bf16, nullptr, 0);
 }  // namespace v4
-#pragma GCC pop_options
+POP_TARGET
 #endif
 
 #ifdef IJEPA_FAST_AMX
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own intrinsics
+PUSH_TARGET("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16" WIDEST)
 namespace amx {
 constexpr int kWidth = 16;
 #include "vectors.h"
@@ -77,7 +82,7 @@ constexpr int kWidth = 16;
 #include "row_loops.h"
 constexpr Loops<Bf16> kBf16 = LOOPS(Bf16, weight_gradient, kGradientScratch);
 }  // namespace amx
-#pragma GCC pop_options
+POP_TARGET
 #endif
 
 }  // namespace

@@ -5,11 +5,12 @@
 #include <iterator>
 #include <string_view>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#ifdef IJEPA_FAST_X86
 #include <cpuid.h>
+#endif
+#if defined(IJEPA_FAST_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#define IJEPA_FAST_CPUID
 #endif
 
 namespace ijepa_fast {
@@ -17,16 +18,23 @@ namespace {
 
 constexpr std::string_view kNames[] = {"any", "v3", "v4", "amx"};
 
-#ifdef IJEPA_FAST_CPUID
+#ifdef IJEPA_FAST_X86
 bool bit(int leaf, int subleaf, int word, int position) {
   unsigned words[4];  // eax, ebx, ecx, edx
   return __get_cpuid_count(leaf, subleaf, &words[0], &words[1], &words[2], &words[3]) && words[word] >> position & 1;
 }
 
-// Linux gives the tiles' registers to a process that asks for them.
-bool tiles_permitted() {
+// Whether the tiles can be used, or why not. Linux gives their registers to a process that asks for them.
+const char* no_tiles() {
+#if !defined(IJEPA_FAST_AMX)
+  return "the processor has AMX, but the compiler that built ijepa_fast._C does not know it";
+#elif !defined(__linux__)
+  return "the processor has AMX, but only Linux's tiles are known here";
+#else
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return nullptr;
+  return "the processor has AMX, but the operating system or a container does not permit its tiles";
+#endif
 }
 
 Processor best() {
@@ -38,8 +46,8 @@ Processor best() {
   }
   const bool avx512_bf16 = bit(7, 1, 0, 5), amx_tile = bit(7, 0, 3, 24), amx_bf16 = bit(7, 0, 3, 22);
   if (!avx512_bf16 || !amx_tile || !amx_bf16) return {Kind::v4, ""};
-  if (tiles_permitted()) return {Kind::amx, ""};
-  return {Kind::v4, "the processor has AMX, but the operating system or a container does not permit its tiles"};
+  if (const char* why = no_tiles()) return {Kind::v4, why};
+  return {Kind::amx, ""};
 }
 #else
 Processor best() { return {Kind::any, ""}; }

@@ -1,6 +1,13 @@
 // Which of the loops this machine runs. No torch headers.
 #pragma once
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define IJEPA_FAST_X86
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)  // GCC's, Clang's: the compiler knows AMX
+#define IJEPA_FAST_AMX
+#endif
+#endif
+
 namespace ijepa_fast {
 
 // Each can run what those before it can. v3 and v4 are the generations of x86-64 with AVX2 and with AVX-512; amx has tiles
