@@ -134,6 +134,9 @@ def from_hf(folder: str | Path) -> Weights:
     if kind not in ("ijepa", "vit"):
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa' or 'vit', got {kind!r}")
     state = _published(_hf_tensors(folder), folder)
+    if (kind == "vit") != ("cls_token" in state):
+        held = "a class token" if "cls_token" in state else "no class token"
+        raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and the weights have {held}")
     known = _processor(folder)
     if kind == "vit":
         known |= {"learned_positions": True, "readout": config.get(_READOUT, "class"), "method": "vit"}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.config import key
-from ijepa_fast.data.views import IBOT_VIEWS, View
+from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
 from ijepa_fast.methods.method import Method, Setup
@@ -30,7 +30,8 @@ from ijepa_fast.models.vit import INIT_STD, Dense, Encoder, LinearGELU, Packed, 
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-SMALL_CROP = 96 / 224  # its side over a large one's
+LARGE_VIEWS = (View(224, (0.25, 1.0), blur=1.0), View(224, (0.25, 1.0), blur=0.1, solarise=0.2))
+SMALL_VIEW = View(96, (0.05, 0.25), blur=0.5)
 
 
 @dataclass
@@ -215,16 +216,16 @@ def views_of(
     Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time, and
     blurred by the same share of a crop as published, where it is of 224 pixels.
     """
-    large, small = IBOT_VIEWS[0], IBOT_VIEWS[LARGE]
+    large = LARGE_VIEWS[0]
     sigma = (large.sigma[0] * crop / large.crop, large.sigma[1] * crop / large.crop)
-    views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in IBOT_VIEWS[:LARGE]]
+    views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
     side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
-    return views + [replace(small, crop=side, scale=share, sigma=sigma)] * small_crops
+    return views + [replace(SMALL_VIEW, crop=side, scale=share, sigma=sigma)] * small_crops
 
 
 def small_crop_side(side: int) -> int:
     """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_CROP))
+    return max(1, round(side * SMALL_VIEW.crop / LARGE_VIEWS[0].crop))
 
 
 @dataclass(frozen=True)

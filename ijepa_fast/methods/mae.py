@@ -32,6 +32,7 @@ from ijepa_fast.models.vit import EPS, INIT_STD, Block, Dense, Encoder, LayerNor
 MASKED_SHARE = 0.75
 PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels
 HEAD_DIM = 32  # of the decoder
+VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}  # the published one, as arguments of a loader
 
 
 @dataclass

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
-from ijepa_fast.data.views import View
+from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work

@@ -21,8 +21,8 @@ from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_b
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "auto": 2}  # auto is bf16 on a GPU
-# Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, what
-# this project works towards, and the peak, below whose hours no run can be.
+# Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, about
+# the best language model found there, and the peak, under which no run can be.
 UTILISATIONS = (0.29, 0.52, 1.0)
 
 
