@@ -2,13 +2,38 @@
 // namespace of its own and under the compiler's target for it. Hence no include guards, and no functions of the
 // standard library, whose one instance would be some generation's for all.
 
-using Vector = float __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-using Bits = int32_t __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+using Vector = float __attribute__((vector_size(kWidth * 4)));
+using Bits = int32_t __attribute__((vector_size(kWidth * 4)));
+using Words = uint32_t __attribute__((vector_size(kWidth * 4)));
+using Halves = uint16_t __attribute__((vector_size(kWidth * 2)));
 
 inline int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
-inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-inline void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
+inline Vector load(const float* p) {
+  Vector x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vector x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Vector fill(float x) { return x - Vector{}; }
+
+// bf16 by integer operations, which every generation has: to the nearest, ties to even; NaN stays NaN.
+inline Vector load(const Bf16* p) {
+  Halves x;
+  __builtin_memcpy(&x, p, sizeof x);
+#if defined(__AVX512F__)  // one instruction, where GCC 12 makes four of the general form
+  const Words wide = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+#elif defined(__AVX2__)
+  const Words wide = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#else
+  const Words wide = __builtin_convertvector(x, Words);
+#endif
+  return reinterpret_cast<Vector>(wide << 16);
+}
+inline void store(Bf16* p, Vector x) {
+  const Words bits = reinterpret_cast<Words>(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? nearest : Words{} + 0x7fc0, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126.
 inline Vector exp2(Vector x) {
@@ -47,6 +72,21 @@ inline Vector in_turns(Vector a, Vector b, std::integer_sequence<int, I...>) {
 template <int... I>
 inline Bits count(std::integer_sequence<int, I...>) {
   return Bits{I...};
+}
+
+// A square of vectors, in registers: every pass deals the two halves out in turns.
+inline void transpose(Vector (&x)[kWidth]) {
+#pragma GCC unroll 8
+  for (int pass = 1; pass < kWidth; pass *= 2) {
+    Vector y[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = in_turns<0>(x[i], x[i + kWidth / 2], Places());
+      y[2 * i + 1] = in_turns<kWidth / 2>(x[i], x[i + kWidth / 2], Places());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
 }
 
 // Sum and maximum of a vector's values, in log2(kWidth) steps.

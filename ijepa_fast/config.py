@@ -37,7 +37,9 @@ ARCHITECTURES = {
 }
 
 
-def key(default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed=False) -> Any:
+def key(
+    default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed: bool = False
+) -> Any:
     """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed."""
     metadata = {"meaning": meaning, "choices": choices, "least": least, "fixed": fixed}
     if isinstance(default, list | dict):
@@ -71,7 +73,7 @@ class Data:
     hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
     max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
     max_pixels: int = fixed(
-        178_956_970, "a file that declares more counts as unreadable (a decompression bomb)", least=1
+        50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
     )
 
 
@@ -94,11 +96,11 @@ class Mask:
 
 @dataclass
 class Model:
-    arch: str | None = fixed(None, "sets dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
-    dim: int | None = fixed(None, "width of the encoder")
-    depth: int | None = fixed(None, "blocks of the encoder")
-    heads: int | None = fixed(None, "attention heads")
-    mlp_ratio: float | None = fixed(None, "hidden width of a block's MLP over its width; 4 unless the arch has another")
+    arch: str | None = fixed(None, "a published size: dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
+    dim: int = fixed(0, "width of the encoder; 0, here and in the next three: as `arch` says", least=0)
+    depth: int = fixed(0, "blocks of the encoder", least=0)
+    heads: int = fixed(0, "attention heads", least=0)
+    mlp_ratio: float = fixed(0.0, "hidden width of a block's MLP over its width; 4 where there is no `arch`", least=0)
     patch: int = fixed(16, "side of a patch, pixels", least=1)
     patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than the published 0.02")
     predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1)
@@ -126,7 +128,7 @@ class Optim:
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
     betas: list[float] = key([0.9, 0.999], "AdamW's")
     eps: float = key(1e-8, "AdamW's")
-    ema: float = key(0.996, "momentum of the EMA at the start: the share of the average that a step keeps")
+    ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps")
     final_ema: float = key(1.0, "momentum of the EMA at the end of the run")
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
     clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
@@ -201,6 +203,7 @@ RENAMED = {
     "objective.target": "objective.options.target",
 }
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
+FORMER_DEFAULTS = {"data.max_pixels": 178_956_970}  # fixed keys whose default was another: it refuses no resume
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
@@ -221,11 +224,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
         _check_keys(OmegaConf.to_container(merged), Config)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        given: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
-    config = resolve(config)
+    config = resolve(given)
     check(config)
     return config
 
@@ -249,7 +252,7 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Every value of a configuration by its dotted key; the method's options are keys of their own."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, _ in keys(type(config)):
         value = config
         for part in name.split("."):
@@ -279,6 +282,7 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
             flat.pop(name, None)
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
+    flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -286,10 +290,10 @@ def resolve(config: Config) -> Config:
     """The same configuration with the sizes of `model.arch` filled in where the model's own are not set."""
     config = copy.deepcopy(config)
     model = config.model
-    for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES.get(model.arch, ())):
-        if getattr(model, name) is None:
-            setattr(model, name, value)
-    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    if model.arch in ARCHITECTURES:
+        for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
+            setattr(model, name, getattr(model, name) or value)
+    model.mlp_ratio = model.mlp_ratio or 4.0
     return config
 
 
@@ -299,6 +303,9 @@ def check(config: Config) -> None:
     for name, f in keys(Config):
         if name in flat:
             _check_value(name, f, flat[name])
+    name = Path(config.name)
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
     _check_model(config.model)
     _check_data(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:
@@ -390,11 +397,8 @@ def _check_model(model: Model) -> None:
     if not model.patch_std > 0:
         raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {model.patch_std}")
     for name in ("dim", "depth", "heads"):
-        value = getattr(model, name)
-        if value is None:
+        if not getattr(model, name):
             raise ConfigError(f"model.{name} is not set; set it, or model.arch to one of {', '.join(ARCHITECTURES)}")
-        if value < 1:
-            raise ConfigError(f"model.{name}: expected at least 1, got {value}")
     for name in ("dim", "predictor_dim"):
         width = getattr(model, name)
         if width % model.heads or width % 4:
@@ -428,7 +432,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _check_keys(given: dict, section: type, prefix: str = "") -> None:
+def _check_keys(given: Any, section: type, prefix: str = "") -> None:
     known = {f.name: f for f in fields(section)}
     for key, value in given.items():
         if key not in known:

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -74,7 +75,7 @@ def train(config: Config) -> None:
             log.advance()
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
-                record = {"epoch": batch.epoch, "replaced": loader.replaced}
+                record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
                 logged = step

@@ -1,5 +1,8 @@
 """Files as an encoder reads them: by the decoder of training, whatever the file."""
 
+import json
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -50,3 +53,48 @@ def test_a_file_that_cannot_be_used_is_named(encoder, tmp_path):
         with pytest.raises(ValueError, match=rf"{name}: .{{5}}"):
             encoder.read([tmp_path / name])
     assert encoder.read([]).shape == (0, 64, 64, 3)
+
+
+PAGE = b"<!DOCTYPE html><html><title>Sign in</title></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth.tar", "folder/model.safetensors"])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (PAGE, "an HTML page"),
+        (POINTER, "a Git LFS pointer, not the file itself"),
+        (b"\x1f\x8b\x08" + bytes(99), "a gzip-compressed file"),
+        (b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image"),
+        (b"", "an empty file"),
+    ],
+    ids=["page", "pointer", "gzip", "jpeg", "empty"],
+)
+def test_weights_of_another_kind_are_named_for_what_they_are(tmp_path, name, data, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    (tmp_path / "folder").mkdir(exist_ok=True)
+    (tmp_path / "folder/config.json").write_text('{"model_type": "ijepa"}')
+    with pytest.raises(ValueError, match=words) as error:
+        ijepa_fast.load(path.parent if "/" in name else path)
+    assert name in str(error.value)
+
+
+def test_a_header_of_very_many_entries_is_refused_at_once(tmp_path):
+    entries = (f'"{number:06}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for number in range(900_000))
+    header = ("{" + ",".join(entries) + "}").encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=rf"a.safetensors: its header has {len(header)} bytes, over the bound of"):
+        ijepa_fast.load(tmp_path / "a.safetensors")
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize("part", ["../secret.safetensors", "/etc/passwd", "..", 3])
+def test_an_index_that_names_files_outside_its_folder_is_refused(tmp_path, part):
+    (tmp_path / "config.json").write_text('{"model_type": "ijepa"}')
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": part}}))
+    with pytest.raises(ValueError, match=r"index.json: expected a weight_map to names of files beside it, got"):
+        ijepa_fast.load(tmp_path)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-MAX_PIXELS = 178_956_970  # Pillow's bound for decompression bombs: 512 MiB of RGB
+MAX_PIXELS = 50_000_000  # 150 MB of RGB for each decoding thread; a progressive JPEG takes twice that beside it
 
 # Start-of-frame markers; C4, C8 and CC in their range are tables and extensions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

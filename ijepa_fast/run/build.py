@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -82,10 +83,9 @@ def with_precision(config: Config, device: torch.device, rank: int) -> tuple[Con
     """The same configuration with bf16 or fp32 for `auto`, the same on all ranks, and why. Rank 0 says so."""
     last = latest(config.folder)
     before = None if last is None else read_state(last)["config"].get("engine.precision")
-    chosen = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
+    chosen: list[Any] = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
     torch.distributed.broadcast_object_list(chosen)
-    (precision,) = chosen
-    assert precision is not None
+    precision: Precision = chosen[0]
     if rank == 0:
         print(f"engine.precision={precision.name}: {precision.reason}", file=sys.stderr)
     return replace(config, engine=replace(config.engine, precision=precision.name)), precision
@@ -129,7 +129,7 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
-    common = {
+    common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
         "rank": rank,
@@ -145,8 +145,8 @@ def build_loader(
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
     return make(
         source,
-        scale=tuple(data.scale),
-        ratio=tuple(data.ratio),
+        scale=(data.scale[0], data.scale[1]),
+        ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
         threads=data.threads or max(1, cores),
