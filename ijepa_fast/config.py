@@ -303,8 +303,8 @@ def check(config: Config) -> None:
     for name, f in keys(Config):
         if name in flat:
             _check_value(name, f, flat[name])
-    name = Path(config.name)
-    if name.is_absolute() or ".." in name.parts or not name.parts:
+    folder = Path(config.name)
+    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
     _check_model(config.model)
     _check_data(config.data, config.model.patch)

@@ -16,6 +16,7 @@ from PIL import Image
 import ijepa_fast
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.sources import open_source
+from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.weights import save_weights
 from tests.data_images import bad_kinds, good_kinds, photographs, rotated
 from tests.interop_files import golden_weights
@@ -45,6 +46,33 @@ def test_grey_of_16_bits_keeps_its_greys(encoder, tmp_path):
     (grey,) = encoder.read([tmp_path / "grey16.png"]).float()
     expected = np.linspace(0, 255, 65)  # the edges of the rows
     assert np.abs(grey.mean((1, 2)).numpy() - (expected[1:] + expected[:-1]) / 2).max() < 2
+
+
+def test_the_exported_processor_crops_files_as_training_does(encoder, tmp_path):
+    """Photographs that are wide, high, grey: the features that transformers gives are ours."""
+    transformers = pytest.importorskip("transformers")
+    weights = golden_weights(tmp_path / "published.pth.tar")
+    save_hf(tmp_path / "hf", weights.networks["target_encoder"], weights.arch)
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    wide = photographs()[1]
+    kinds = {
+        "wide.png": wide.crop((0, 100, 640, 300)),
+        "high.png": wide.rotate(90, expand=True),
+        "grey.png": wide.convert("L"),
+        "odd.png": wide.resize((91, 67)),
+    }
+    for name, picture in kinds.items():
+        picture.save(tmp_path / name)
+        mine = encoder.read([tmp_path / name])
+        pixels = processor(images=Image.open(tmp_path / name), return_tensors="pt").pixel_values
+        seen = 255 * (pixels * torch.tensor(encoder.std)[:, None, None] + torch.tensor(encoder.mean)[:, None, None])
+        squashed = torch.from_numpy(np.asarray(picture.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)))
+        difference, other = ((a - mine[0].float()).abs().mean() for a in (seen[0].permute(1, 2, 0), squashed))
+        assert difference < other / 4, name  # what is left is a shift by half a pixel
+        with torch.no_grad():
+            theirs = model(pixels).last_hidden_state.mean(1)
+        assert torch.cosine_similarity(theirs, encoder(mine).mean(1)).item() > 0.999, name
 
 
 def test_a_file_that_cannot_be_used_is_named(encoder, tmp_path):

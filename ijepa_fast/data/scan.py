@@ -69,8 +69,8 @@ def scan_folder(root: str) -> Index:
     table = os.path.join(root, LABELS_FILE)
     if not os.path.isfile(table):
         stray = [name for name in names if "/" not in name]
-        folders = {name.partition("/")[0] for name in names if "/" in name}
-        if 0 < len(stray) <= max(1, len(names) // 100) and len(folders) > 1:
+        held = {name.partition("/")[0] for name in names if "/" in name}
+        if 0 < len(stray) <= max(1, len(names) // 100) and len(held) > 1:
             left_out[f"beside the class folders ({printable(stray[0])})"] = len(stray)
             names = [name for name in names if "/" in name]
         index = Index(Names.of(names), watched=watched, left_out=dict(left_out))
