@@ -1,5 +1,6 @@
 """What is taken as an image and as a label, what is left out and said, and what is refused by name, place and kind."""
 
+import bz2
 import gzip
 import io
 import os
@@ -241,6 +242,7 @@ PAGE = b"\n <!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
         ("a.zip", archive("zip"), "a zip archive"),
         ("a.tar", archive("zip"), "a zip archive"),
         ("a.jpg", b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image"),
+        ("a.tar", bz2.compress(archive("tar")), "a bzip2-compressed file"),
         ("a.txt", PAGE, "an HTML page"),
         ("a.tar", PAGE, "an HTML page"),
         ("a.txt", POINTER, "a Git LFS pointer"),
@@ -253,6 +255,13 @@ def test_a_source_of_another_kind_is_named_for_what_it_is(tmp_path, write, name,
     with pytest.raises(ValueError, match=words) as error:
         open_source(tmp_path / name)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["PAR1", "BZh9", "GIF8", "Rar!", "PK", "II"])
+def test_lists_may_begin_with_any_name(tmp_path, write, name):
+    write(f"{name}/1.jpg")
+    write("list.txt", data=f"{name}/1.jpg\n".encode())
+    assert len(open_source(tmp_path / "list.txt")) == 1
 
 
 def test_a_fifo_as_a_source_is_no_wait(tmp_path):

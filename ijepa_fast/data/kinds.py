@@ -12,17 +12,17 @@ _BEGINNINGS = (
     (b"PK\x05\x06", "an empty zip archive"),
     (b"\x28\xb5\x2f\xfd", "a zstd-compressed file: unpack it (zstd -d)"),
     (b"\xfd7zXZ\0", "an xz-compressed file: unpack it (xz -d)"),
-    (b"BZh", "a bzip2-compressed file: unpack it (bunzip2)"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
-    (b"Rar!", "a rar archive: unpack it"),
+    (b"Rar!\x1a\x07", "a rar archive: unpack it"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"\x89PNG\r\n\x1a\n", "a PNG image"),
-    (b"GIF8", "a GIF image"),
+    (b"GIF87a", "a GIF image"),
+    (b"GIF89a", "a GIF image"),
     (b"II*\0", "a TIFF image"),
     (b"MM\0*", "a TIFF image"),
-    (b"%PDF", "a PDF document"),
+    (b"%PDF-", "a PDF document"),
     (b"\x89HDF", "an HDF5 file"),
-    (b"PAR1", "a Parquet file"),
+    (b"PAR1\x15", "a Parquet file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself: fetch it with git lfs pull"),
     (b"\xff\xfe", "text in UTF-16: save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16: save it as UTF-8"),
@@ -35,6 +35,8 @@ def kind_of(head: bytes) -> str | None:
     for beginning, words in _BEGINNINGS:
         if head.startswith(beginning):
             return words
+    if head[:3] == b"BZh" and head[4:10] == b"1AY&SY":
+        return "a bzip2-compressed file: unpack it (bunzip2)"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP image"
     if head[257:262] == b"ustar":
