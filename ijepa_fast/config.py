@@ -73,7 +73,7 @@ class Data:
     hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
     max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
     max_pixels: int = fixed(
-        178_956_970, "a file that declares more counts as unreadable (a decompression bomb)", least=1
+        50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
     )
 
 
@@ -203,6 +203,7 @@ RENAMED = {
     "objective.target": "objective.options.target",
 }
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
+FORMER_DEFAULTS = {"data.max_pixels": 178_956_970}  # fixed keys whose default was another: it refuses no resume
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
@@ -281,6 +282,7 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
             flat.pop(name, None)
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
+    flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -301,6 +303,9 @@ def check(config: Config) -> None:
     for name, f in keys(Config):
         if name in flat:
             _check_value(name, f, flat[name])
+    folder = Path(config.name)
+    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
+        raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
     _check_model(config.model)
     _check_data(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:

@@ -26,6 +26,7 @@ import torch
 from ijepa_fast import kernels
 from ijepa_fast.config import Config, flatten, load_config, save_config
 from ijepa_fast.data.recover import TooManyBadFiles
+from ijepa_fast.data.storage import StorageTrouble
 from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, NonFiniteLoss) as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, TooManyBadFiles):  # which one rank alone may meet
+        alone = isinstance(error, TooManyBadFiles | StorageTrouble)  # which one rank alone may meet
+        if os.environ.get("RANK", "0") == "0" or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

@@ -159,6 +159,16 @@ def test_flattened_configurations_of_earlier_versions():
     then = {"objective.method": "bench.baselines.mae", "objective.loss": "l2", "objective.options": {"masked": 0.5}}
     assert present(then) == {"objective.method": "mae", "objective.options.masked": 0.5}
     assert present({"objective.loss": "l2", "optim.momentum": 1}) == {"objective.options.loss": "l2", "optim.ema": 1}
+    # A fixed key whose default changed does not make today's run another; a value that somebody chose does.
+    assert present({"data.max_pixels": 178_956_970, "seed": 1}) == {"seed": 1}
+    assert present({"data.max_pixels": 1000}) == {"data.max_pixels": 1000}
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "..", "."])
+def test_a_run_lies_inside_the_folder_of_runs(name):
+    with pytest.raises(ConfigError, match=r"name=.*: expected the name of a folder inside runs; choose another"):
+        load_config(QUICKSTART, [f"name={name}"])
+    assert load_config(QUICKSTART, ["name=sweep/a..b"]).folder == Path("runs/sweep/a..b")
 
 
 @pytest.mark.parametrize(

@@ -247,20 +247,6 @@ def test_broken_files_are_replaced_named_once_and_batches_stay_full(with_bad):
     assert all(len(line.split("\t")[1]) > 5 for line in lines)
 
 
-def test_files_that_cannot_be_read_are_replaced_too(tmp_path):
-    write_photos(tmp_path, 40, size=40)
-    (tmp_path / "class0" / "folder.jpg").mkdir()
-    (tmp_path / "class0" / "dangling.jpg").symlink_to(tmp_path / "nothing.jpg")
-    loader = TrainLoader(open_source(tmp_path), batch_size=21, crop=32, max_bad_share=0.1, bad_files=tmp_path / "bad")
-    assert [len(next(loader).images) for _ in range(2)] == [21, 21]
-    loader.close()
-    reasons = dict(line.split("\t") for line in (tmp_path / "bad").read_text().splitlines())
-    assert reasons == {
-        f"{tmp_path}/class0/folder.jpg": "cannot be read: Is a directory",
-        f"{tmp_path}/class0/dangling.jpg": "cannot be read: No such file or directory",
-    }
-
-
 def test_resuming_with_the_record_gives_the_same_sequence(with_bad):
     source, record = with_bad
     options = {"batch_size": 20, "crop": 32, "max_bad_share": 0.05}

@@ -95,12 +95,15 @@ def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
 
 
 def image_processor(arch: Arch) -> dict[str, Any]:
-    """preprocessor_config.json's content: resize to the training's crop, its mean and std."""
+    """preprocessor_config.json's content: the central square at the training's crop, its mean and std."""
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",  # the plain one that crops; ViT's squashes
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": arch.image_size, "width": arch.image_size},
+        "size": {"shortest_edge": arch.image_size},
         "resample": _RESAMPLE[arch.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": arch.image_size, "width": arch.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -158,8 +161,12 @@ def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path
 def _hf_tensors(folder: Path) -> State:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = sorted(set(read_json(index)["weight_map"].values()))
-        return {key: value for part in parts for key, value in read_safetensors(folder / part)[0].items()}
+        held = read_json(index)
+        parts = list(held.get("weight_map", {}).values()) if isinstance(held, dict) else []
+        strange = [part for part in parts if not isinstance(part, str) or "/" in part or part[:1] in ("", ".")]
+        if strange or not parts:
+            raise ValueError(f"{index}: expected a weight_map to names of files beside it, got {strange[:1]}")
+        return {key: value for part in sorted(set(parts)) for key, value in read_safetensors(folder / part)[0].items()}
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")[0]
     if (folder / "pytorch_model.bin").exists():

@@ -20,10 +20,12 @@ from torch import nn
 
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.models.positions import sincos_2d
 
 State = dict[str, torch.Tensor]
 HEADS = {dim: heads for dim, _, heads, _ in ARCHITECTURES.values()}  # the published width -> heads
+MAX_HEADER = 1 << 24  # bytes of a safetensors header; its JSON takes some hundred times as many in memory
 HEADER = "ijepa_fast"  # key of the header's metadata
 
 
@@ -172,10 +174,17 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < size <= path.stat().st_size:
+            raise ValueError(
+                f"{path}: its header has {size} bytes, over the bound of {MAX_HEADER}; a ViT's has 100,000"
+            )
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got: {error}") from None
+        # Only now: the length that a good file begins with may look like another kind's first bytes.
+        raise ValueError(f"{path}: expected a safetensors file, got: {kind_of_file(path) or error}") from None
 
 
 def header(arch: Arch) -> dict[str, str]:
