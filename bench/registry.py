@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.kernels import adamw_ema as adamw_op
 from ijepa_fast.kernels import fp8 as fp8_op
@@ -45,8 +46,7 @@ from ijepa_fast.kernels.varlen_attention import native as attention_native
 from ijepa_fast.kernels.varlen_attention import varlen_attention_qkv
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.methods.ijepa import target_rows
-from ijepa_fast.models.vit import ARCHITECTURES, Encoder
+from ijepa_fast.models.vit import Encoder
 
 # Names of this project's own implementations: on a GPU, in C++, in PyTorch on a CPU.
 OWN = ("triton", "csrc", "cpu")
@@ -294,7 +294,7 @@ def predictor_ops(b: Batch) -> list[Case]:
 
 def target_loss(b: Batch) -> list[Case]:
     """The loss; its forward makes the gradient, so that only both passes together compare."""
-    index, rows = target_rows(b.packed), b.packed.union_index.shape[0]
+    index, rows = b.packed.prediction_rows, b.packed.union_index.shape[0]
     features = b.random(rows, b.dim, grad=False)
     count = index.shape[0]
     return [
@@ -345,7 +345,7 @@ def adamw_ema(b: Batch) -> list[Case]:
 
 
 def _lists(shapes, b: Batch) -> dict[str, list[torch.Tensor]]:
-    """Arguments of adamw_ema_multi_: a tensor a parameter."""
+    """Arguments of adamw_ema_multi_: a tensor per parameter."""
 
     def made(dtype=torch.float32):
         return [b.random(*shape, grad=False, dtype=dtype) for shape in shapes]

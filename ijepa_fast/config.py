@@ -37,7 +37,9 @@ ARCHITECTURES = {
 }
 
 
-def key(default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed=False) -> Any:
+def key(
+    default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed: bool = False
+) -> Any:
     """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed."""
     metadata = {"meaning": meaning, "choices": choices, "least": least, "fixed": fixed}
     if isinstance(default, list | dict):
@@ -94,11 +96,11 @@ class Mask:
 
 @dataclass
 class Model:
-    arch: str | None = fixed(None, "sets dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
-    dim: int | None = fixed(None, "width of the encoder")
-    depth: int | None = fixed(None, "blocks of the encoder")
-    heads: int | None = fixed(None, "attention heads")
-    mlp_ratio: float | None = fixed(None, "hidden width of a block's MLP over its width; 4 unless the arch has another")
+    arch: str | None = fixed(None, "a published size: dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
+    dim: int = fixed(0, "width of the encoder; 0, here and in the next three: as `arch` says", least=0)
+    depth: int = fixed(0, "blocks of the encoder", least=0)
+    heads: int = fixed(0, "attention heads", least=0)
+    mlp_ratio: float = fixed(0.0, "hidden width of a block's MLP over its width; 4 where there is no `arch`", least=0)
     patch: int = fixed(16, "side of a patch, pixels", least=1)
     patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than the published 0.02")
     predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1)
@@ -126,7 +128,7 @@ class Optim:
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
     betas: list[float] = key([0.9, 0.999], "AdamW's")
     eps: float = key(1e-8, "AdamW's")
-    ema: float = key(0.996, "momentum of the EMA at the start: the share of the average that a step keeps")
+    ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps")
     final_ema: float = key(1.0, "momentum of the EMA at the end of the run")
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
     clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
@@ -135,7 +137,9 @@ class Optim:
 @dataclass
 class Engine:
     device: str = key("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    precision: str = key("bf16", "of weights and activations; the optimiser's are fp32", choices=("bf16", "fp32"))
+    precision: str = key(
+        "auto", "of weights and activations (the optimiser's are fp32)", choices=("auto", "bf16", "fp32")
+    )
     target_precision: str | None = key(None, "of the target encoder; None: as precision", choices=(None, "fp8"))
     zero: int = key(1, "ZeRO stage", choices=(0, 1, 2, 3))
     accumulation: int = key(1, "micro-batches of a step", least=1)
@@ -219,11 +223,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
         _check_keys(OmegaConf.to_container(merged), Config)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        given: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
-    config = resolve(config)
+    config = resolve(given)
     check(config)
     return config
 
@@ -247,7 +251,7 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Every value of a configuration by its dotted key; the method's options are keys of their own."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, _ in keys(type(config)):
         value = config
         for part in name.split("."):
@@ -284,10 +288,10 @@ def resolve(config: Config) -> Config:
     """The same configuration with the sizes of `model.arch` filled in where the model's own are not set."""
     config = copy.deepcopy(config)
     model = config.model
-    for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES.get(model.arch, ())):
-        if getattr(model, name) is None:
-            setattr(model, name, value)
-    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    if model.arch in ARCHITECTURES:
+        for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
+            setattr(model, name, getattr(model, name) or value)
+    model.mlp_ratio = model.mlp_ratio or 4.0
     return config
 
 
@@ -388,11 +392,8 @@ def _check_model(model: Model) -> None:
     if not model.patch_std > 0:
         raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {model.patch_std}")
     for name in ("dim", "depth", "heads"):
-        value = getattr(model, name)
-        if value is None:
+        if not getattr(model, name):
             raise ConfigError(f"model.{name} is not set; set it, or model.arch to one of {', '.join(ARCHITECTURES)}")
-        if value < 1:
-            raise ConfigError(f"model.{name}: expected at least 1, got {value}")
     for name in ("dim", "predictor_dim"):
         width = getattr(model, name)
         if width % model.heads or width % 4:
@@ -426,7 +427,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _check_keys(given: dict, section: type, prefix: str = "") -> None:
+def _check_keys(given: Any, section: type, prefix: str = "") -> None:
     known = {f.name: f for f in fields(section)}
     for key, value in given.items():
         if key not in known:

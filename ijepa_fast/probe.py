@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ijepa_fast.command import one_sentence
 from ijepa_fast.config import load_config
 from ijepa_fast.eval.evaluate import LAST, PROBES, Options, evaluate
 from ijepa_fast.eval.figures import figures_of, table
@@ -153,21 +154,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@one_sentence()
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate, print the table, write the JSON. Returns the exit status; what a user can mend ends in one sentence."""
+    """Evaluate, print the table, write the JSON. Returns the exit status."""
     p = parser()
     options = p.parse_args(argv)
     if options.seeds < 1:
         p.error(f"--seeds: expected at least 1, got {options.seeds}")
     if wrong := [item for item in options.task if "=" not in item]:
         p.error(f"--task: expected LABEL=TASK, for example count=counting, got {wrong[0]}")
-    try:
-        results = probe(options)
-        if options.out:
-            Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = probe(options)
+    if options.out:
+        Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
     print(table(figures_of(results)))
     return 0
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,7 +33,7 @@ from ijepa_fast.interop.load import latest, read
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run import forecast as planning
-from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options
+from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
 from ijepa_fast.run.sources import label_columns, probe_folders, training_source
 
@@ -49,6 +50,7 @@ def train(config: Config) -> None:
     method = build_method(config, length.steps_per_epoch)
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
+    config, precision = with_precision(config, device, rank)
     engine = build_engine(config, method, device, ranks)
     step = resume(config, engine, rank)
     micro_steps = config.engine.accumulation
@@ -72,7 +74,7 @@ def train(config: Config) -> None:
             log.advance()
             saving = step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
-                record = {"epoch": batch.epoch, "replaced": loader.replaced}
+                record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
                 logged = step
@@ -83,7 +85,7 @@ def train(config: Config) -> None:
         loader.close()
         log.close()
     if rank == 0:
-        finish(config, method, source, folders, device, began)
+        finish(config, method, source, folders, device, began, precision)
     torch.distributed.barrier()
 
 

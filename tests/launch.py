@@ -28,6 +28,7 @@ TINY = [
     "log.every=1",
     "log.tensorboard=false",
     "probe.enabled=false",
+    "engine.precision=fp32",
 ]
 
 

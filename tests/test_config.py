@@ -89,6 +89,8 @@ def test_every_config_loads_and_names_its_command(path):
         ("optim.lr=fast", ["optim.lr", "fast"]),
         ("engine.zero=4", ["engine.zero", "0, 1, 2, 3", "4"]),
         ("data.crop=65", ["data.crop=65", "model.patch=8", "set data.crop to 64"]),
+        ("model.dim=0", ["model.dim is not set", "model.arch", "vit_huge"]),
+        ("model.depth=-1", ["model.depth", "at least 0"]),
         ("model.heads=5", ["model.dim", "model.heads=5"]),
         ("model.arch=vit_enormous", ["model.arch", "vit_huge", "vit_enormous"]),
         ("batch_size=0", ["batch_size", "at least 1"]),
@@ -127,7 +129,7 @@ def test_checking_changes_nothing():
     assert flatten(config) == before
     unresolved = Config(name="x", data=Data(source="synthetic"), model=Model(arch="vit_tiny"))
     assert resolve(unresolved).model.dim == 192
-    assert unresolved.model.dim is None
+    assert unresolved.model.dim == 0
 
 
 @pytest.mark.parametrize(("key", "f"), list(keys(Config)), ids=[name for name, _ in keys(Config)])

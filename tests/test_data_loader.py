@@ -70,13 +70,6 @@ def test_two_ranks_cover_every_epoch_once_and_equal_one_rank(photos):
         assert torch.equal(one[step].images, torch.cat([ranks[step].images for ranks in two]))
 
 
-def test_resume_on_another_number_of_ranks_covers_the_rest_of_the_epoch(photos):
-    before = take(photos, 2, batch_size=8)
-    after = [take(photos, 2, batch_size=4, rank=r, world_size=3, start_image=16) for r in range(3)]
-    seen = torch.cat([b.indices for b in before] + [b.indices for ranks in after for b in ranks])
-    assert sorted(seen.tolist()) == list(range(COUNT))
-
-
 def test_a_batch_may_span_two_epochs(photos):
     batches = take(photos, 5, batch_size=16)
     stream = torch.cat([b.indices for b in batches])

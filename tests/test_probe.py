@@ -127,11 +127,12 @@ def test_a_share_of_every_class():
         draw_share(targets, 1.5, 0)
 
 
-def test_rates_fall_by_layer():
-    """Patch embedding below block 0 below ... below final norm and head; no decay of biases and norms."""
+@pytest.mark.parametrize("arch", [ARCH, replace(ARCH, class_token=True, readout="class")], ids=["patches", "class"])
+def test_rates_fall_by_layer(arch):
+    """Embeddings below block 0 below ... below final norm and head; no decay of biases and norms."""
     from ijepa_fast.eval.lowshot import Classifier
 
-    encoder = PretrainedEncoder(Encoder(**ARCH.encoder_options()), ARCH)
+    encoder = PretrainedEncoder(Encoder(**arch.encoder_options()), arch)
     classifier = Classifier(encoder, 3)
     groups = parameter_groups(classifier, 1.0, 0.75, 0.05)
     names = {parameter: name for name, parameter in classifier.named_parameters()}
@@ -142,7 +143,9 @@ def test_rates_fall_by_layer():
     for layer in range(4):
         name = f"encoder.encoder.blocks.{layer}.mlp.fc1.weight"
         assert rates[name] == (pytest.approx(0.75 ** (4 - layer)), 0.05)
-    assert rates["encoder.encoder.patch_embed.proj.weight"][0] == pytest.approx(0.75**5)
+    embeddings = [name for name in rates if name.startswith(("encoder.encoder.patch_embed.", "encoder.encoder.cls"))]
+    assert len(embeddings) == (3 if arch.class_token else 2)
+    assert [rates[name][0] for name in embeddings] == pytest.approx([0.75**5] * len(embeddings))
 
 
 def test_fine_tuning_learns_and_leaves_the_encoder_alone(files):

@@ -48,7 +48,7 @@ class Batch:
     images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
-    draw: object = None
+    draw: Any = None
 
 
 class _Reader:
@@ -89,7 +89,6 @@ class TrainLoader:
         interpolation: bilinear | bicubic.
         flip: mirror half of the images.
         start_step: the first step. The loader yields from there on what an unbroken one yields.
-        start_image: how many images all ranks have seen; for a run that goes on with another global batch.
         threads: how many decode.
         prefetch: batches decoded ahead.
         hw_decoder_load: share of the JPEG files that the GPU's decode engine takes.
@@ -124,7 +123,6 @@ class TrainLoader:
         threads: int = 2,
         prefetch: int = 2,
         start_step: int = 0,
-        start_image: int | None = None,
         hw_decoder_load: float = 0.65,
         bad_files: str | Path | None = None,
         max_bad_share: float = 0.01,
@@ -147,7 +145,7 @@ class TrainLoader:
         self.wait_seconds, self.replaced = 0.0, 0
         self.bad_files = BadFiles(len(source), max_bad_share, bad_files)
         self._seed, self._scale, self._ratio, self._flip = seed, scale, ratio, flip
-        self._first = (start_step * global_batch if start_image is None else start_image) + rank * batch_size
+        self._first = start_step * global_batch + rank * batch_size
         self._start_step, self._stride = start_step, global_batch
         self._stream = SampleStream(len(source), seed, source.groups)
         self._read = _Reader(source, max_pixels, cache_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ijepa_fast.kernels import resize
+from ijepa_fast.kernels.resize import resize_ as resize_tensors_
 
 
 def resize_(out: np.ndarray, images: list[np.ndarray], interpolation: str) -> None:
@@ -13,4 +13,4 @@ def resize_(out: np.ndarray, images: list[np.ndarray], interpolation: str) -> No
 
     interpolation: bilinear | bicubic, as for `ijepa_fast.kernels.resize.resize_`.
     """
-    resize.resize_(torch.from_numpy(out), [torch.from_numpy(image) for image in images], interpolation)
+    resize_tensors_(torch.from_numpy(out), [torch.from_numpy(image) for image in images], interpolation)

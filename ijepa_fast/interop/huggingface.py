@@ -134,6 +134,9 @@ def from_hf(folder: str | Path) -> Weights:
     if kind not in ("ijepa", "vit"):
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa' or 'vit', got {kind!r}")
     state = _published(_hf_tensors(folder), folder)
+    if (kind == "vit") != ("cls_token" in state):
+        held = "a class token" if "cls_token" in state else "no class token"
+        raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and the weights have {held}")
     known = _processor(folder)
     if kind == "vit":
         known |= {"learned_positions": True, "readout": config.get(_READOUT, "class"), "method": "vit"}
@@ -145,7 +148,7 @@ def from_hf(folder: str | Path) -> Weights:
 def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path) -> None:
     """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    held = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
+    held: dict[str, Any] = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
     held |= {"patch_size": arch.patch, "image_size": arch.image_size, "hidden_act": "gelu"}
     for key, value in held.items():
         if config.get(key, value) != value:
@@ -185,7 +188,8 @@ def _published(tensors: State, folder: Path) -> State:
     inside = {hf: name for name, hf in _BLOCK.items()}
     outside = {hf: name for name, hf in _OUTSIDE.items()}
     tokens = {hf: name for name, hf in _TOKENS.items()}
-    out, qkv = {}, {}
+    out: State = {}
+    qkv: dict[tuple[str, str], State] = {}
     for key, value in tensors.items():
         name = key.removeprefix("ijepa.").removeprefix("vit.")
         if name.startswith(("classifier.", "pooler.")) or name == "embeddings.mask_token":

@@ -122,9 +122,8 @@ class PretrainedEncoder(nn.Module):
         from PIL import Image, ImageOps
 
         resample = getattr(Image.Resampling, self.arch.interpolation.upper())
-        images = [
-            ImageOps.fit(Image.open(path).convert("RGB"), (self.crop, self.crop), method=resample) for path in paths
-        ]
+        side = (self.crop, self.crop)
+        images = [np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), side, method=resample)) for path in paths]
         return torch.from_numpy(np.stack(images)).to(self.encoder.norm.weight.device)
 
     def _patchify(self, images: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def load_reference(path: str | Path, heads: int | None = None) -> Weights:
         raise ValueError(f"checkpoint {path}: expected only keys of {KEYS}, got also {strange}")
     states = {name: _plain(content.get(name) or {}, name, path) for name in NETWORKS}
     arch = infer_arch(states["encoder"], states["predictor"], heads=heads, source=f"checkpoint {path}")
+    if not states["target_encoder"]:
+        warnings.warn(f"checkpoint {path} has no target_encoder; its encoder is the default", stacklevel=3)
     return Weights(arch, states)
 
 

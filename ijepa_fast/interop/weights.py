@@ -49,8 +49,8 @@ class Arch:
     mlp_ratio: float = 4.0
     predictor_dim: int | None = None
     predictor_depth: int | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     step: int | None = None
     method: str = "ijepa"
@@ -66,9 +66,9 @@ class Arch:
 
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
-        names = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
-        names += ("class_token", "learned_positions", "mask_token", "readout")
-        return {name: getattr(self, name) for name in names}
+        sizes = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
+        parts = ("class_token", "learned_positions", "mask_token", "readout")
+        return {name: getattr(self, name) for name in sizes + parts}
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Weights:
     arch: Arch
     networks: dict[str, State] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.networks = {name: state for name, state in self.networks.items() if state}
 
     @property
@@ -211,7 +211,9 @@ def load_weights(path: str | Path) -> Weights:
             f"weights {path}: expected the architecture under {HEADER!r} in the header, got {sorted(metadata)}"
         )
     arch = _arch(json.loads(metadata[HEADER]), networks.get("encoder") or networks["target_encoder"], former, path)
-    widths = {"encoder": arch.dim, "target_encoder": arch.dim, "predictor": arch.predictor_dim}
+    widths = {"encoder": arch.dim, "target_encoder": arch.dim}
+    if arch.predictor_dim is not None:
+        widths["predictor"] = arch.predictor_dim
     for name in widths.keys() & networks.keys():  # a file of the first version has no tables, which were the usual ones
         networks[name].setdefault(position_key(name), sincos_2d(widths[name], arch.grid)[None])
     return Weights(arch, networks)
@@ -308,14 +310,11 @@ def load_state(module: nn.Module, state: State, name: str = "encoder") -> None:
 
     A fixed position table, of the module's grid, is copied into the module's.
     """
-    state = dict(state)
-    fixed = getattr(module, "positions", None)
-    table = None if fixed is None else state.pop(position_key(name))
-    check_state(name, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, state)
-    if table is not None and table.shape != (1, *fixed.shape):
-        raise ValueError(
-            f"{name}.{position_key(name)}: the model has shape {(1, *fixed.shape)}, the weights {tuple(table.shape)}"
-        )
+    state, fixed = dict(state), getattr(module, "positions", None)
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    if fixed is not None:
+        shapes[position_key(name)] = (1, *fixed.shape)
+    check_state(name, shapes, state)
+    if fixed is not None:
+        fixed.copy_(state.pop(position_key(name))[0])
     module.load_state_dict(state)
-    if table is not None:
-        fixed.copy_(table[0])

@@ -31,7 +31,7 @@ class Options:
     target: str = key("features", "of the target encoder, or normalised pixels", choices=("features", "pixels"))
 
 
-class IJEPA(Method):
+class IJEPA(Method[MaskDraw]):
     """Context encoder, predictor and, outside the module tree, the target encoder.
 
     Every weight matrix is truncated normal .02, but for the patch embedding, whose standard deviation is
@@ -73,7 +73,7 @@ class IJEPA(Method):
 
     def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
-        self.fp8_blocks = [FP8Block(block) for block in self.target_encoder.blocks[:-1]]
+        self.fp8_blocks = [FP8Block(block) for block in self.averaged["encoder"].blocks[:-1]]
 
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written."""

@@ -27,11 +27,12 @@ from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, INIT_STD, Block, Dense, Encoder, LayerNorm, Packed, Rows, run_blocks
 
 MASKED_SHARE = 0.75
 PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels
 HEAD_DIM = 32  # of the decoder
+VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}  # the published one, as arguments of a loader
 
 
 @dataclass
@@ -79,7 +80,7 @@ def with_decoder(draw: MaskDraw) -> MAEDraw:
     )
 
 
-class MAE(Method):
+class MAE(Method[MAEDraw]):
     """Masked autoencoder: `encoder` with a class token, and `decoder`."""
 
     Options = Options
@@ -102,7 +103,7 @@ class MAE(Method):
             recompute=model.recompute,
         )
         self.apply(init_weights)
-        nn.init.normal_(self.encoder.cls_token, std=INIT_STD)
+        nn.init.normal_(self.get_parameter("encoder.cls_token"), std=INIT_STD)
         nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
 
     def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MAEDraw:
@@ -162,6 +163,8 @@ class Decoder(nn.Module):
         recompute: keep only each block's input for the backward pass.
     """
 
+    positions: torch.Tensor  # (N, Dd)
+
     def __init__(
         self,
         grid: tuple[int, int],
@@ -191,15 +194,11 @@ class Decoder(nn.Module):
         positions = masked_gather(self.positions.to(x.dtype), draw.decoder_places).view(images, -1, self.dim)
         x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
         length = x.shape[1]
-        last = Sequences(
-            cu_seqlens=draw.decoder_cu_seqlens,
-            max_seqlen=length,
-            select=partial(last_rows, length=length, count=size),
-            query_cu_seqlens=draw.masked_cu_seqlens,
-            query_max_seqlen=size,
+        rows = Rows(partial(last_rows, length=length, count=size), draw.masked_cu_seqlens, size)
+        last = Packed(draw.decoder_cu_seqlens, length, rows)
+        x = run_blocks(
+            self.decoder_blocks, self.decoder_norm, x.flatten(0, 1), None, Dense(images), last, self.recompute
         )
-        x, sequences = x.flatten(0, 1), Sequences(images=images)
-        x = run_blocks(self.decoder_blocks, self.decoder_norm, x, None, sequences, last, recompute=self.recompute)
         return self.decoder_pred(x)
 
 
@@ -212,7 +211,8 @@ def init_weights(module: nn.Module) -> None:
     """Published initialisation: Xavier uniform for every matrix, biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)

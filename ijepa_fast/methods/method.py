@@ -16,13 +16,14 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
-from ijepa_fast.data.views import View
+from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
@@ -31,6 +32,7 @@ from ijepa_fast.models.vit import Encoder
 # Registered are the files of this folder, by their names.
 METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
 CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
+D = TypeVar("D", bound=Draw)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ class NoOptions:
     """Of a method without options of its own."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, Generic[D]):
     """A method's networks and its loss. A subclass sets the class attributes and builds its networks in `__init__`.
 
+    D is the kind of its draw: `class Mine(Method[MyDraw])`.
     Every child module is trained; its parameters are named "<child>.<parameter>" in checkpoints. One of them is
     `encoder`, which is what a run leaves: it is probed, loaded and exported, by its average where there is one.
 
@@ -83,9 +86,9 @@ class Method(nn.Module):
     def __init__(self, setup: Setup):
         super().__init__()
         self.setup, self.options = setup, self.parse(setup)
-        self.averaged: dict[str, nn.Module] = {}
+        self.averaged: dict[str, Any] = {}
         self.carried: dict[str, torch.Tensor] = {}
-        self.watch: Callable[[torch.Tensor, Draw], None] | None = None
+        self.watch: Callable[[torch.Tensor, Draw], object] | None = None
         self.target_stream: torch.cuda.Stream | None = None
 
     @classmethod
@@ -105,25 +108,25 @@ class Method(nn.Module):
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
         return []
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> Draw:
+    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> D:
         """What a micro-batch of `images` needs beside them, on the host: a function of the arguments alone.
 
         step: counts micro-batches. Called ahead of the step, in another thread.
         """
         raise NotImplementedError
 
-    def forward(self, images: Any, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, images: Any, draw: D) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, an fp32 scalar, and its named terms for the log, detached; {} where there is but one.
 
         images: uint8 (B, H, W, 3) on the device; of several views a list of them.
         """
         raise NotImplementedError
 
-    def work(self, draw: Draw) -> Work:
+    def work(self, draw: D) -> Work:
         """The work of a step on `draw`, as it is executed here."""
         raise NotImplementedError
 
-    def saved_values(self, draw: Draw) -> int:
+    def saved_values(self, draw: D) -> int:
         """Values that a step keeps for its backward pass (capability "forecast")."""
         raise NotImplementedError
 
@@ -192,7 +195,7 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
     return found[0]
 
 
-def _import(path: str):
+def _import(path: str) -> ModuleType:
     """A module by its import path, from the working folder too, which a launcher leaves off the search path."""
     here = os.getcwd()
     added = here not in sys.path

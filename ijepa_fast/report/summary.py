@@ -13,6 +13,7 @@ import torch
 
 from ijepa_fast.config import Config
 from ijepa_fast.data.sources import Source
+from ijepa_fast.engine.precision import Precision
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table
 from ijepa_fast.masks.packing import MaskDraw
@@ -30,10 +31,12 @@ def finish(
     folders: tuple[str, str] | None,
     device: torch.device,
     began: float,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Write the run's results and print them. Called by rank 0. Returns what summary.json holds.
 
     folders: labelled training and test images, None to evaluate nothing. began: time.perf_counter() of the start.
+    precision: what was computed in, and why.
     """
     folder = config.folder
     bad = folder / "bad_files.txt"
@@ -51,6 +54,8 @@ def finish(
         "tokens_per_image": statistics.fmean(r["tokens_per_image"] for r in records),
         "data_wait": statistics.fmean(r["data_wait"] for r in records),
         "context_policy": config.mask.policy,
+        "precision": precision.name,
+        "precision_reason": precision.reason,
         "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,
         "figures": [figure.to_json() for figure in figures],
     }

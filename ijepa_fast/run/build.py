@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,8 +17,11 @@ from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
 from ijepa_fast.engine.engine import Engine
+from ijepa_fast.engine.precision import Precision, choose_precision
+from ijepa_fast.interop.load import latest
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
+from ijepa_fast.run.checkpoint import read_state
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
 
@@ -74,6 +79,18 @@ def _check_capabilities(config: Config, method: type[Method]) -> None:
             )
 
 
+def with_precision(config: Config, device: torch.device, rank: int) -> tuple[Config, Precision]:
+    """The same configuration with bf16 or fp32 for `auto`, the same on all ranks, and why. Rank 0 says so."""
+    last = latest(config.folder)
+    before = None if last is None else read_state(last)["config"].get("engine.precision")
+    chosen: list[Any] = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(chosen)
+    precision: Precision = chosen[0]
+    if rank == 0:
+        print(f"engine.precision={precision.name}: {precision.reason}", file=sys.stderr)
+    return replace(config, engine=replace(config.engine, precision=precision.name)), precision
+
+
 def micro_batch(config: Config, ranks: int) -> int:
     """Images of a micro-batch of one of `ranks` ranks. Raises ConfigError where they do not divide the batch."""
     parts = config.engine.accumulation * ranks
@@ -112,7 +129,7 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
-    common = {
+    common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
         "rank": rank,
@@ -128,8 +145,8 @@ def build_loader(
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
     return make(
         source,
-        scale=tuple(data.scale),
-        ratio=tuple(data.ratio),
+        scale=(data.scale[0], data.scale[1]),
+        ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
         threads=data.threads or max(1, cores),

@@ -29,6 +29,7 @@ from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
 from ijepa_fast.interop.weights import (
     Arch,
+    State,
     Weights,
     check_state,
     header,
@@ -136,7 +137,7 @@ def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
     for name in engine.method.averaged:
         if name in states:
             states.setdefault(f"target_{name}", states[name])
-    whole = {}
+    whole: State = {}
     for name, state in states.items():
         network = name.removeprefix("target_") + "."
         table = position_key(name) if name in engine.positions else None
@@ -278,5 +279,5 @@ class _Reader:
         pieces = sorted(self._index[name, key])
         return torch.cat([self._files[number].get_tensor(entry) for *_, number, entry in pieces]).view(shape)
 
-    def _covering(self, name: str, key: str, start: int, stop: int):
+    def _covering(self, name: str, key: str, start: int, stop: int) -> list[tuple[int, int, int, str]]:
         return [piece for piece in self._index.get((name, key), []) if piece[0] < stop and piece[1] > start]

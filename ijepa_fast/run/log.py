@@ -142,7 +142,7 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
         numbers = dict(_numbers(record))
-        if "loss" in record:
+        if "loss" in record and self._bar is not None:
             ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
             self._bar.set_postfix_str(
                 f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {ema}"

@@ -71,10 +71,9 @@ def adamw_ema_(
     Raises:
         ValueError: for a wrong dtype, shape, device or layout, and a step below 1.
     """
-    tensors = [param, grad, exp_avg, exp_avg_sq, ema, param_out, ema_out]
-    _check("", *tensors)
+    _check("", param, grad, exp_avg, exp_avg_sq, ema, param_out, ema_out)
     scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
-    _choose("adamw_ema_", param)(*tensors[:5], scalars, *tensors[5:])
+    _choose("adamw_ema_", param)(param, grad, exp_avg, exp_avg_sq, ema, scalars, param_out, ema_out)
 
 
 def adamw_ema_multi_(
@@ -98,25 +97,25 @@ def adamw_ema_multi_(
 
     `param_out` and `ema_out` may be None for some of the parameters. Raises ValueError as adamw_ema_ does.
     """
-    given = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    given |= {"emas": emas, "param_out": param_out, "ema_out": ema_out}
-    columns = [params]
+    given: dict[str, Sequence[torch.Tensor | None] | None] = {"grads": grads, "exp_avgs": exp_avgs}
+    given |= {"exp_avg_sqs": exp_avg_sqs, "emas": emas, "param_out": param_out, "ema_out": ema_out}
+    columns: list[Sequence[torch.Tensor | None]] = []
     for name, tensors in given.items():
         if tensors is None and name in ("emas", "param_out", "ema_out"):
             tensors = [None] * len(params)
         if tensors is None or len(tensors) != len(params):
-            raise ValueError(
-                f"adamw_ema_multi_: {name}: expected {len(params)} tensors, got {tensors and len(tensors)}"
-            )
+            count = tensors if tensors is None else len(tensors)
+            raise ValueError(f"adamw_ema_multi_: {name}: expected {len(params)} tensors, got {count}")
         columns.append(tensors)
     scalars = _scalars(lr, beta1, beta2, eps, weight_decay, step, momentum)
 
     # One call of the op for all tensors that have the same optional ones, in the same dtypes: as a rule there is one.
     calls: dict[tuple, list] = {}
-    for i, row in enumerate(zip(*columns)):
-        _check(f"s[{i}]", *row)
-        if row[0].device != params[0].device:
-            raise ValueError(f"adamw_ema_multi_: params[{i}]: expected device {params[0].device}, got {row[0].device}")
+    for i, row in enumerate(zip(params, *columns)):
+        param, *others = row
+        _check(f"s[{i}]", param, *others)
+        if param.device != params[0].device:
+            raise ValueError(f"adamw_ema_multi_: params[{i}]: expected device {params[0].device}, got {param.device}")
         calls.setdefault(tuple(tensor is not None and tensor.dtype for tensor in row), []).append(row)
     for kind, rows in calls.items():
         lists = [list(column) if dtype else [] for dtype, column in zip(kind, zip(*rows))]
@@ -144,13 +143,13 @@ _NAMES = ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "param_out", "ema_out
 _DTYPES = (_STATE, _ANY, _STATE, _STATE, _STATE, _ANY, _ANY)
 
 
-def _check(suffix: str, *tensors: torch.Tensor | None) -> None:
-    shape, device = tensors[0].shape, tensors[0].device
-    for i, tensor in enumerate(tensors):
-        if tensor is None and i > 3:
-            continue
+def _check(suffix: str, param: torch.Tensor, *others: torch.Tensor | None) -> None:
+    shape, device = param.shape, param.device
+    for i, tensor in enumerate((param, *others)):
         # A list has hundreds of tensors, so what is right is passed quickly and check_tensor only words the error.
-        dtypes = _DTYPES[i]
-        right = isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and tensor.shape == shape
-        if not right or tensor.device != device or not tensor.is_contiguous():
-            check_tensor("adamw_ema", _NAMES[i] + suffix, tensor, tuple(shape), dtypes, device)
+        right = tensor is None and i > 3
+        if isinstance(tensor, torch.Tensor):
+            right = tensor.dtype in _DTYPES[i] and tensor.shape == shape
+            right = right and tensor.device == device and tensor.is_contiguous()
+        if not right:
+            check_tensor("adamw_ema", _NAMES[i] + suffix, tensor, tuple(shape), _DTYPES[i], device)

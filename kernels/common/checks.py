@@ -18,7 +18,7 @@ debug: bool = os.environ.get("IJEPA_FAST_DEBUG") == "1"
 def check_tensor(
     op: str,
     name: str,
-    tensor: torch.Tensor,
+    tensor: torch.Tensor | None,
     shape: tuple[int | None, ...],
     dtypes: torch.dtype | tuple[torch.dtype, ...] = FLOATS,
     device: torch.device | None = None,

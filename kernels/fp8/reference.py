@@ -1,4 +1,4 @@
-"""The meaning of the fp8 ops, in PyTorch: e4m3 values with one fp32 scale a row, products of them in fp32."""
+"""The meaning of the fp8 ops, in PyTorch: e4m3 values with one fp32 scale per row, products of them in fp32."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
-def layer_norm_quantise(x, residual, weight, bias, eps):
+def layer_norm_quantise(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(values, scale, s): the quantised LN(s) of s = x + residual, which is rounded to x's dtype first."""
     total = x if residual is None else x + residual
     y = F.layer_norm(total.float(), weight.shape, weight.float(), bias.float(), eps)
     return *quantise(y), total
 
 
-def bias_gelu_quantise(x, bias):
+def bias_gelu_quantise(x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(values, scale) of gelu(x + bias), the exact form."""
     return quantise(F.gelu(x.float() + bias.float()))
 
 
-def scaled_linear(values, scale, weight, weight_scale, bias, dtype):
+def scaled_linear(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """(values scale) (weight weight_scale)^T + bias in fp32, rounded once to `dtype`: (T, I), (O, I) -> (T, O)."""
     product = values.float() @ weight.float().t()
     product = product * scale[:, None] * weight_scale[None, :]

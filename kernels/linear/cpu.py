@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -22,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -34,7 +35,7 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor) -> str | None:
     if _product is None:
         return "needs a PyTorch with oneDNN's linear layer"
     if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        return f"takes x and weight of one dtype, {DTYPES}, got {x.dtype} and {weight.dtype}"
+        return f"takes x and weight of one dtype of {DTYPES}, got {x.dtype} and {weight.dtype}"
     if x.numel() == 0:
         return "takes no empty tensors"
     if torch.is_autocast_enabled("cpu"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from ijepa_fast.kernels.mask_sampler import reference
-from ijepa_fast.kernels.mask_sampler.reference import Key
+from ijepa_fast.kernels.mask_sampler.reference import Key, Size
 
 
 def sample_blocks_(
@@ -16,9 +14,9 @@ def sample_blocks_(
     seed: int,
     step: int,
     rank: int,
-    grid: Sequence[int],
-    target_size: Sequence[int],
-    context_size: Sequence[int],
+    grid: Size,
+    target_size: Size,
+    context_size: Size,
     min_keep: int,
     skip_last: bool,
 ) -> None:
@@ -26,11 +24,11 @@ def sample_blocks_(
     drawn = reference.sample_blocks(
         Key(seed, step, rank),
         context.shape[1],
-        tuple(grid),
+        (grid[0], grid[1]),  # the dispatcher makes lists of them
         target.shape[0],
-        tuple(target_size),
+        (target_size[0], target_size[1]),
         context.shape[0],
-        tuple(context_size),
+        (context_size[0], context_size[1]),
         min_keep,
         skip_last,
     )

@@ -7,6 +7,7 @@ multiplication, so the C++ and the Triton sampler draw the same masks bit for bi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def philox(key: Key, image: np.ndarray | int, draw: np.ndarray | int) -> np.ndar
     """
     # Numbers stay Python's, which one counter by itself is several times faster in.
     draw, image = (x if isinstance(x, int) else np.asarray(x, np.uint64) for x in (draw, image))
-    words, k0, k1 = (draw, image, key.rank, key.step), key.seed & _LOW, key.seed >> 32 & _LOW
+    words: tuple[Any, ...] = (draw, image, key.rank, key.step)
+    k0, k1 = key.seed & _LOW, key.seed >> 32 & _LOW
     for _ in range(10):
         product0, product1 = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = (product1 >> 32 ^ words[1] ^ k0, product1 & _LOW, product0 >> 32 ^ words[3] ^ k1, product0 & _LOW)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from ijepa_fast.kernels.common.checks import check_index, check_sequences, check_tensor
@@ -10,17 +12,59 @@ from ijepa_fast.kernels.common.library import register
 from ijepa_fast.kernels.predictor_tokens import cpu, reference
 
 
-def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions: torch.Tensor, packed) -> torch.Tensor:
+class Layout(Protocol):
+    """What the ops read of a step's masks: `ijepa_fast.masks.packing.MaskDraw` has it."""
+
+    @property
+    def images(self) -> int:
+        """B."""
+
+    @property
+    def patches(self) -> int:
+        """N, of an image."""
+
+    @property
+    def targets(self) -> int:
+        """M, target blocks per image."""
+
+    @property
+    def target_size(self) -> int:
+        """K, patches of a target block."""
+
+    @property
+    def sequences(self) -> int:
+        """C*B, contexts of the batch."""
+
+    @property
+    def context_index(self) -> torch.Tensor:
+        """(T,) int32, rows image * N + patch."""
+
+    @property
+    def context_cu_seqlens(self) -> torch.Tensor:
+        """(C*B + 1,) int32, or longer: what is behind is padding."""
+
+    @property
+    def context_max_seqlen(self) -> int:
+        """no context is longer."""
+
+    @property
+    def target_index(self) -> torch.Tensor:
+        """(M, B, K) int32, rows as above."""
+
+
+def predictor_tokens(
+    context: torch.Tensor, mask_token: torch.Tensor, positions: torch.Tensor, draw: Layout
+) -> torch.Tensor:
     """The predictor's input: for every target block, the context tokens and the block's mask tokens, with positions.
 
     Args:
-        context: (T, D) floating point, in the order of `packed.context_index`.
+        context: (T, D) floating point, in the order of `draw.context_index`.
         mask_token: (D,) floating point.
         positions: (N, D) floating point, fixed: no gradient flows to them.
-        packed: PackedBatch on context's device.
+        draw: the step's masks (`ijepa_fast.masks.packing.MaskDraw`), on context's device.
 
     Returns:
-        (S, D) in context's dtype, S = M*(T + C*B*K), laid out by `packed.predictor_cu_seqlens`; T counts padding. The
+        (S, D) in context's dtype, S = M*(T + C*B*K), laid out by `draw.predictor_cu_seqlens`; T counts padding. The
         backward sums the M copies of each context row, and all mask rows, in a fixed order.
 
     Raises:
@@ -28,26 +72,26 @@ def predictor_tokens(context: torch.Tensor, mask_token: torch.Tensor, positions:
             debug mode for a context_cu_seqlens that does not end at T; in debug mode for indices outside the batch.
     """
     width, device = context.shape[-1], context.device
-    check_tensor("predictor_tokens", "context", context, (packed.context_index.shape[0], None))
+    check_tensor("predictor_tokens", "context", context, (draw.context_index.shape[0], None))
     check_tensor("predictor_tokens", "mask_token", mask_token, (width,), device=device)
-    check_tensor("predictor_tokens", "positions", positions, (packed.patches, width), device=device)
+    check_tensor("predictor_tokens", "positions", positions, (draw.patches, width), device=device)
     if positions.requires_grad:
         raise ValueError(
             "predictor_tokens: positions: expected a fixed table, got a tensor that requires a gradient; detach it"
         )
-    _check_packed("predictor_tokens", packed, device)
-    layout = (packed.context_index, packed.context_cu_seqlens, packed.target_index, packed.sequences)
+    _check_draw("predictor_tokens", draw, device)
+    layout = (draw.context_index, draw.context_cu_seqlens, draw.target_index, draw.sequences)
     if not runs_triton("predictor_tokens", context):
-        return reference.predictor_tokens(context, mask_token, positions, *layout, packed.patches)
-    return _Tokens.apply(context, mask_token, positions, *layout, packed.context_max_seqlen, packed.patches)
+        return reference.predictor_tokens(context, mask_token, positions, *layout, draw.patches)
+    return _Tokens.apply(context, mask_token, positions, *layout, draw.context_max_seqlen, draw.patches)
 
 
-def predictor_readout(tokens: torch.Tensor, packed) -> torch.Tensor:
+def predictor_readout(tokens: torch.Tensor, draw: Layout) -> torch.Tensor:
     """The rows of the mask tokens.
 
     Args:
         tokens: (S, D) floating point, laid out as by `predictor_tokens`.
-        packed: PackedBatch on tokens' device.
+        draw: as for `predictor_tokens`, on tokens' device.
 
     Returns:
         (M*C*B*K, D), rows ordered (m, c, b, k), bit for bit; the backward writes zeros to the other rows.
@@ -55,34 +99,34 @@ def predictor_readout(tokens: torch.Tensor, packed) -> torch.Tensor:
     Raises:
         ValueError: for a wrong dtype, shape, device or layout.
     """
-    rows = packed.targets * (packed.context_index.shape[0] + packed.sequences * packed.target_size)
+    rows = draw.targets * (draw.context_index.shape[0] + draw.sequences * draw.target_size)
     check_tensor("predictor_readout", "tokens", tokens, (rows, None))
-    _check_packed("predictor_readout", packed, tokens.device)
-    layout = (packed.context_cu_seqlens, packed.targets, packed.sequences, packed.target_size)
+    _check_draw("predictor_readout", draw, tokens.device)
+    layout = (draw.context_cu_seqlens, draw.targets, draw.sequences, draw.target_size)
     if not runs_triton("predictor_tokens", tokens):
         return reference.predictor_readout(tokens, *layout)
-    return _Readout.apply(tokens, *layout, packed.context_max_seqlen)
+    return _Readout.apply(tokens, *layout, draw.context_max_seqlen)
 
 
-def _check_packed(op: str, packed, device: torch.device) -> None:
-    target_shape = (packed.targets, packed.images, packed.target_size)
-    check_tensor(op, "packed.context_index", packed.context_index, (None,), torch.int32, device)
-    check_tensor(op, "packed.context_cu_seqlens", packed.context_cu_seqlens, (None,), torch.int32, device)
-    if packed.context_cu_seqlens.shape[0] <= packed.sequences:
+def _check_draw(op: str, draw: Layout, device: torch.device) -> None:
+    target_shape = (draw.targets, draw.images, draw.target_size)
+    check_tensor(op, "draw.context_index", draw.context_index, (None,), torch.int32, device)
+    check_tensor(op, "draw.context_cu_seqlens", draw.context_cu_seqlens, (None,), torch.int32, device)
+    if draw.context_cu_seqlens.shape[0] <= draw.sequences:
         raise ValueError(
-            f"{op}: packed.context_cu_seqlens: expected at least {packed.sequences + 1} values, got "
-            f"{packed.context_cu_seqlens.shape[0]}"
+            f"{op}: draw.context_cu_seqlens: expected at least {draw.sequences + 1} values, got "
+            f"{draw.context_cu_seqlens.shape[0]}"
         )
-    check_tensor(op, "packed.target_index", packed.target_index, target_shape, torch.int32, device)
-    check_index(op, "packed.context_index", packed.context_index, packed.images * packed.patches)
-    check_index(op, "packed.target_index", packed.target_index, packed.images * packed.patches)
+    check_tensor(op, "draw.target_index", draw.target_index, target_shape, torch.int32, device)
+    check_index(op, "draw.context_index", draw.context_index, draw.images * draw.patches)
+    check_index(op, "draw.target_index", draw.target_index, draw.images * draw.patches)
     check_sequences(
         op,
-        "packed.context_cu_seqlens",
-        packed.context_cu_seqlens,
-        packed.context_index.shape[0],
-        "packed.context_max_seqlen",
-        packed.context_max_seqlen,
+        "draw.context_cu_seqlens",
+        draw.context_cu_seqlens,
+        draw.context_index.shape[0],
+        "draw.context_max_seqlen",
+        draw.context_max_seqlen,
     )
 
 

@@ -54,9 +54,9 @@ def varlen_attention_bwd(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v."""
-    gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    _bwd(dout, q, k, v, statistics, cu_seqlens_q, cu_seqlens_k, scale, *gradients)
-    return gradients
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    _bwd(dout, q, k, v, statistics, cu_seqlens_q, cu_seqlens_k, scale, dq, dk, dv)
+    return dq, dk, dv
 
 
 def varlen_attention_qkv_bwd(

@@ -231,25 +231,34 @@ def test_compiles_once():
     assert oracle.count_compiles(update, [make((size,), "mixed", DEVICE) for size in (50, 90, 170)]) == 1
 
 
-def test_bad_input():
-    good = make((6, 4), "bf16")
-    cases = {
-        "param: expected dtype torch.float32": (0, good[0].half()),
-        "param: expected a contiguous": (0, torch.randn(4, 6).mT),
-        "grad: expected dtype torch.float32 or torch.bfloat16, got torch.float16": (1, good[1].half()),
-        "grad: expected a tensor, got NoneType": (1, None),
-        "exp_avg: expected shape": (2, good[2][:2]),
-        "exp_avg_sq: expected dtype torch.float32": (3, good[3].double()),
-        "ema: expected device": (4, good[4].to("meta")),
-        "param_out: expected shape": (5, good[5].view(4, 6)),
-        "ema_out: expected dtype": (6, good[6].int()),
-    }
-    for message, (i, wrong) in cases.items():
-        tensors = [*good[:i], wrong, *good[i + 1 :]]
-        with pytest.raises(ValueError, match=f"adamw_ema: {message}"):
-            adamw_ema_(*tensors[:5], **HYPER, param_out=tensors[5], ema_out=tensors[6])
+@pytest.mark.parametrize(
+    ("message", "argument", "change"),
+    [
+        ("param: expected dtype torch.float32", 0, lambda x: x.half()),
+        ("param: expected a contiguous", 0, lambda x: torch.randn(4, 6).mT),
+        ("grad: expected dtype torch.float32 or torch.bfloat16, got torch.float16", 1, lambda x: x.half()),
+        ("grad: expected a tensor, got NoneType", 1, lambda x: None),
+        ("exp_avg: expected shape", 2, lambda x: x[:2]),
+        ("exp_avg_sq: expected dtype torch.float32", 3, lambda x: x.double()),
+        ("ema: expected device", 4, lambda x: x.to("meta")),
+        ("param_out: expected shape", 5, lambda x: x.view(4, 6)),
+        ("ema_out: expected dtype", 6, lambda x: x.int()),
+    ],
+)
+def test_bad_input_is_named(message, argument, change):
+    tensors = make((6, 4), "bf16")
+    tensors[argument] = change(tensors[argument])
+    with pytest.raises(ValueError, match=f"adamw_ema: {message}"):
+        adamw_ema_(*tensors[:5], **HYPER, param_out=tensors[5], ema_out=tensors[6])
+
+
+def test_steps_are_counted_from_one():
     with pytest.raises(ValueError, match="adamw_ema: step: expected steps counted from 1, got 0"):
-        step(good, step=0)
+        step(make((6, 4), "bf16"), step=0)
+
+
+def test_bad_lists_are_named():
+    good = make((6, 4), "bf16")
     lists = [[x, x] for x in good[:5]]
     with pytest.raises(ValueError, match=r"grads: expected 2 tensors, got 1"):
         adamw_ema_multi_(lists[0], lists[1][:1], *lists[2:5], **HYPER)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, reference, scaled_linear
-from ijepa_fast.kernels.fp8 import ops as fp8_ops
 from tests import oracle
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -111,16 +110,14 @@ def test_product_on_gpu():
     torch.testing.assert_close(found.float(), wanted, rtol=2**-7, atol=2**-7 * wanted.abs().max().item())
 
 
-def test_registration(triton_everywhere):
+def test_opcheck(triton_everywhere):
     x, (weight, bias) = rows(4, 24, torch.float32, triton_everywhere), parameters(24, triton_everywhere)
-    for op, arguments in (
-        (fp8_ops._bias_gelu, (x, bias)),
-        (fp8_ops._layer_norm, (x, weight, bias, 1e-6)),
-        (fp8_ops._add_layer_norm, (x, x, weight, bias, 1e-6)),
-    ):
-        torch.library.opcheck(op, arguments)
+    library = torch.ops.ijepa_fast
+    torch.library.opcheck(library.fp8_bias_gelu.default, (x, bias))
+    torch.library.opcheck(library.fp8_layer_norm.default, (x, weight, bias, 1e-6))
+    torch.library.opcheck(library.fp8_add_layer_norm.default, (x, x, weight, bias, 1e-6))
     # Its other checks compare what is written in place by arithmetic, which e4m3 has not.
-    torch.library.opcheck(fp8_ops._quantise, (x, *quantise(x)), test_utils="test_faketensor")
+    torch.library.opcheck(library.fp8_quantise.default, (x, *quantise(x)), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_masks_of_an_image_are_its_own():
         assert (sample_blocks(other, 50, *layout)[1] == many).all(2).float().mean() < 0.1
 
 
-# Grid, batch: context an image, after truncation, target block, union of the targets; measured of the published code.
+# Grid, batch: context per image, after truncation, target block, union of the targets; measured of the published code.
 PUBLISHED = {
     (16, 8): (110, 88, 44, 115),
     (16, 32): (110, 78, 44, 115),
@@ -306,35 +306,53 @@ def test_compiles_once():
     assert oracle.count_compiles(draw, [[x.to(DEVICE) for x in call] for call in calls]) == 1
 
 
-def test_bad_input(monkeypatch):
-    good = ((6, 6), 2, (3, 3), 1, (5, 5), 4, False)
-    cases = {
-        "target_size: expected between 1x1 and 6x6, got 7x3": (2, (7, 3)),
-        "target_size: expected between 1x1 and 6x6, got 0x3": (2, (0, 3)),
-        "context_size: expected between 1x1 and 6x6, got 5x7": (4, (5, 7)),
-        "min_keep: expected less than the 25 patches of a context block, got 25": (5, 25),
-    }
-    for message, (i, wrong) in cases.items():
-        with pytest.raises(ValueError, match=f"sample_blocks: {message}"):
-            sample_blocks(Key(0, 0, 0), 2, *good[:i], wrong, *good[i + 1 :])
-    with pytest.raises(ValueError, match="context_size: expected between 1x1 and 5x5, got 6x6"):
-        sample_blocks(Key(0, 0, 0), 2, *good[:4], (6, 6), 4, True)
+@pytest.mark.parametrize(
+    ("message", "argument", "wrong"),
+    [
+        ("target_size: expected between 1x1 and 6x6, got 7x3", 2, (7, 3)),
+        ("target_size: expected between 1x1 and 6x6, got 0x3", 2, (0, 3)),
+        ("context_size: expected between 1x1 and 6x6, got 5x7", 4, (5, 7)),
+        ("min_keep: expected less than the 25 patches of a context block, got 25", 5, 25),
+    ],
+    ids=str,
+)
+def test_bad_blocks_are_named(message, argument, wrong):
+    layout = [(6, 6), 2, (3, 3), 1, (5, 5), 4, False]
+    layout[argument] = wrong
+    with pytest.raises(ValueError, match=f"sample_blocks: {message}"):
+        sample_blocks(Key(0, 0, 0), 2, *layout)
 
-    kept, count = torch.ones(2, 9, dtype=torch.bool), torch.tensor([3, 9], dtype=torch.int32)
-    cases = {
-        "kept: expected dtype torch.bool": (kept.int(), count),
-        "kept: expected shape": (kept[0], count),
-        "kept: expected a contiguous": (kept.mT.contiguous().mT, count),
-        "count: expected dtype torch.int32, got torch.int64": (kept, count.long()),
-        "count: expected shape": (kept, count[:1]),
-        "count: expected device": (kept, count.to("meta")),
-        r"count\[1\]: expected between 0 and the 9 patches kept, got 10": (kept, count + 1),
-        r"count\[0\]: expected between 0 and the 9 patches kept, got -1": (kept, count - 4),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=f"random_subset: {message}"):
-            random_subset(Key(0, 0, 0), *arguments)
-    if torch.cuda.is_available():
-        monkeypatch.setattr(checks, "debug", True)
-        with pytest.raises(ValueError, match=r"count\[1\]: expected between 0 and"):
-            random_subset(Key(0, 0, 0), kept.cuda(), count.cuda() + 1)
+
+def test_the_last_row_and_column_that_are_left_out_are_no_place_for_a_block():
+    with pytest.raises(ValueError, match="context_size: expected between 1x1 and 5x5, got 6x6"):
+        sample_blocks(Key(0, 0, 0), 2, (6, 6), 2, (3, 3), 1, (6, 6), 4, True)
+
+
+def kept_and_count():
+    return torch.ones(2, 9, dtype=torch.bool), torch.tensor([3, 9], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("kept: expected dtype torch.bool", lambda kept, count: (kept.int(), count)),
+        ("kept: expected shape", lambda kept, count: (kept[0], count)),
+        ("kept: expected a contiguous", lambda kept, count: (kept.mT.contiguous().mT, count)),
+        ("count: expected dtype torch.int32, got torch.int64", lambda kept, count: (kept, count.long())),
+        ("count: expected shape", lambda kept, count: (kept, count[:1])),
+        ("count: expected device", lambda kept, count: (kept, count.to("meta"))),
+        (r"count\[1\]: expected between 0 and the 9 patches kept, got 10", lambda kept, count: (kept, count + 1)),
+        (r"count\[0\]: expected between 0 and the 9 patches kept, got -1", lambda kept, count: (kept, count - 4)),
+    ],
+)
+def test_bad_subsets_are_named(message, change):
+    with pytest.raises(ValueError, match=f"random_subset: {message}"):
+        random_subset(Key(0, 0, 0), *change(*kept_and_count()))
+
+
+@pytest.mark.gpu
+def test_debug_mode_reads_the_counts_on_a_gpu(monkeypatch):
+    kept, count = kept_and_count()
+    monkeypatch.setattr(checks, "debug", True)
+    with pytest.raises(ValueError, match=r"count\[1\]: expected between 0 and"):
+        random_subset(Key(0, 0, 0), kept.cuda(), count.cuda() + 1)

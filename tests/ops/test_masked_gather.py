@@ -114,11 +114,11 @@ def test_gradcheck_of_reference():
 
 def test_opcheck(triton_everywhere):
     x, index, positions = make(24, 32, torch.float32, triton_everywhere, [4, 4, 0, 17])
-    fwd, bwd = torch.ops.ijepa_fast.masked_gather_fwd, torch.ops.ijepa_fast.masked_gather_bwd
-    oracle.opcheck(fwd, x, index, None, 1)
-    oracle.opcheck(fwd, x, index, positions, PERIOD)
-    oracle.opcheck(bwd, torch.randn_like(x[:4]), index, 24, False, torch.bfloat16)
-    oracle.opcheck(bwd, torch.randn_like(x[:3]), index[1:], 24, True, torch.float32)
+    library = torch.ops.ijepa_fast
+    oracle.opcheck(library.masked_gather_fwd, x, index, None, 1)
+    oracle.opcheck(library.masked_gather_fwd, x, index, positions, PERIOD)
+    oracle.opcheck(library.masked_gather_bwd, torch.randn_like(x[:4]), index, 24, False, torch.bfloat16)
+    oracle.opcheck(library.masked_gather_bwd, torch.randn_like(x[:3]), index[1:], 24, True, torch.float32)
 
 
 @pytest.mark.parametrize("unique", [True, False])
@@ -130,21 +130,29 @@ def test_compiles_once(triton_everywhere, unique):
     assert oracle.count_compiles(with_positions(unique), calls) == 1
 
 
-def test_bad_input(monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("x", lambda x: x[0], "x: expected shape"),
+        ("x", lambda x: x.int(), "x: expected dtype"),
+        ("x", lambda x: x.mT.contiguous().mT, "x: expected a contiguous"),
+        ("index", lambda x: x.long(), "index: expected dtype torch.int32, got torch.int64"),
+        ("index", lambda x: x[None], "index: expected shape"),
+        ("index", lambda x: x.to("meta"), "index: expected device"),
+        ("positions", lambda x: x[:, :4], "positions: expected shape"),
+        ("period", lambda x: 7, "period: expected 1 to 6"),
+    ],
+)
+def test_bad_input_is_named(argument, change, message):
     x, index, positions = make(24, 8, torch.float32, "cpu", [1, 2])
-    cases = {
-        "x: expected shape": (x[0], index),
-        "x: expected dtype": (x.int(), index),
-        "x: expected a contiguous": (x.mT.contiguous().mT, index),
-        "index: expected dtype torch.int32, got torch.int64": (x, index.long()),
-        "index: expected shape": (x, index[None]),
-        "index: expected device": (x, index.to("meta")),
-        "positions: expected shape": (x, index, positions[:, :4]),
-        "period: expected 1 to 6": (x, index, positions, 7),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=message):
-            masked_gather(*arguments)
+    good = dict(x=x, index=index, positions=positions, period=None)
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=message):
+        masked_gather(**good)
+
+
+def test_debug_mode_reads_the_index(monkeypatch):
+    x, index, _ = make(24, 8, torch.float32, "cpu", [1, 2])
     monkeypatch.setattr(checks, "debug", True)
     with pytest.raises(ValueError, match=r"index: expected values in \[0, 2\), got values from 1 to 2"):
         masked_gather(x[:2], index)

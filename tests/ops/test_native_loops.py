@@ -38,7 +38,7 @@ def test_self_attention(poisoned, lengths, head_dim):
     )
 
 
-@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5, 9, 0, 70], [40, 0, 7, 20]), ([3, 101], [260, 1])])
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5, 9, 0, 70], [40, 0, 7, 20]), ([3, 101], [260, 1])], ids=str)
 def test_queries_of_other_lengths(poisoned, lengths_q, lengths_k):
     """Also queries without keys, and keys without queries; views of wider tensors, as the models give them."""
     cu = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
@@ -192,6 +192,27 @@ def test_the_loops_run_unless_the_op_is_set_otherwise(setting, node):
         assert layer_norm(x, weight, weight).grad_fn.name().partition("Backward")[0] == node
     finally:
         dispatch.use({"layer_norm": before})
+
+
+def test_opcheck():
+    x, residual, dy, weight, row = (
+        torch.randn(7, 32),
+        torch.randn(7, 32),
+        torch.randn(7, 32),
+        torch.randn(32),
+        torch.rand(7),
+    )
+    library, out, pair = torch.ops.ijepa_fast, torch.empty_like(x), torch.empty(2, 32)
+    torch.library.opcheck(library.bias_gelu_cpu_.default, (x, weight, out))
+    torch.library.opcheck(library.bias_gelu_bwd_cpu_.default, (dy, x, weight, out, torch.empty(32)))
+    rows = torch.empty(7), torch.empty(7)
+    torch.library.opcheck(library.layer_norm_cpu_.default, (x, residual, weight, weight, 1e-6, out, x.clone(), *rows))
+    torch.library.opcheck(library.layer_norm_bwd_cpu_.default, (dy, residual, x, weight, row, row, out, pair))
+    q, k, v, dq, dk, dv = (torch.randn(7, 2, 16) for _ in range(6))
+    cu, statistics = cu_seqlens([4, 3]), torch.zeros(2, 2, 7)
+    torch.library.opcheck(library.varlen_attention_cpu_.default, (q, k, v, cu, cu, 0.25, dq, statistics))
+    gradients = dq, dk, dv
+    torch.library.opcheck(library.varlen_attention_bwd_cpu_.default, (q, q, k, v, statistics, cu, cu, 0.25, *gradients))
 
 
 def test_wrong_input_is_refused():

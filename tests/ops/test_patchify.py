@@ -76,20 +76,24 @@ def test_compiles_once(triton_everywhere):
     assert oracle.count_compiles(lambda images: patchify(images, 4, MEAN, STD), calls) == 1
 
 
-def test_bad_input(triton_everywhere):
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("images", lambda x: x.float(), "images: expected dtype torch.uint8"),
+        ("images", lambda x: x[0], "images: expected shape"),
+        ("images", lambda x: x.permute(0, 3, 1, 2), r"images: expected shape \(any, any, any, 3\)"),
+        ("images", lambda x: x.mT.contiguous().mT, "images: expected a contiguous"),
+        ("patch", lambda x: 16, "multiples of patch=16, got 28 x 28"),
+        ("patch", lambda x: 0, "multiples of patch=0"),
+        ("mean", lambda x: (0.5,), "mean, std: expected three values each, got 1 and 3"),
+        ("dtype", lambda x: torch.int8, "dtype: expected a floating-point dtype"),
+        ("dtype", lambda x: torch.float64, "dtype: the Triton kernel computes in fp32"),
+        ("width", lambda x: 587, "width: expected at least"),
+    ],
+)
+def test_bad_input_is_named(triton_everywhere, argument, change, message):
     images = make(1, 2, 2, 14, triton_everywhere)
-    cases = {
-        "images: expected dtype torch.uint8": (images.float(), 14, MEAN, STD),
-        "images: expected shape": (images[0], 14, MEAN, STD),
-        r"images: expected shape \(any, any, any, 3\)": (images.permute(0, 3, 1, 2), 14, MEAN, STD),
-        "images: expected a contiguous": (images.mT.contiguous().mT, 14, MEAN, STD),
-        "multiples of patch=16, got 28 x 28": (images, 16, MEAN, STD),
-        "multiples of patch=0": (images, 0, MEAN, STD),
-        "mean, std: expected three values each, got 1 and 3": (images, 14, (0.5,), STD),
-        "dtype: expected a floating-point dtype": (images, 14, MEAN, STD, torch.int8),
-        "dtype: the Triton kernel computes in fp32": (images, 14, MEAN, STD, torch.float64),
-        "width: expected at least": (images, 14, MEAN, STD, torch.float32, 587),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=message):
-            patchify(*arguments)
+    good = dict(images=images, patch=14, mean=MEAN, std=STD, dtype=torch.float32, width=None)
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=message):
+        patchify(**good)

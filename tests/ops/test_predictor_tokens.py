@@ -1,6 +1,6 @@
 """predictor_tokens and predictor_readout: kernels against references, registration, compilation, bad input."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ import torch
 
 from ijepa_fast.kernels.common import checks
 from ijepa_fast.kernels.predictor_tokens import cpu, ops, predictor_readout, predictor_tokens, reference
-from ijepa_fast.masks.packing import PackedBatch
+from ijepa_fast.masks.draw import Draw
 from tests import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (context lengths (C, B), targets, patches a target, patches an image, and of some: seed, padding)
+# (context lengths (C, B), targets, patches per target, patches per image, and of some: seed, padding)
 LAYOUTS = {
     "one token": ([[1]], 1, 1, 4),
     "ragged": ([[17, 3, 40]], 4, 5, 49),
@@ -23,8 +23,27 @@ LAYOUTS = {
 }
 
 
+@dataclass(frozen=True)
+class Layout(Draw):
+    """What the ops read of a MaskDraw."""
+
+    patches: int
+    targets: int
+    target_size: int
+    sequences: int
+    context_index: torch.Tensor
+    context_cu_seqlens: torch.Tensor
+    context_max_seqlen: int
+    target_index: torch.Tensor
+
+    @property
+    def rows(self):
+        """Rows of the predictor."""
+        return self.targets * (self.context_index.shape[0] + self.sequences * self.target_size)
+
+
 def pack(lengths, targets, size, patches, seed=0, padding=()):
-    """A PackedBatch with random patches; targets overlap. padding: lengths of further context sequences."""
+    """A layout of random patches; targets overlap. padding: lengths of further context sequences."""
     generator = np.random.default_rng(seed)
     lengths = np.array(lengths)
     contexts, images = lengths.shape
@@ -35,26 +54,16 @@ def pack(lengths, targets, size, patches, seed=0, padding=()):
     ]
     target = np.stack([generator.permutation(patches)[:size] for _ in range(targets * images)])
     target = target.reshape(targets, images, size) + np.arange(images)[:, None] * patches
-    union, position = np.unique(target, return_inverse=True)
-    predictor = np.tile([*(lengths.ravel() + size), *padding], targets)
-    longest = max(int(lengths.max()), *padding, 0)
-    return PackedBatch(
+    return Layout(
         images=images,
-        contexts=contexts,
-        targets=targets,
         patches=patches,
+        targets=targets,
         target_size=size,
-        context_tokens=int(lengths.sum()),
+        sequences=contexts * images,
         context_index=int32(np.concatenate([*rows, np.zeros(sum(padding))])),
         context_cu_seqlens=cu_seqlens([*lengths.ravel(), *padding]),
-        context_max_seqlen=longest,
+        context_max_seqlen=max(int(lengths.max()), *padding, 0),
         target_index=int32(target),
-        union_index=int32(union),
-        union_cu_seqlens=cu_seqlens(np.bincount(union // patches, minlength=images)),
-        union_max_seqlen=int(np.bincount(union // patches).max()),
-        target_in_union=int32(position.reshape(target.shape)),
-        predictor_cu_seqlens=cu_seqlens(predictor),
-        predictor_max_seqlen=int(predictor.max()),
     )
 
 
@@ -125,7 +134,7 @@ def check(packed, width, dtype, device):
         (context, mask_token),
         names=("context", "mask_token"),
     )
-    tokens = torch.randn(packed.predictor_cu_seqlens[-1], width).to(device, dtype)
+    tokens = torch.randn(packed.rows, width).to(device, dtype)
     upstream = oracle.random_upstream(readout_of(reference, packed), (tokens,))
     outputs, gradients = oracle.differentiate(readout_of(predictor_readout, packed), (tokens,), upstream)
     expected, expected_gradients = oracle.differentiate(readout_of(reference, packed), (tokens,), upstream)
@@ -150,7 +159,7 @@ def test_reference_is_row_by_row(layout):
     tokens, masks = row_by_row(context, mask_token, positions, packed)
     assert torch.equal(tokens_of(reference, packed, positions)(context, mask_token), tokens)
     assert torch.equal(readout_of(reference, packed)(tokens), masks)
-    assert tokens.shape[0] == packed.predictor_cu_seqlens[-1]
+    assert tokens.shape[0] == packed.rows
 
 
 def test_any_layout():
@@ -218,7 +227,7 @@ def test_gradcheck_of_references():
     packed = pack(*LAYOUTS["two contexts"])
     context, mask_token, positions = make(packed, 3, torch.float64, "cpu")
     oracle.gradcheck(tokens_of(reference, packed, positions), context.requires_grad_(), mask_token.requires_grad_())
-    tokens = torch.randn(int(packed.predictor_cu_seqlens[-1]), 2, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(packed.rows, 2, dtype=torch.float64, requires_grad=True)
     oracle.gradcheck(readout_of(reference, packed), tokens)
 
 
@@ -250,49 +259,50 @@ def test_compiles_once(triton_everywhere):
     assert oracle.count_compiles(step, calls) == 1
 
 
-def test_bad_input(monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("context", lambda x: x[1:], "context: expected shape"),
+        ("context", lambda x: x.int(), "context: expected dtype"),
+        ("context", lambda x: x.mT.contiguous().mT, "context: expected a contiguous"),
+        ("mask_token", lambda x: x[:4], "mask_token: expected shape"),
+        ("mask_token", lambda x: x.to("meta"), "mask_token: expected device"),
+        ("positions", lambda x: x[1:], "positions: expected shape"),
+        ("positions", lambda x: x.clone().requires_grad_(), "positions: expected a fixed table"),
+        ("draw", lambda x: replace(x, targets=3), "draw.target_index: expected shape"),
+        (
+            "draw",
+            lambda x: replace(x, context_cu_seqlens=x.context_cu_seqlens[:2]),
+            "draw.context_cu_seqlens: expected at least 4 values",
+        ),
+        ("draw", lambda x: replace(x, context_index=x.context_index.long()), "draw.context_index: expected dtype"),
+        (
+            "draw",
+            lambda x: replace(x, context_cu_seqlens=x.context_cu_seqlens - 1),
+            "draw.context_cu_seqlens: .* end at the row count 60",
+        ),
+        ("draw", lambda x: replace(x, context_max_seqlen=39), "draw.context_max_seqlen: expected at least 40"),
+    ],
+)
+def test_bad_input_is_named(argument, change, message):
     packed = pack(*LAYOUTS["ragged"])
     context, mask_token, positions = make(packed, 8, torch.float32, "cpu")
-    cases = {
-        "context: expected shape": (context[1:], mask_token, positions, packed),
-        "context: expected dtype": (context.int(), mask_token, positions, packed),
-        "context: expected a contiguous": (context.mT.contiguous().mT, mask_token, positions, packed),
-        "mask_token: expected shape": (context, mask_token[:4], positions, packed),
-        "mask_token: expected device": (context, mask_token.to("meta"), positions, packed),
-        "positions: expected shape": (context, mask_token, positions[1:], packed),
-        "positions: expected a fixed table": (context, mask_token, positions.clone().requires_grad_(), packed),
-        "packed.target_index: expected shape": (context, mask_token, positions, replace(packed, targets=3)),
-        "packed.context_cu_seqlens: expected at least 4 values": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_cu_seqlens=packed.context_cu_seqlens[:2]),
-        ),
-        "packed.context_index: expected dtype": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_index=packed.context_index.long()),
-        ),
-        "packed.context_cu_seqlens: .* end at the row count 60": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_cu_seqlens=packed.context_cu_seqlens - 1),
-        ),
-        "packed.context_max_seqlen: expected at least 40": (
-            context,
-            mask_token,
-            positions,
-            replace(packed, context_max_seqlen=39),
-        ),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=f"predictor_tokens: {message}"):
-            predictor_tokens(*arguments)
-    tokens = predictor_tokens(context, mask_token, positions, packed)
+    good = dict(context=context, mask_token=mask_token, positions=positions, draw=packed)
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=f"predictor_tokens: {message}"):
+        predictor_tokens(**good)
+
+
+def test_bad_input_of_the_readout_is_named():
+    packed = pack(*LAYOUTS["ragged"])
     with pytest.raises(ValueError, match="predictor_readout: tokens: expected shape"):
-        predictor_readout(tokens[1:], packed)
+        predictor_readout(torch.randn(packed.rows - 1, 8), packed)
+
+
+def test_debug_mode_reads_the_indices(monkeypatch):
+    packed = pack(*LAYOUTS["ragged"])
     monkeypatch.setattr(checks, "debug", True)
-    with pytest.raises(ValueError, match=r"packed.target_index: expected values in \[0, 147\)"):
-        predictor_tokens(context, mask_token, positions, replace(packed, target_index=packed.target_index + 147))
+    with pytest.raises(ValueError, match=r"draw.target_index: expected values in \[0, 147\)"):
+        predictor_tokens(
+            *make(packed, 8, torch.float32, "cpu"), replace(packed, target_index=packed.target_index + 147)
+        )

@@ -178,22 +178,35 @@ def test_compiles_once(triton_everywhere):
     assert oracle.count_compiles(target_loss, calls) == 1
 
 
-def test_bad_input(monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("predictions", lambda x: x[0], "predictions: expected shape"),
+        ("predictions", lambda x: x.int(), "predictions: expected dtype"),
+        ("predictions", lambda x: x.mT.contiguous().mT, "predictions: expected a contiguous"),
+        ("features", lambda x: x[:, :4], "features: expected shape"),
+        ("features", lambda x: x.to("meta"), "features: expected device"),
+        ("index", lambda x: x.long(), "index: expected dtype"),
+        ("index", lambda x: x[:2], "index: expected shape"),
+        ("kind", lambda x: "l1", "kind: expected one of l2, smooth_l1, got 'l1'"),
+    ],
+)
+def test_bad_input_is_named(argument, change, message):
     predictions, features, index = make(4, 3, 8, torch.float32, "cpu")
-    cases = {
-        "predictions: expected shape": (predictions[0], features, index),
-        "predictions: expected dtype": (predictions.int(), features, index),
-        "predictions: expected a contiguous": (predictions.mT.contiguous().mT, features, index),
-        "predictions: expected at least one": (predictions[:0], features, index[:0]),
-        "features: expected shape": (predictions, features[:, :4], index),
-        "features: expected device": (predictions, features.to("meta"), index),
-        "index: expected dtype": (predictions, features, index.long()),
-        "index: expected shape": (predictions, features, index[:2]),
-        "kind: expected one of l2, smooth_l1, got 'l1'": (predictions, features, index, "l1"),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=f"target_loss: {message}"):
-            target_loss(*arguments)
+    good = dict(predictions=predictions, features=features, index=index, kind="l2")
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=f"target_loss: {message}"):
+        target_loss(**good)
+
+
+def test_no_predictions_have_no_loss():
+    predictions, features, index = make(4, 3, 8, torch.float32, "cpu")
+    with pytest.raises(ValueError, match="target_loss: predictions: expected at least one"):
+        target_loss(predictions[:0], features, index[:0])
+
+
+def test_debug_mode_reads_the_index(monkeypatch):
+    predictions, features, index = make(4, 3, 8, torch.float32, "cpu")
     monkeypatch.setattr(checks, "debug", True)
     with pytest.raises(ValueError, match=r"index: expected values in \[0, 3\)"):
         target_loss(predictions, features, index + 3)

@@ -117,7 +117,7 @@ def test_kernel_matches_reference_in_other_dtypes(triton_everywhere, poisoned, h
     oracle.check_against_reference(self_attention(lengths), self_reference(lengths), (qkv,), names=("qkv",))
 
 
-@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5, 9, 0, 70], [40, 0, 7, 20]), ([3, 66], [260, 1])])
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5, 9, 0, 70], [40, 0, 7, 20]), ([3, 66], [260, 1])], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_queries_of_other_lengths(triton_everywhere, poisoned, lengths_q, lengths_k, dtype):
     """What the last blocks ask for; also queries without keys, and keys without queries."""
@@ -196,7 +196,7 @@ def test_neighbouring_sequences_do_not_matter(triton_everywhere):
     assert torch.equal(self_attention([30, 70])(qkv)[:30], together[:30])
 
 
-@pytest.mark.parametrize("lengths", [[8, 8, 8], [5, 0, 12, 1], [70, 3, 90], [0, 0]])
+@pytest.mark.parametrize("lengths", [[8, 8, 8], [5, 0, 12, 1], [70, 3, 90], [0, 0]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cpu_path_matches_reference(lengths, dtype):
     qkv = make(sum(lengths), 2, 24, dtype)
@@ -346,15 +346,21 @@ def test_a_backend_that_cannot_be_had_is_an_error(name):
         varlen_attention_qkv(qkv, cu, 5, backend=name)
 
 
-def test_reasons_for_refusal(monkeypatch):
+@pytest.mark.parametrize(
+    ("reason", "head_dim", "dtype"),
+    [
+        ("computes in float32; q is float64", 16, torch.float64),
+        ("takes head dims up to 128, got 136", 136, torch.float32),
+    ],
+    ids=["dtype", "head dim"],
+)
+def test_what_triton_does_not_take(reason, head_dim, dtype):
+    with pytest.raises(RuntimeError, match=f"backend='triton' {reason}"):
+        varlen_attention_qkv(make(5, 1, head_dim, dtype).to(DEVICE), cu_seqlens([5]).to(DEVICE), 5, backend="triton")
+
+
+def test_what_cannot_be_had_is_named(monkeypatch):
     qkv, cu = make(5, 1, 16, torch.float32), cu_seqlens([5])
-    reasons = {
-        "computes in float32; q is float64": qkv.double(),
-        "takes head dims up to 128, got 136": make(5, 1, 136, torch.float32),
-    }
-    for reason, x in reasons.items():
-        with pytest.raises(RuntimeError, match=f"backend='triton' {reason}"):
-            varlen_attention_qkv(x.to(DEVICE), cu.to(DEVICE), 5, backend="triton")
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match="backend='triton' needs a CUDA device or"):
         varlen_attention_qkv(qkv, cu, 5, backend="triton")
@@ -365,29 +371,36 @@ def test_reasons_for_refusal(monkeypatch):
         backends._import("a_package_nobody_has", "flash2", "flash-attn 2")
 
 
-def test_bad_input():
-    q, k, v = make(8, 2, 16, torch.float32).unbind(1)
-    cu = cu_seqlens([5, 3])
-    cases = {
-        "q: expected shape": (q[0], k, v, cu, cu, 5, 5),
-        "q: expected dtype": (q.int(), k, v, cu, cu, 5, 5),
-        "q: expected the 2 heads of a row side by side": (q.mT.contiguous().mT, k, v, cu, cu, 5, 5),
-        "k: expected shape": (q, k[:, :1], v, cu, cu, 5, 5),
-        "k: expected dtype": (q, k.half(), v, cu, cu, 5, 5),
-        "v: expected shape": (q, k, v[:7], cu, cu, 5, 5),
-        "v: expected device": (q, k, v.to("meta"), cu, cu, 5, 5),
-        "cu_seqlens_q: expected dtype": (q, k, v, cu.long(), cu, 5, 5),
-        "cu_seqlens_k: expected shape": (q, k, v, cu, cu[None], 5, 5),
-        "cu_seqlens_k: expected as many": (q, k, v, cu, cu_seqlens([8]), 5, 8),
-        r"cu_seqlens_q: .* end at the row count 8, got \[0, 5, 7\]": (q, k, v, cu_seqlens([5, 2]), cu, 5, 5),
-        "cu_seqlens_k: expected values that start at 0": (q, k, v, cu, cu + 1, 5, 5),
-        "cu_seqlens_q: expected .* never decrease": (q, k, v, cu_seqlens([9, -1]), cu, 9, 5),
-        "max_seqlen_k: expected at least 5": (q, k, v, cu, cu, 5, 4),
-        "backend: expected one of": (q, k, v, cu, cu, 5, 5, None, "flash3"),
-    }
-    for message, arguments in cases.items():
-        with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
-            varlen_attention(*arguments)
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("q", lambda x: x[0], "q: expected shape"),
+        ("q", lambda x: x.int(), "q: expected dtype"),
+        ("q", lambda x: x.mT.contiguous().mT, "q: expected the 2 heads of a row side by side"),
+        ("k", lambda x: x[:, :1], "k: expected shape"),
+        ("k", lambda x: x.half(), "k: expected dtype"),
+        ("v", lambda x: x[:7], "v: expected shape"),
+        ("v", lambda x: x.to("meta"), "v: expected device"),
+        ("cu_seqlens_q", lambda x: x.long(), "cu_seqlens_q: expected dtype"),
+        ("cu_seqlens_k", lambda x: x[None], "cu_seqlens_k: expected shape"),
+        ("cu_seqlens_k", lambda x: cu_seqlens([5, 3, 0]), "cu_seqlens_k: expected as many"),
+        ("cu_seqlens_q", lambda x: cu_seqlens([4, -1, 5]), "cu_seqlens_q: expected .* never decrease"),
+        ("cu_seqlens_q", lambda x: cu_seqlens([5, 2]), r"cu_seqlens_q: .* end at the row count 8, got \[0, 5, 7\]"),
+        ("cu_seqlens_k", lambda x: x + 1, "cu_seqlens_k: expected values that start at 0"),
+        ("max_seqlen_k", lambda x: 4, "max_seqlen_k: expected at least 5"),
+        ("backend", lambda x: "flash3", "backend: expected one of"),
+    ],
+)
+def test_bad_input_is_named(argument, change, message):
+    (q, k, v), cu = make(8, 2, 16, torch.float32).unbind(1), cu_seqlens([5, 3])
+    good = dict(q=q, k=k, v=v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5, backend="auto")
+    good[argument] = change(good[argument])
+    with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
+        varlen_attention(**good)
+
+
+def test_bad_input_of_self_attention_is_named():
+    q, cu = make(8, 2, 16, torch.float32)[:, 0], cu_seqlens([5, 3])
     with pytest.raises(ValueError, match="qkv: expected shape"):
         varlen_attention_qkv(q, cu, 5)
     with pytest.raises(ValueError, match="qkv: expected a contiguous"):
