@@ -33,6 +33,7 @@ constexpr float kLog2E = 1.44269504f;
 namespace any {
 constexpr int kWidth = 4, kRows = 4, kVectors = 2;
 #include "vectors.h"
+#include "bf16_integers.h"
 #include "product_loops.h"
 #include "attention_loops.h"
 #include "attention_heads.h"
@@ -46,6 +47,7 @@ PUSH_TARGET("arch=x86-64-v3")
 namespace v3 {
 constexpr int kWidth = 8, kRows = 6, kVectors = 2;
 #include "vectors.h"
+#include "bf16_integers.h"
 #include "product_loops.h"
 #include "attention_loops.h"
 #include "attention_heads.h"
@@ -59,6 +61,7 @@ PUSH_TARGET("arch=x86-64-v4" WIDEST)
 namespace v4 {
 constexpr int kWidth = 16, kRows = 6, kVectors = 4;
 #include "vectors.h"
+#include "bf16_integers.h"
 #include "product_loops.h"
 #include "attention_loops.h"
 #include "attention_heads.h"
@@ -74,6 +77,7 @@ PUSH_TARGET("arch=x86-64-v4,avx512bf16,amx-tile,amx-bf16" WIDEST)
 namespace amx {
 constexpr int kWidth = 16;
 #include "vectors.h"
+#include "bf16_avx512.h"
 #include "amx_products.h"
 #include "pair_loops.h"
 #include "pair_attention.h"

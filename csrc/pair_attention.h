@@ -51,9 +51,9 @@ inline void softmax_row(float* scores, int64_t keys, int64_t wide, float factor,
   largest = largest_of(most);
   Vector total = {};
   for (int64_t j = 0; j < wide; j += 32) {
-    const Vector low = power_of_two((load(scores + j) - largest) * factor);
+    const Vector low = exp2_for_bf16((load(scores + j) - largest) * factor);
     Vector high = {};
-    if (j + 16 < keys) high = power_of_two((load(scores + j + 16) - largest) * factor);
+    if (j + 16 < keys) high = exp2_for_bf16((load(scores + j + 16) - largest) * factor);
     store(p + j, low, high);
     total += low + high;
   }
@@ -97,7 +97,7 @@ inline void softmax_backward(const Head& h, const PairBackward& at, int64_t wide
     Vector p[2] = {};
 #pragma GCC unroll 2
     for (int i = 0; i < N; ++i) {
-      p[i] = power_of_two((load(s + 16 * i) - load(top + 16 * i)) * factor) * load(by + 16 * i);
+      p[i] = exp2_for_bf16((load(s + 16 * i) - load(top + 16 * i)) * factor) * load(by + 16 * i);
       store(s + 16 * i, p[i]);
       dot[i] += p[i] * load(t + 16 * i);
     }

@@ -8,17 +8,6 @@
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// 2^x to 3e-6 of its value, which bf16 cannot tell from exact: a minimax polynomial on [0, 1).
-inline Vector power_of_two(Vector x) {
-  const Vector f = (Vector)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
-  Vector p = fill(1.3534168e-2f);
-  p = p * f + 5.2011461e-2f;
-  p = p * f + 2.4144276e-1f;
-  p = p * f + 6.9300383e-1f;
-  p = p * f + 1.0000026f;
-  return (Vector)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
 // 32 values at once.
 inline __m512i together(Vector low, Vector high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 inline void store(Bf16* p, Vector low, Vector high) { _mm512_storeu_si512(p, together(low, high)); }

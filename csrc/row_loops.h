@@ -4,10 +4,12 @@
 struct Normal {
   Vector below, density;
 };
+template <class T>
 inline Normal normal(Vector u) {
+  constexpr bool kFp32 = sizeof(T) == sizeof(float);
   const Vector size = u < 0.0f ? -u : u;
-  const Vector exponential = exp2(size * size * (-0.5f * kLog2E));
-  const Vector t = 1.0f / (1.0f + 0.278f * size);
+  const Vector power = size * size * (-0.5f * kLog2E), exponential = kFp32 ? exp2(power) : exp2_for_bf16(power);
+  const Vector below = 1.0f + 0.278f * size, t = kFp32 ? 1.0f / below : reciprocal_for_bf16(below);
   Vector p = 0.41636395152f - t * 0.10995696076f;
   p = -0.27688142763f + t * p;
   p = 0.29669784748f + t * p;
@@ -22,7 +24,7 @@ inline void bias_gelu(const BiasGelu<T>& x, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector u = load(x.x + row * x.width + f) + load(x.bias + f);
-      store(x.y + row * x.width + f, u * normal(u).below);
+      store(x.y + row * x.width + f, u * normal<T>(u).below);
     }
   }
 }
@@ -32,7 +34,7 @@ inline void bias_gelu_backward(const BiasGelu<T>& x, int64_t begin, int64_t end,
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector u = load(x.x + row * x.width + f) + load(x.bias + f);
-      const Normal n = normal(u);
+      const Normal n = normal<T>(u);
       const Vector dx = load(x.dy + row * x.width + f) * (n.below + u * n.density);
       store(x.dx + row * x.width + f, dx);
       store(dbias + f, load(dbias + f) + dx);

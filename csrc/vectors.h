@@ -16,25 +16,6 @@ inline Vector load(const float* p) {
 inline void store(float* p, Vector x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Vector fill(float x) { return x - Vector{}; }
 
-// bf16 by integer operations, which every generation has: to the nearest, ties to even; NaN stays NaN.
-inline Vector load(const Bf16* p) {
-  Halves x;
-  __builtin_memcpy(&x, p, sizeof x);
-#if defined(__AVX512F__)  // one instruction, where GCC 12 makes four of the general form
-  const Words wide = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
-#elif defined(__AVX2__)
-  const Words wide = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
-#else
-  const Words wide = __builtin_convertvector(x, Words);
-#endif
-  return reinterpret_cast<Vector>(wide << 16);
-}
-inline void store(Bf16* p, Vector x) {
-  const Words bits = reinterpret_cast<Words>(x), nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Halves halves = __builtin_convertvector(x == x ? nearest : Words{} + 0x7fc0, Halves);
-  __builtin_memcpy(p, &halves, sizeof halves);
-}
-
 // 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126.
 inline Vector exp2(Vector x) {
   const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer is now in the low bits
