@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
@@ -71,6 +72,7 @@ class Data:
     scenes: int = fixed(4000, "images of the embedded data set", least=1)
     scenes_size: int = fixed(64, "their side, pixels", least=1)
     hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
+    changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
     max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
     max_pixels: int = fixed(
         50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
@@ -154,7 +156,9 @@ class Engine:
 class Log:
     every: int = key(10, "steps between log lines; the only steps that wait for the device", least=1)
     checkpoint_every: int = key(500, "steps between checkpoints", least=1)
-    keep: int = key(2, "checkpoints kept", least=1)
+    checkpoint_minutes: float = key(10, "minutes between checkpoints, at most; 0: only by steps", least=0)
+    keep: int = key(2, "newest checkpoints kept", least=1)
+    keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept for good; 0: none", least=0)
     tensorboard: bool = key(True, "whether to write TensorBoard events")
     wandb: str | None = key(None, "a W&B project to log to")
 
@@ -175,7 +179,7 @@ class Config:
     runs: str = key("runs", "the folder of all runs")
     seed: int = fixed(0, "of weights, order, crops and masks")
     batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
-    resume: bool = key(True, "go on with the run in runs/<name> where there is one")
+    resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
     init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
@@ -220,6 +224,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
@@ -228,6 +233,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     config = resolve(given)
     check(config)
     return config
@@ -306,6 +313,8 @@ def check(config: Config) -> None:
     folder = Path(config.name)
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
+    if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
+        raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
     _check_model(config.model)
     _check_data(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,19 @@ import torch
 
 from ijepa_fast import kernels
 from ijepa_fast.config import Config, flatten, load_config, save_config
-from ijepa_fast.data.recover import TooManyBadFiles
-from ijepa_fast.data.storage import StorageTrouble
 from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
-from ijepa_fast.interop.load import latest, read
+from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint
+from ijepa_fast.run import checkpoint, lock
 from ijepa_fast.run import forecast as planning
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
-from ijepa_fast.run.log import Meter, NonFiniteLoss, RunLog, check_loggers
-from ijepa_fast.run.sources import label_columns, probe_folders, training_source
+from ijepa_fast.run.log import Meter, RunLog, check_loggers
+from ijepa_fast.run.recover import choose, set_newer_aside
+from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
+from ijepa_fast.run.stop import Stop, Stopped, follow_launcher
+from ijepa_fast.run.together import on_first, sentence
 
 
 def train(config: Config) -> None:
@@ -51,15 +53,20 @@ def train(config: Config) -> None:
     method = build_method(config, length.steps_per_epoch)
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
-    config, precision = with_precision(config, device, rank)
+    _held = lock.hold(config.folder)
+    last = choose(config.folder, config.resume)
+    config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
-    step = resume(config, engine, rank)
+    data = identity(source)
+    step, changed = resume(config, last, engine, data, rank)
     micro_steps = config.engine.accumulation
     loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
+    if changed:
+        log.write(step, {"changed": changed})
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
-    try:
+    with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
             for _ in range(micro_steps):
@@ -73,37 +80,43 @@ def train(config: Config) -> None:
                 online.add(batch.indices)
             step += 1
             log.advance()
-            saving = step % config.log.checkpoint_every == 0 or step == total
+            signal, due = stop.after(step)
+            saving = signal or due or step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
-                log.write(step, meter.read((logged + 1, step)) | record | online.read(step))
+                window = meter.read((logged + 1, step), engine.health(), engine.skipped)
+                log.write(step, window | record | online.read(step))
                 logged = step
             if saving:
-                save(config, engine, step)
+                save(config, engine, data, step)
+                stop.saved()
                 meter.restart()
-    finally:
-        loader.close()
-        log.close()
+            if signal and step < total:
+                raise Stopped(signal, step)
     if rank == 0:
         finish(config, method, source, folders, device, began, precision)
     torch.distributed.barrier()
 
 
-def save(config: Config, engine: Engine, step: int) -> None:
+def save(config: Config, engine: Engine, data: dict[str, Any] | None, step: int) -> None:
     """Write a checkpoint of the run. Called by every rank."""
     arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, step)
-    checkpoint.save(config.folder, engine, flatten(config), arch, step, config.log.keep)
+    keep, keep_every = config.log.keep, config.log.keep_every
+    checkpoint.save(config.folder, engine, flatten(config), arch, step, keep, keep_every, data)
 
 
-def resume(config: Config, engine: Engine, rank: int) -> int:
-    """Load the run's last checkpoint into `engine`; the step to go on from, 0 for a new run."""
-    last = latest(config.folder)
-    if last is not None and not config.resume:
-        raise checkpoint.CheckpointError(f"{config.folder} holds a run (resume=false): set another name, or remove it")
-    step = 0
+def resume(
+    config: Config, last: Path | None, engine: Engine, data: dict[str, Any] | None, rank: int
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """Load the checkpoint `last` into `engine`, the weights of `init` where there is none.
+
+    Returns the step to go on from, and the settings of training that are others than before, {key: (then, now)}.
+    """
+    step, changed = 0, {}
     if last is not None:
-        step = checkpoint.load(last, engine, flatten(config))
+        step, changed = checkpoint.load(last, engine, flatten(config), data)
+        on_first(lambda: set_newer_aside(last))
     elif config.init is not None:
         weights = read(config.init, config.model.heads)
         checkpoint.begin(weights, engine, config.model.heads, config.data.crop)
@@ -111,13 +124,12 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
             fresh = ", ".join(sorted(engine.method.trained.keys() - weights.networks.keys()))
             anew = f", with a new {fresh}" if fresh else ""
             print(f"starting from {config.init}{anew}", file=sys.stderr)
-    if rank == 0:
-        if step:
-            print(f"continuing {config.folder} from step {step}", file=sys.stderr)
-        config.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.folder / "config.yaml")
-    torch.distributed.barrier()
-    return step
+    if rank == 0 and step:
+        print(f"continuing {config.folder} from step {step}", file=sys.stderr)
+        for key, (then, now) in changed.items():
+            print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
+    on_first(lambda: save_config(config, config.folder / "config.yaml"))
+    return step, changed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
+    follow_launcher()
     try:
         config = load_config(args.config, args.overrides)
         if args.plan:
@@ -138,12 +151,16 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(config)
         return 0
-    except (ValueError, ImportError, NonFiniteLoss) as error:
-        if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.status
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        text = sentence(error)
+        if text is None or os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
-        alone = isinstance(error, TooManyBadFiles | StorageTrouble)  # which one rank alone may meet
-        if os.environ.get("RANK", "0") == "0" or alone:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if text:
+            print(text, file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

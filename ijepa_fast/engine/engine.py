@@ -140,6 +140,24 @@ class Engine:
         if update:
             self._gather()
 
+    @property
+    def skipped(self) -> int:
+        """Steps since the start that DeepSpeed skipped, as their gradient was not finite: in bf16 at ZeRO 0, at ZeRO 3.
+
+        At ZeRO 1 and 2, and in fp32 at ZeRO 0, it does not look: there the weights are not finite afterwards.
+        """
+        return self._engine.skipped_steps
+
+    def health(self) -> torch.Tensor:
+        """0 where this rank's fp32 weights and second moments are finite, NaN where not; a scalar, on the device.
+
+        A gradient that was not finite leaves its mark there for good, so that no step has to look at its own.
+        """
+        masters = [partition.master for partition in self.layout.partitions]
+        held = [master.detach() for master in masters]
+        held += [self.optimizer.state[master]["exp_avg_sq"] for master in masters if self.optimizer.state[master]]
+        return torch.stack(torch._foreach_norm(held, 1)).double().sum() * 0
+
     def place(self, positions: dict[str, torch.Tensor]) -> None:
         """Use other position tables than the fixed ones: {network: (N, width)}."""
         for name, table in positions.items():
@@ -159,17 +177,22 @@ class Engine:
 
 
 def deepspeed_config(settings: config.Engine, clip: float, micro_batch: int, device: torch.device) -> dict:
-    """What DeepSpeed is told. bf16 keeps fp32 masters; nothing is scaled or checked for overflow (see the loop)."""
+    """What DeepSpeed is told. bf16 keeps fp32 masters, and nothing is scaled.
+
+    DeepSpeed looks at no gradient where that can be turned off, which costs a pass over it and a wait for the device in
+    every step, and skips a step in silence: Engine.health tells. Its norm is computed only to be clipped.
+    """
     on_gpu = device.type == "cuda"
     bucket = settings.bucket if on_gpu else min(settings.bucket, CPU_BUCKET)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": settings.accumulation,
         "gradient_clipping": clip,
-        "bf16": {"enabled": settings.precision == "bf16"},
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": settings.zero,
+            "compute_grad_norm": settings.zero not in (1, 2) or clip > 0,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             "overlap_comm": settings.zero > 0 and on_gpu,

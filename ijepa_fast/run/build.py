@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
-from ijepa_fast.interop.load import latest
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
 from ijepa_fast.run.checkpoint import read_state
@@ -79,9 +79,11 @@ def _check_capabilities(config: Config, method: type[Method]) -> None:
             )
 
 
-def with_precision(config: Config, device: torch.device, rank: int) -> tuple[Config, Precision]:
-    """The same configuration with bf16 or fp32 for `auto`, the same on all ranks, and why. Rank 0 says so."""
-    last = latest(config.folder)
+def with_precision(config: Config, last: Path | None, device: torch.device, rank: int) -> tuple[Config, Precision]:
+    """The same configuration with bf16 or fp32 for `auto`, the same on all ranks, and why. Rank 0 says so.
+
+    last: the checkpoint that the run goes on from.
+    """
     before = None if last is None else read_state(last)["config"].get("engine.precision")
     chosen: list[Any] = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
     torch.distributed.broadcast_object_list(chosen)

@@ -4,22 +4,25 @@
         rank-00000.safetensors   this rank's fragments of weights, moments and EMA: "<parameter>|<key>|<first element>",
                                  and in the first one, whole, what the method carries: "<name>|carried|0"
         weights.safetensors      every network and its average, whole, fp32, under the published names
-        state.json               step, shapes, and the configuration the run had
+        state.json               step, shapes, the configuration the run had, its data, size and digest of every file
 
 A folder is written under another name, flushed to disk and renamed: a kill at any moment leaves the last one good.
+run/recover.py chooses the one to go on from, and verifies it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
 from ijepa_fast import config
 from ijepa_fast.config import is_fixed, present
@@ -37,42 +40,117 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
+from ijepa_fast.run.digests import is_sealed, seal, write_tensors
+from ijepa_fast.run.together import on_first, together
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that are read; the first had no digests
+KEYS = {"step", "shapes", "config"}  # of every state.json
+WHOLE = "weights.safetensors"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the run; the message names what and what to do."""
 
 
-def save(folder: Path, engine: Engine, settings: Mapping[str, Any], arch: Arch, step: int, keep: int) -> Path:
-    """Write the state after `step` steps and drop all but the newest `keep` checkpoints. Called by every rank.
+class Damaged(CheckpointError):
+    """A checkpoint that is not what was written."""
 
-    folder: the run's. settings: its flattened configuration. arch: of its encoder.
+
+def save(
+    folder: Path,
+    engine: Engine,
+    settings: Mapping[str, Any],
+    arch: Arch,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    data: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the state after `step` steps and remove old checkpoints. Called by every rank.
+
+    folder: the run's. settings: its flattened configuration. arch: of its encoder. keep: the newest that stay.
+    keep_every: every checkpoint of a multiple of so many steps stays too; 0: none. data: what the run trains on
+    (run/sources.py). Raises CheckpointError on all ranks where one cannot write; earlier checkpoints stay as they are.
     """
     final = folder / "checkpoints" / f"step-{step:08d}"
-    if torch.distributed.get_rank() == 0:
-        with publish(final, durable=True) as draft:
-            draft.mkdir()
-            _write_fragments(draft, engine)
-            save_file(_whole_weights(draft, engine), draft / "weights.safetensors", header(arch))
-            state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": dict(settings)}
-            (draft / "state.json").write_text(json.dumps(state, indent=1))
-        for old in sorted(final.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    else:
-        _write_fragments(draft_of(final), engine)
-    torch.distributed.barrier()
+    draft, needed = draft_of(final), _size(engine)
+    try:
+        with ExitStack() as stack:
+            on_first(lambda: _check_room(folder, needed))
+            on_first(lambda: stack.enter_context(publish(final, durable=True)).mkdir())
+            written = together(lambda: _write_fragments(draft, engine, step))
+            files = {name: known for ranks in written for name, known in ranks.items()}
+            state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": dict(settings), "data": data}
+
+            def finish() -> None:
+                files[WHOLE] = write_tensors(draft / WHOLE, _whole_weights(draft, engine), header(arch))
+                (draft / "state.json").write_text(seal(state | {"files": files}))
+                stack.close()  # flushed and renamed
+                prune(folder, keep, keep_every)
+
+            on_first(finish)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} cannot be written: {error.strerror} ({needed:,} bytes needed, {_free(folder):,} free); earlier "
+            f"checkpoints are intact: make room there, and start the same command again"
+        ) from None
     return final
 
 
-def load(path: Path, engine: Engine, settings: Mapping[str, Any]) -> int:
-    """Bring `engine` to the state in `path`; its step. Raises CheckpointError before anything is changed.
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of the run in `folder`, oldest first: step-00000500, and nothing of another name."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=step_of)
 
-    settings: the flattened configuration of the run that goes on.
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` checkpoints and those of a multiple of `keep_every` steps."""
+    for old in (folder / "checkpoints").glob(".step-*.removed"):  # by a process that was killed over it
+        shutil.rmtree(old)
+    for path in checkpoints(folder)[:-keep]:
+        if not keep_every or step_of(path) % keep_every:
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+
+
+def _size(engine: Engine) -> int:
+    """Bytes of a checkpoint, but for headers: fragments and whole weights of all parameters, all in fp32."""
+    total = 0
+    for name, shape in engine.shapes.items():
+        averaged = name.partition(".")[0] in engine.method.averaged
+        total += 4 * torch.Size(shape).numel() * (6 if averaged else 4)
+    return total
+
+
+def _free(folder: Path) -> int:
+    """Bytes free for this user on the file system of `folder`, or of the first folder above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    if _free(folder) < needed:
+        raise OSError(28, "No space left on device")
+
+
+def load(
+    path: Path, engine: Engine, settings: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> tuple[int, dict[str, tuple[Any, Any]]]:
+    """Bring `engine` to the state in `path`. Raises CheckpointError before anything is changed.
+
+    settings: the flattened configuration of the run that goes on. data: what it trains on. What is read is taken for
+    verified. Returns the step, and the settings of training that have another value now: {key: (then, now)}.
     """
     state = read_state(path)
-    _check_settings(path, present(state["config"]), json.loads(json.dumps(dict(settings))))
+    then, now = present(state["config"]), json.loads(json.dumps(dict(settings)))
+    changed = _check_settings(path, then, now, _check_data(path, state.get("data"), data, now))
     names = {name: today(name, engine.method.former_names) for name in state["shapes"]}
     shapes = {names[name]: shape for name, shape in state["shapes"].items()}
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
@@ -94,11 +172,35 @@ def load(path: Path, engine: Engine, settings: Mapping[str, Any]) -> int:
     for name, tensor in carried.items():
         engine.method.carried[name].copy_(tensor)
     engine.restored()
-    return state["step"]
+    return state["step"], changed
 
 
-def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """CheckpointError where a key that is fixed has another value now."""
+def _check_data(
+    path: Path, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> bool:
+    """Whether the images are known to be those that the run began with; CheckpointError where they are known not to be.
+
+    They may lie at another place then. data.changed=accept lets others pass.
+    """
+    if then is None or now is None:
+        return False
+    if then != now and settings["data.changed"] != "accept":
+        counts = then["images"], now["images"]
+        what = f"{counts[0]:,} images -> {counts[1]:,}" if counts[0] != counts[1] else "as many images, other names"
+        raise CheckpointError(
+            f"{path}: data.source={settings['data.source']} is not what the run began with ({what}); restore it, or go "
+            f"on with data.changed=accept: order and epochs are then those of the new images"
+        )
+    return True
+
+
+def _check_settings(
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], same_data: bool
+) -> dict[str, tuple[Any, Any]]:
+    """Settings of training that have another value now; CheckpointError where one of them is fixed.
+
+    same_data: the images are known, so that they may lie elsewhere.
+    """
     methods = then.get("objective.method"), now["objective.method"]
     if methods[0] not in (None, methods[1]):
         raise CheckpointError(
@@ -108,12 +210,17 @@ def _check_settings(path: Path, then: Mapping[str, Any], now: Mapping[str, Any])
     changed = [
         f"{key}: {json.dumps(then.get(key))} -> {json.dumps(value)}"
         for key, value in now.items()
-        if is_fixed(key) and then.get(key, value) != value
+        if is_fixed(key) and then.get(key, value) != value and not (same_data and key == "data.source")
     ]
     if changed:
         raise CheckpointError(
             f"{path} was written by another run ({'; '.join(changed)}); restore these keys, or set another name"
         )
+    return {
+        key: (then[key], value)
+        for key, value in now.items()
+        if key.startswith(("optim.", "engine.", "data.source")) and key in then and then[key] != value
+    }
 
 
 def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
@@ -159,14 +266,24 @@ def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
     engine.restored()
 
 
-def read_state(path: Path) -> dict:
-    """The state.json of a checkpoint. Raises CheckpointError where there is none or it is of another format."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint. Raises Damaged where it is not what was written, CheckpointError for another
+    format.
+    """
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: no readable state.json ({error}); is it a checkpoint folder?") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {state.get('format')}, this version reads {FORMAT}")
+        state = json.loads((path / "state.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: no readable state.json ({error}); is it a checkpoint folder?") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise Damaged(f"{path}: state.json does not say its format")
+    if state["format"] not in FORMATS:
+        raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMATS}")
+    if missing := sorted((KEYS if state["format"] == 1 else KEYS | {"files"}) - state.keys()):
+        raise Damaged(f"{path}: state.json has no {', '.join(missing)}")
+    if state["format"] > 1 and not is_sealed(state):
+        raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
+    if path.name.startswith("step-") and path.name != f"step-{state['step']:08d}":
+        raise Damaged(f"{path}: state.json is of step {state['step']}")
     return state
 
 
@@ -202,23 +319,22 @@ def _tensor(engine: Engine, partition: Partition, key: str) -> torch.Tensor:
     return partition.master.data if key == "weight" else engine.optimizer.state[partition.master][key]
 
 
-def _write_fragments(draft: Path, engine: Engine) -> None:
-    """Every rank's file; called by every rank, and done on all of them when it returns."""
-    torch.distributed.barrier()  # rank 0 has made the folder
-    rank = torch.distributed.get_rank()
-    if rank == 0 or not engine.layout.replicated:
-        tensors = {}
-        for partition in engine.layout.partitions:
-            engine.optimizer.init_state(partition.master, partition.ema)
-            for key in _keys(partition):
-                flat = _tensor(engine, partition, key).detach().reshape(-1)
-                for f in partition.fragments:
-                    tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start].cpu().clone()
-        if rank == 0:
-            carried = engine.method.carried.items()
-            tensors |= {f"{name}|carried|0": tensor.reshape(-1).cpu().clone() for name, tensor in carried}
-        save_file(tensors, draft / f"rank-{rank:05d}.safetensors")
-    torch.distributed.barrier()
+def _write_fragments(draft: Path, engine: Engine, step: int) -> dict[str, dict[str, Any]]:
+    """Write this rank's file, where it has one: {its name: size and digest}."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if rank and engine.layout.replicated:
+        return {}
+    tensors = {}
+    for partition in engine.layout.partitions:
+        engine.optimizer.init_state(partition.master, partition.ema)
+        for key in _keys(partition):
+            flat = _tensor(engine, partition, key).detach().reshape(-1)
+            for f in partition.fragments:
+                tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start]
+    if rank == 0:
+        tensors |= {f"{name}|carried|0": tensor.reshape(-1) for name, tensor in engine.method.carried.items()}
+    name = f"rank-{rank:05d}.safetensors"
+    return {name: write_tensors(draft / name, tensors, {"step": str(step), "rank": f"{rank} of {ranks}"})}
 
 
 def _whole_weights(folder: Path, engine: Engine) -> dict[str, torch.Tensor]:
@@ -232,9 +348,9 @@ def _whole_weights(folder: Path, engine: Engine) -> dict[str, torch.Tensor]:
 
 def _positions(path: Path, engine: Engine) -> dict[str, torch.Tensor]:
     """The fixed position tables (N, width) of a checkpoint, by network; none in one that has the usual ones."""
-    if not (path / "weights.safetensors").is_file():
+    if not (path / WHOLE).is_file():
         raise CheckpointError(f"{path}: weights.safetensors is missing; go back to another checkpoint")
-    with safe_open(path / "weights.safetensors", "pt") as file:
+    with safe_open(path / WHOLE, "pt") as file:
         held = set(file.keys())
         keys = {name: f"{name}.{position_key(name)}" for name in engine.positions}
         return {name: file.get_tensor(key)[0] for name, key in keys.items() if key in held}
@@ -246,7 +362,12 @@ class _Reader:
     def __init__(self, folder: Path, names: Mapping[str, str] | None = None):
         """names: today's name of each parameter, where some have another in the files."""
         self._folder = folder
-        self._files = [safe_open(p, "pt") for p in sorted(folder.glob("rank-*.safetensors"))]
+        self._files = []
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            try:
+                self._files.append(safe_open(path, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise Damaged(f"{path} cannot be read: {error}") from None
         self._index: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}
         for number, file in enumerate(self._files):
             for entry in file.keys():  # noqa: SIM118 (not a mapping)

@@ -7,32 +7,42 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 
 from ijepa_fast import config
+from ijepa_fast.files import publish
 from ijepa_fast.masks.draw import Draw
 
+SKIPPED = 3  # steps that may be skipped between two log lines
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message says in which steps and on which ranks."""
+
+class NonFiniteLoss(ValueError):
+    """Loss, gradient or weights became NaN or infinite; the message says in which steps and on which ranks.
+
+    All ranks raise it.
+    """
+
+    met_by_all = True
 
 
 class Meter:
     """Sums over the micro-batches since the last reading."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._device, self._skipped = device, 0
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._finite: list[torch.Tensor] = []
         self._count = self._images = self._tokens = 0
         self._wait = 0.0
         self._begin = time.perf_counter()
@@ -47,30 +57,35 @@ class Meter:
             if name not in self._sums:
                 self._sums[name] = torch.zeros((), dtype=torch.float64, device=self._device)
             self._sums[name] += value
+        self._finite.append(loss.isfinite())
         self._count += 1
         self._images += draw.images
         self._tokens += draw.tokens
         self._wait += wait
 
-    def read(self, steps: tuple[int, int]) -> dict[str, Any]:
+    def read(self, steps: tuple[int, int], health: torch.Tensor, skipped: int) -> dict[str, Any]:
         """Means since the last reading, over all ranks; the only place that waits for the device.
 
-        `steps`: first and last step of the window, for the message. Raises NonFiniteLoss.
+        steps: first and last step of the window, for the message. health: Engine.health(). skipped: Engine.skipped.
+        Raises NonFiniteLoss.
         """
         ranks = torch.distributed.get_world_size()
         names = list(self._sums)
-        values = torch.zeros(ranks, len(names), dtype=torch.float64, device=self._device)
-        values[torch.distributed.get_rank()] = torch.stack([self._sums[name] for name in names]) / self._count
+        values = torch.zeros(ranks, len(names) + 1, dtype=torch.float64, device=self._device)
+        means = torch.stack([self._sums[name] for name in names]) / self._count
+        values[torch.distributed.get_rank()] = torch.cat([means, health[None]])
         torch.distributed.all_reduce(values)
         values = values.cpu()
-        bad = [rank for rank, finite in enumerate(values[:, 0].isfinite().tolist()) if not finite]
-        if bad:
-            raise NonFiniteLoss(
-                f"the loss is not finite in steps {steps[0]} to {steps[1]} on ranks {bad}; earlier checkpoints are "
-                f"untouched: lower optim.lr, set optim.clip=1, or resume with engine.precision=fp32"
-            )
+        *values, healths = values.T
+        for what, of_ranks in (("loss is", values[0]), ("weights are", healths)):
+            bad = [rank for rank, finite in enumerate(of_ranks.isfinite().tolist()) if not finite]
+            if bad:
+                self._not_finite(what, steps, bad)
+        skipped, self._skipped = skipped - self._skipped, skipped
+        if skipped > SKIPPED:
+            self._not_finite("gradient is", steps, list(range(ranks)))
         seconds = max(time.perf_counter() - self._begin, 1e-9)
-        loss, *terms = (values.sum(0) / ranks).tolist()
+        loss, *terms = [float(of_ranks.sum() / ranks) for of_ranks in values]
         window = {
             "loss": loss,
             "images_per_second": self._images * ranks / seconds,
@@ -80,8 +95,24 @@ class Meter:
         }
         if terms:
             window["loss_terms"] = dict(zip(names[1:], terms, strict=True))
+        if skipped:
+            window["skipped"] = skipped
         self._reset()
         return window
+
+    def _not_finite(self, what: str, steps: tuple[int, int], bad: list[int]) -> NoReturn:
+        """Raise NonFiniteLoss, with the first step of the window in which a rank's own loss was not finite."""
+        finite = torch.stack(self._finite).tolist()
+        micro_steps = max(1, len(finite) // (steps[1] - steps[0] + 1))
+        firsts: list[int | None] = [None] * torch.distributed.get_world_size()
+        mine = None if all(finite) else steps[0] + finite.index(False) // micro_steps
+        torch.distributed.all_gather_object(firsts, mine)
+        known = [first for first in firsts if first is not None]
+        since = f"; the first loss that was not: step {min(known)}, rank {firsts.index(min(known))}" if known else ""
+        raise NonFiniteLoss(
+            f"the {what} not finite in steps {steps[0]} to {steps[1]} on ranks {bad}{since}. Earlier checkpoints are "
+            f"untouched: lower optim.lr, set optim.clip=1, or resume with engine.precision=fp32"
+        )
 
 
 def check_loggers(log: config.Log) -> None:
@@ -139,8 +170,13 @@ class RunLog:
         """Write `record` for the state after `step` steps; nested sections keep their names, joined by slashes."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; checkpoints are intact", self._file.name) from None
+        if skipped := record.get("skipped"):
+            self.say(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
         numbers = dict(_numbers(record))
         if "loss" in record and self._bar is not None:
             ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
@@ -170,18 +206,20 @@ class RunLog:
 
 
 def _reopen(path: Path, step: int) -> TextIO:
-    """The log for appending, without records of steps that a resumed run will do again."""
-    kept = []
+    """The log for appending, without records of steps that a resumed run will do again, and lines that are none."""
     if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
+        kept = [line + "\n" for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        with publish(path) as draft:
+            draft.write_text("".join(kept))
     return open(path, "a")
+
+
+def _step_of(line: str) -> float:
+    """The step of a record, infinity for a line that is none, such as one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +49,20 @@ def training_source(config: Config) -> Source | None:
 def label_columns(source: Source | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Labels of the training images: {label: values}, and {label: its classes}; none of random images."""
     return ({}, {}) if source is None else (source.columns, source.index.classes)
+
+
+def identity(source: Source | None) -> dict[str, Any] | None:
+    """What the training images are, wherever they lie: their number, and a digest of their names and places in shards.
+
+    None for random images. Contents of loose files are not part of it.
+    """
+    if source is None:
+        return None
+    index, digest = source.index, hashlib.sha256()
+    shards = json.dumps([Path(shard).name for shard in index.shards]).encode()
+    for part in (index.names.blob, index.names.ends, shards, index.shard, index.start, index.size):
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
+    return {"images": len(source), "sha256": digest.hexdigest()}
 
 
 def probe_folders(config: Config) -> tuple[str, str] | None:

@@ -1,0 +1,60 @@
+"""What one rank does, or fails to do, all ranks learn: none of them waits for another that has given up."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "refused", "nccl")
+HEAD_START = 2.0  # seconds in which the rank that met an error says it, before those that lost it do
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each rank, in their order. Called by every rank, and done on all of them when it returns.
+
+    Where it raises ValueError or OSError on any rank, all raise the first one's. Results are small: they are pickled.
+    """
+    mine: tuple[Any, Exception | None]
+    try:
+        mine = work(), None
+    except (ValueError, OSError) as error:
+        mine = None, error
+    everyone = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    for _, error in everyone:
+        if error is not None:
+            error.met_by_all = True  # type: ignore[attr-defined]
+            raise error
+    return [result for result, _ in everyone]
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, where alone it is called; if it raises ValueError or OSError, all ranks do."""
+    return together(lambda: work() if torch.distributed.get_rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def sentence(error: Exception) -> str | None:
+    """What a rank is to say of the error that ends it: "" where another says it, None where a traceback should.
+
+    An error that all ranks meet is said by rank 0; one that a rank may have met alone, with its number; that another
+    rank is gone, after that one had the time to say why.
+    """
+    rank = os.environ.get("RANK", "0")
+    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    if isinstance(error, RuntimeError) and not lost:
+        return None
+    if rank != "0" and getattr(error, "met_by_all", False):
+        return ""
+    if lost:
+        time.sleep(HEAD_START)
+        said = " ".join(str(error).split())
+        return f"error: rank {rank} lost another rank, which ended or was silent for engine.timeout seconds: {said}"
+    if rank == "0":
+        return f"error: {error}"
+    time.sleep(HEAD_START)
+    return f"error: rank {rank}: {error}"
