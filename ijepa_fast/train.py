@@ -113,7 +113,8 @@ def resume(
 
     Returns the step to go on from, and the settings of training that are others than before, {key: (then, now)}.
     """
-    step, changed = 0, {}
+    step = 0
+    changed: dict[str, tuple[Any, Any]] = {}
     if last is not None:
         step, changed = checkpoint.load(last, engine, flatten(config), data)
         on_first(lambda: set_newer_aside(last))
