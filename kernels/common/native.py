@@ -17,7 +17,6 @@ from ijepa_fast.kernels.common.library import NAMESPACE, name_of, triton_launche
 WIDTH = 16
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define("cpu_loops() -> (str, str)")
 
 
 @functools.cache
@@ -65,8 +64,8 @@ def unsupported(
 def _has_loops() -> bool:
     if not available():
         return False
-    # The newest of them.
-    if implements("cpu_loops", "CompositeExplicitAutograd"):
+    # The newest of what it holds.
+    if hasattr(importlib.import_module("ijepa_fast._C"), "LOOPS"):
         return True
     warnings.warn(
         "ijepa_fast._C is of an older version, so its loops for the CPU are not used; build it again with "
@@ -86,10 +85,11 @@ def loops() -> str | None:
     """
     if not _has_loops():
         return None
-    kind, complaint = torch.ops.ijepa_fast.cpu_loops()
-    if complaint:
-        warnings.warn(f"ijepa_fast: {complaint}; the loops for the CPU are {kind}", RuntimeWarning, stacklevel=2)
-    return kind
+    extension = importlib.import_module("ijepa_fast._C")
+    if extension.COMPLAINT:
+        message = f"ijepa_fast: {extension.COMPLAINT}; the loops for the CPU are {extension.LOOPS}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return extension.LOOPS
 
 
 def implements(name: str, key: str = "CPU") -> bool:

@@ -326,3 +326,10 @@ def test_without_a_product_of_onednn_the_run_goes_on():
     done = python_with({"ONEDNN_MAX_CPU_ISA": "AVX2"}, STEP)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("oneDNN has no bfloat16 product") == torch.backends.mkldnn.is_available()
+
+
+def test_opcheck():
+    library, x, dy = torch.ops.ijepa_fast, random(7, 32), random(7, 16)
+    torch.library.opcheck(library.column_sums_cpu_.default, (x, random(32)))
+    if linear_native.unsupported(dy, x) is None:
+        torch.library.opcheck(library.linear_dweight_cpu_.default, (dy, x, random(16, 32)))
