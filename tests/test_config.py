@@ -102,6 +102,15 @@ def test_every_config_loads_and_names_its_command(path):
         ("model.patch_std=0", ["model.patch_std", "more than 0"]),
         ("optim.warmup_epochs=99", ["optim.warmup_epochs", "optim.epochs"]),
         ("nonsense", ["nonsense", "key=value"]),
+        ("optim.betas=[0.9]", ["optim.betas", "two numbers"]),
+        ("optim.betas=[0.9,1]", ["optim.betas", "at most"]),
+        ("optim.steps=0", ["optim.steps", "at least 1"]),
+        ("optim.lr=-1", ["optim.lr", "at least 0"]),
+        ("optim.ema=2", ["optim.ema", "at most 1"]),
+        ("optim.horizon=0", ["optim.horizon", "more than 0"]),
+        ("data.mean=[0.5]", ["data.mean", "three numbers"]),
+        ("data.std=[0,1,1]", ["data.std", "more than 0"]),
+        ("data.max_bad_share=2", ["data.max_bad_share", "at most 1"]),
     ],
 )
 def test_mistakes_name_the_key_and_the_way_out(override, words):

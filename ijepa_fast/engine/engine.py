@@ -125,7 +125,11 @@ class Engine:
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""
-        loss, terms = self._engine(images, draw)
+        result = self._engine(images, draw)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            kind = type(self.method).__name__
+            raise ConfigError(f"{kind}.forward: expected (loss, its terms by name), got {type(result).__name__}")
+        loss, terms = result
         self._engine.backward(loss)
         return loss.detach(), terms
 

@@ -103,6 +103,29 @@ class Weights:
             raise ValueError(f"network: the file has no {name}; choose of {self.held}")
         return self.networks[name]
 
+    def renamed(self, former: Mapping[str, str]) -> Weights:
+        """The same weights by today's names of parameters. former: prefixes then and now."""
+        networks: dict[str, State] = {}
+        for network, state in self.networks.items():
+            for key, tensor in state.items():
+                name, _, rest = today(f"{network}.{key}", former).partition(".")
+                networks.setdefault(name, {})[rest] = tensor
+        return Weights(self.arch, networks)
+
+    def with_fixed_positions(self) -> Weights:
+        """The same encoders with a table (1, N, D), as an encoder has that learns none: of a table with the class
+        token's position, that position is added to the token.
+        """
+        if not (self.arch.class_token and self.arch.learned_positions):
+            return self
+        networks = dict(self.networks)
+        for name in networks.keys() & {"encoder", "target_encoder"}:
+            state = dict(networks[name])
+            state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+            state["pos_embed"] = state["pos_embed"][:, 1:]
+            networks[name] = state
+        return Weights(replace(self.arch, learned_positions=False), networks)
+
 
 def infer_arch(
     encoder: State,

@@ -42,9 +42,9 @@ class Options:
     hidden: int = key(2048, "width of the head's two layers", least=1)
     bottleneck: int = key(256, "width of the head's bottleneck", least=1)
     prototypes: int = key(8192, "outputs of the head", least=1)
-    drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0)
-    temperature: float = key(0.07, "of the teacher, reached from first_temperature")
-    first_temperature: float = key(0.04, "of the teacher, at the start")
+    drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
+    temperature: float = key(0.07, "of the teacher, reached from first_temperature", above=0)
+    first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
     temperature_epochs: float = key(30, "over which the teacher's temperature rises", least=0)
     frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
 

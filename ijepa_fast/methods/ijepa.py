@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ijepa_fast.config import key
+from ijepa_fast.config import check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.packing import MaskDraw, pack
 from ijepa_fast.masks.samplers import make_sampler
@@ -42,6 +43,11 @@ class IJEPA(Method[MaskDraw]):
     Options = Options
     capabilities = frozenset({"graphs", "fp8", "target_stream", "forecast"})
     reads_mask = True
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """The predictor has the encoder's heads."""
+        check_width("predictor_dim", setup.model)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

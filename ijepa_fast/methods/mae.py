@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.config import key
+from ijepa_fast.config import ConfigError, key
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.packing import MaskDraw, cu_seqlens, pack
@@ -86,6 +86,20 @@ class MAE(Method[MAEDraw]):
     Options = Options
     capabilities = frozenset({"graphs"})
     former_names: ClassVar = {"predictor.": "decoder."}
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Some patches are masked and some are not; the decoder's width suits its heads."""
+        patches, width = setup.side**2, setup.model.predictor_dim
+        if not 0 < round(patches * options.masked) < patches:
+            raise ConfigError(
+                f"objective.options.masked: expected a share that leaves masked and visible ones of {patches} patches, "
+                f"got {options.masked}"
+            )
+        if width % 4 or width % max(1, width // HEAD_DIM):
+            raise ConfigError(
+                f"model.predictor_dim={width}: expected a multiple of {HEAD_DIM}, the width of the decoder's heads"
+            )
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

@@ -15,7 +15,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -95,7 +95,8 @@ class Method(nn.Module, Generic[D]):
     def parse(cls, setup: Setup) -> Any:
         """The checked options. Raises ConfigError, naming the key."""
         if not cls.reads_mask and setup.mask != Mask():
-            raise ConfigError(f"mask: objective.method={cls.__name__} draws its own masks; remove the section")
+            name = cls.__module__.rpartition(".")[2]
+            raise ConfigError(f"mask: objective.method={name} draws its own masks; remove the section")
         options = parse_options(setup.options, cls.Options)
         cls.check(options, setup)
         return options
@@ -181,11 +182,9 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
             f"Method, got {name!r} ({type(error).__name__}: {error})"
         ) from error
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
+    kinds = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Method)]
+    found = [kind for kind in kinds if kind.__module__ == module.__name__]
+    found = found or [kind for kind in kinds if kind is not Method]  # a package that hands on its method
     if len(found) != 1:
         raise ConfigError(
             f"objective.method={name}: expected a module that defines one subclass of ijepa_fast.methods.method.Method,"
@@ -213,6 +212,8 @@ def _check_contract(name: str, method: type[Method]) -> None:
     needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
     if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
         raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    if not (inspect.isclass(method.Options) and is_dataclass(method.Options)):
+        raise ConfigError(f"objective.method={name}: {method.__name__}.Options: expected a dataclass")
     if unknown := set(method.capabilities) - set(CAPABILITIES):
         raise ConfigError(
             f"objective.method={name}: {method.__name__}.capabilities: expected of {', '.join(CAPABILITIES)}, got "

@@ -199,8 +199,9 @@ def _masks(config: Config, sample: pictures.Sample) -> list[tuple[str, str]]:
     packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
     if not isinstance(packed, MaskDraw):
         return []
-    told = "The image, what the context encoder sees of it, and what is predicted: "
-    told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
+    told = "The image, what the encoder sees of it, and what is predicted"
+    told += f": {config.mask.strategy}, context policy {config.mask.policy}" if method.reads_mask else ""
+    told += f", in a batch of {packed.images}."
     return [("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch))]
 
 

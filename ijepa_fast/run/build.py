@@ -21,6 +21,7 @@ from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
+from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.checkpoint import read_state
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
@@ -56,7 +57,13 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
     micro_steps = steps_per_epoch * config.engine.accumulation
-    return cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    if not isinstance(getattr(method, "encoder", None), Encoder):
+        raise ConfigError(
+            f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
+            f"ijepa_fast.models.vit.Encoder, which is what a run leaves"
+        )
+    return method
 
 
 def with_options(config: Config, method: Method) -> Config:
