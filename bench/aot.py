@@ -121,7 +121,7 @@ def verdict(result: Compiled) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes a thread spills) of the one kernel in `cubin`, by the tools in Triton's wheel."""
+    """(registers, spilled bytes) per thread of the one kernel in `cubin`, by the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -345,7 +345,7 @@ def adamw_ema(b: Batch) -> list[Case]:
 
 
 def _lists(shapes, b: Batch) -> dict[str, list[torch.Tensor]]:
-    """Arguments of adamw_ema_multi_: a tensor a parameter."""
+    """Arguments of adamw_ema_multi_: a tensor per parameter."""
 
     def made(dtype=torch.float32):
         return [b.random(*shape, grad=False, dtype=dtype) for shape in shapes]

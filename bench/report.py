@@ -7,9 +7,10 @@ A table stands between two comments of a Markdown file, the first of which says 
     <!-- table: kernels bench/results/kernels-amd-epyc-2-threads.csv -->
     <!-- end of table -->
 
-Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), aims (the aims for
-an H200 beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's --breakdown), data,
-claims, learning (bench/data.py's, claims.py's, learning.py's). A file that is not there makes a table which says so.
+Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
+should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
+--breakdown), data, claims, learning (bench/data.py's, claims.py's, learning.py's). A file that is not there makes a
+table which says so.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/results.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the kernels should reach on an H200 at H/14: (op, part, pass, against whom, at least). "copy" is a share.
-AIMS = (
+BOUNDS = (
     ("adamw_ema", "encoder", "forward", "copy", 0.9),
     ("layer_norm", "context", "backward", "compiled", 1.8),
     ("target_loss", "smooth L1", "both", "eager", 3.0),
@@ -113,19 +114,19 @@ def kernels(path: Path) -> list[str]:
     return lines
 
 
-def aims(path: Path) -> list[str]:
-    """The aims, and what a file of results says to each."""
+def ops(path: Path) -> list[str]:
+    """The bound of each op, and what a file of results says to it."""
     cases = latest(read(path))
-    lines = _head(("op", "H/14", "pass", "aim", "measured"))
-    for op, part, pass_, against, least in AIMS:
+    lines = _head(("op", "H/14", "pass", "bound", "measured"))
+    for op, part, pass_, against, least in BOUNDS:
         case = cases.get((op, "H/14", part, pass_), {})
         if against == "copy":
-            aim, value = f">= {least:.0%} of the copy bandwidth", case.get(own(case) or "", {}).get("share_of_copy")
+            bound, value = f">= {least:.0%} of the copy bandwidth", case.get(own(case) or "", {}).get("share_of_copy")
             measured = _percent(value) if value else NOT_MEASURED
         else:
-            aim, value = f">= {least:g} x {against}", ratio(case, against)
+            bound, value = f">= {least:g} x {against}", ratio(case, against)
             measured = f"{value:.2f} x" if value else NOT_MEASURED
-        lines.append(f"| {op} | {part} | {pass_} | {aim} | {measured} |")
+        lines.append(f"| {op} | {part} | {pass_} | {bound} | {measured} |")
     return lines
 
 
@@ -222,7 +223,7 @@ def _missing(path: Path) -> str:
 
 KINDS: dict[str, Callable[[Path], list[str]]] = {
     "kernels": kernels,
-    "aims": aims,
+    "ops": ops,
     "aot": aot,
     "steps": steps,
     "stages": stages,

@@ -31,7 +31,7 @@ from bench.baselines.steps import DTYPES
 from bench.timing import synchronise
 from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.kernels.common.memory import keep_freed_memory
-from ijepa_fast.methods import ibot
+from ijepa_fast.methods import ibot, mae
 from ijepa_fast.models.flops import PEAKS
 from ijepa_fast.run.provenance import device_name
 
@@ -179,13 +179,13 @@ def stream(case: Case, folder: str, threads: int):
     """Endless (images, masks) from the project's loader of `folder`, as the method crops; masks drawn when needed."""
     from ijepa_fast.data.dali import TrainLoader
     from ijepa_fast.data.sources import open_source
-    from ijepa_fast.data.views import MAE_VIEW, ViewLoader
+    from ijepa_fast.data.views import ViewLoader
 
     source, common = open_source(folder), {"batch_size": case.batch, "seed": case.seed, "threads": threads}
     if case.method == "ibot":
         loader = ViewLoader(source, views=ibot.views_of(case.crop, case.patch), **common)
     else:
-        loader = TrainLoader(source, crop=case.crop, **(MAE_VIEW if case.method == "mae" else {}), **common)
+        loader = TrainLoader(source, crop=case.crop, **(mae.VIEW if case.method == "mae" else {}), **common)
     try:
         for i, batch in enumerate(loader):
             yield batch.images, case.masks(i)

@@ -1,19 +1,6 @@
 // The loops of attention. See vectors.h and product_loops.h.
 
-// A square of vectors, in registers: every pass deals the two halves out in turns.
-inline void transpose(Vector (&x)[kWidth]) {
-#pragma GCC unroll 8
-  for (int pass = 1; pass < kWidth; pass *= 2) {
-    Vector y[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth / 2; ++i) {
-      y[2 * i] = in_turns<0>(x[i], x[i + kWidth / 2], Places());
-      y[2 * i + 1] = in_turns<kWidth / 2>(x[i], x[i + kWidth / 2], Places());
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
-  }
-}
+constexpr int64_t kQueries = 96;  // rows of the score matrix held at a time
 
 // (rows, dim) -> (dim, padded rows), zeros behind.
 inline void transpose(const float* from, int64_t stride, int64_t rows, int64_t dim, float* to) {
@@ -50,80 +37,128 @@ inline void softmax_row(float* scores, int64_t keys, float factor, float& larges
   share = 1.0f / sum_of(total);
 }
 
-inline void attention(const AttentionShape& shape, const AttentionInput& in, Packed<float> out,
-                      float* statistics, int64_t sequence, int64_t head, float* scratch) {
-  const int64_t q0 = shape.cu_seqlens_q[sequence], k0 = shape.cu_seqlens_k[sequence], dim = shape.dim;
-  const int64_t queries = shape.cu_seqlens_q[sequence + 1] - q0, keys = shape.cu_seqlens_k[sequence + 1] - k0;
-  const float* q = in.q.data + q0 * in.q.stride + head * dim;
-  const float* k = in.k.data + k0 * in.k.stride + head * dim;
-  const float* v = in.v.data + k0 * in.v.stride + head * dim;
-  float* o = out.data + q0 * out.stride + head * dim;
-  float *largest = statistics + head * shape.tokens + q0, *share = largest + shape.heads * shape.tokens;
+inline void attention_head(const Head& h, Packed<const float> q, Packed<const float> k, Packed<const float> v,
+                           Packed<float> out, float* largest, float* share, float* scratch) {
+  const int64_t queries = h.queries, keys = h.keys, dim = h.dim;
   const int64_t width = padded(keys);
   float* keys_t = scratch;                  // (dim, width)
   float* scores = keys_t + dim * width;     // (kQueries, width)
-  transpose(k, in.k.stride, keys, dim, keys_t);
+  transpose(k.data, k.stride, keys, dim, keys_t);
   for (int64_t i = 0; i < queries; i += kQueries) {
     const int64_t rows = queries - i < kQueries ? queries - i : kQueries;
-    product({q + i * in.q.stride, in.q.stride, 1}, keys_t, width, scores, width, rows, width, dim);
+    product({q.data + i * q.stride, q.stride, 1}, keys_t, width, scores, width, rows, width, dim);
     for (int64_t r = 0; r < rows; ++r) {
       largest[i + r] = share[i + r] = 0.0f;
-      if (keys > 0) softmax_row(scores + r * width, keys, shape.scale * kLog2E, largest[i + r], share[i + r]);
+      if (keys > 0) softmax_row(scores + r * width, keys, h.scale * kLog2E, largest[i + r], share[i + r]);
     }
-    product({scores, width, 1}, v, in.v.stride, o + i * out.stride, out.stride, rows, dim, keys);
+    product({scores, width, 1}, v.data, v.stride, out.data + i * out.stride, out.stride, rows, dim, keys);
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = o + (i + r) * out.stride;
+      float* row = out.data + (i + r) * out.stride;
       for (int64_t d = 0; d < dim; d += kWidth) store(row + d, load(row + d) * share[i + r]);
     }
   }
 }
 
-inline void attention_backward(const AttentionShape& shape, const AttentionInput& in, Packed<const float> dout,
-                               const float* statistics, const AttentionGradient& gradient, int64_t sequence,
-                               int64_t head, float* scratch) {
-  const int64_t q0 = shape.cu_seqlens_q[sequence], k0 = shape.cu_seqlens_k[sequence], dim = shape.dim;
-  const int64_t queries = shape.cu_seqlens_q[sequence + 1] - q0, keys = shape.cu_seqlens_k[sequence + 1] - k0;
-  const float* q = in.q.data + q0 * in.q.stride + head * dim;
-  const float* k = in.k.data + k0 * in.k.stride + head * dim;
-  const float* v = in.v.data + k0 * in.v.stride + head * dim;
-  const float* d_o = dout.data + q0 * dout.stride + head * dim;
-  float* dq = gradient.q.data + q0 * gradient.q.stride + head * dim;
-  float* dk = gradient.k.data + k0 * gradient.k.stride + head * dim;
-  float* dv = gradient.v.data + k0 * gradient.v.stride + head * dim;
-  const float *largest = statistics + head * shape.tokens + q0, *share = largest + shape.heads * shape.tokens;
+inline void attention_head_backward(const Head& h, Packed<const float> q, Packed<const float> k, Packed<const float> v,
+                                    Packed<const float> dout, const float* largest, const float* share, Packed<float> dq,
+                                    Packed<float> dk, Packed<float> dv, float* scratch) {
+  const int64_t queries = h.queries, keys = h.keys, dim = h.dim;
   const int64_t width = padded(keys);
   float* keys_t = scratch;                        // (dim, width)
   float* values_t = keys_t + dim * width;         // (dim, width)
   float* p = values_t + dim * width;              // (kQueries, width)
   float* ds = p + kQueries * width;               // (kQueries, width)
-  transpose(k, in.k.stride, keys, dim, keys_t);
-  transpose(v, in.v.stride, keys, dim, values_t);
+  transpose(k.data, k.stride, keys, dim, keys_t);
+  transpose(v.data, v.stride, keys, dim, values_t);
   for (int64_t j = 0; queries == 0 && j < keys; ++j) {
     for (int64_t d = 0; d < dim; d += kWidth) {
-      store(dk + j * gradient.k.stride + d, Vector{});
-      store(dv + j * gradient.v.stride + d, Vector{});
+      store(dk.data + j * dk.stride + d, Vector{});
+      store(dv.data + j * dv.stride + d, Vector{});
     }
   }
   for (int64_t i = 0; i < queries; i += kQueries) {
     const int64_t rows = queries - i < kQueries ? queries - i : kQueries;
-    const float* d_out = d_o + i * dout.stride;
-    product({q + i * in.q.stride, in.q.stride, 1}, keys_t, width, p, width, rows, width, dim);
+    const float* d_out = dout.data + i * dout.stride;
+    product({q.data + i * q.stride, q.stride, 1}, keys_t, width, p, width, rows, width, dim);
     product({d_out, dout.stride, 1}, values_t, width, ds, width, rows, width, dim);
     for (int64_t r = 0; r < rows; ++r) {
       float *p_row = p + r * width, *ds_row = ds + r * width;
       Vector dot = {};  // of p and its gradient: more exact than that of out and dout, which it equals
       for (int64_t j = 0; j < width; j += kWidth) {
-        const Vector value = exp2((load(p_row + j) - largest[i + r]) * (shape.scale * kLog2E)) * share[i + r];
+        const Vector value = exp2((load(p_row + j) - largest[i + r]) * (h.scale * kLog2E)) * share[i + r];
         store(p_row + j, value);
         dot += value * load(ds_row + j);  // gradients of padding are zero
       }
       const float delta = sum_of(dot);
       for (int64_t j = 0; j < width; j += kWidth) {
-        store(ds_row + j, load(p_row + j) * (load(ds_row + j) - delta) * shape.scale);
+        store(ds_row + j, load(p_row + j) * (load(ds_row + j) - delta) * h.scale);
       }
     }
-    product({p, 1, width}, d_out, dout.stride, dv, gradient.v.stride, keys, dim, rows, i > 0);
-    product({ds, 1, width}, q + i * in.q.stride, in.q.stride, dk, gradient.k.stride, keys, dim, rows, i > 0);
-    product({ds, width, 1}, k, in.k.stride, dq + i * gradient.q.stride, gradient.q.stride, rows, dim, keys);
+    product({p, 1, width}, d_out, dout.stride, dv.data, dv.stride, keys, dim, rows, i > 0);
+    product({ds, 1, width}, q.data + i * q.stride, q.stride, dk.data, dk.stride, keys, dim, rows, i > 0);
+    product({ds, width, 1}, k.data, k.stride, dq.data + i * dq.stride, dq.stride, rows, dim, keys);
   }
+}
+
+// bf16 by way of fp32 copies, whose heads zeros fill to full vectors.
+inline Packed<float> widened(Packed<const Bf16> x, int64_t rows, int64_t dim, float*& scratch) {
+  const Packed<float> wide{scratch, padded(dim)};
+  scratch += rows * wide.stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + kWidth <= dim; d += kWidth) store(wide.data + r * wide.stride + d, load(x.data + r * x.stride + d));
+    if (d < dim) {
+      Bf16 values[kWidth] = {};
+      for (int64_t i = 0; i < kWidth && d + i < dim; ++i) values[i] = x.data[r * x.stride + d + i];
+      store(wide.data + r * wide.stride + d, load(values));
+    }
+  }
+  return wide;
+}
+inline Packed<float> unwritten(int64_t rows, int64_t dim, float*& scratch) {
+  const Packed<float> wide{scratch, padded(dim)};
+  scratch += rows * wide.stride;
+  return wide;
+}
+inline Packed<const float> read(Packed<float> x) { return {x.data, x.stride}; }
+inline void narrow(Packed<float> x, int64_t rows, int64_t dim, Packed<Bf16> to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t d = 0;
+    for (; d + kWidth <= dim; d += kWidth) store(to.data + r * to.stride + d, load(x.data + r * x.stride + d));
+    if (d < dim) {
+      Bf16 values[kWidth];
+      store(values, load(x.data + r * x.stride + d));
+      for (int64_t i = 0; i < kWidth && d + i < dim; ++i) to.data[r * to.stride + d + i] = values[i];
+    }
+  }
+}
+
+inline void attention_head(const Head& h, Packed<const Bf16> q, Packed<const Bf16> k, Packed<const Bf16> v,
+                           Packed<Bf16> out, float* largest, float* share, float* scratch) {
+  const Packed<float> wide_q = widened(q, h.queries, h.dim, scratch), wide_k = widened(k, h.keys, h.dim, scratch);
+  const Packed<float> wide_v = widened(v, h.keys, h.dim, scratch), wide_out = unwritten(h.queries, h.dim, scratch);
+  const Head wide{h.queries, h.keys, padded(h.dim), h.scale};
+  attention_head(wide, read(wide_q), read(wide_k), read(wide_v), wide_out, largest, share, scratch);
+  narrow(wide_out, h.queries, h.dim, out);
+}
+
+inline void attention_head_backward(const Head& h, Packed<const Bf16> q, Packed<const Bf16> k, Packed<const Bf16> v,
+                                    Packed<const Bf16> dout, const float* largest, const float* share, Packed<Bf16> dq,
+                                    Packed<Bf16> dk, Packed<Bf16> dv, float* scratch) {
+  const Packed<float> wide_q = widened(q, h.queries, h.dim, scratch), wide_k = widened(k, h.keys, h.dim, scratch);
+  const Packed<float> wide_v = widened(v, h.keys, h.dim, scratch), wide_dout = widened(dout, h.queries, h.dim, scratch);
+  const Packed<float> wide_dq = unwritten(h.queries, h.dim, scratch), wide_dk = unwritten(h.keys, h.dim, scratch);
+  const Packed<float> wide_dv = unwritten(h.keys, h.dim, scratch);
+  const Head wide{h.queries, h.keys, padded(h.dim), h.scale};
+  attention_head_backward(wide, read(wide_q), read(wide_k), read(wide_v), read(wide_dout), largest, share, wide_dq,
+                          wide_dk, wide_dv, scratch);
+  narrow(wide_dq, h.queries, h.dim, dq);
+  narrow(wide_dk, h.keys, h.dim, dk);
+  narrow(wide_dv, h.keys, h.dim, dv);
+}
+
+template <class T>
+inline int64_t attention_scratch(int64_t dim, int64_t queries, int64_t keys) {
+  const int64_t own = 2 * (padded(dim) + kQueries) * padded(keys);
+  return sizeof(T) == sizeof(float) ? own : own + (3 * queries + 4 * keys) * padded(dim);
 }

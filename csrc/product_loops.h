@@ -1,5 +1,7 @@
 // Products with all sums in registers, and the gradient of a linear layer's weight made of them. See vectors.h.
 
+struct Tiles {};  // nothing to set up, unlike in amx_products.h
+
 // A matrix that is read value by value: element (m, k) is data[m * row + k * column].
 struct Left {
   const float* data;
@@ -57,10 +59,15 @@ inline void product(Left a, const float* b, int64_t b_row, float* c, int64_t c_r
   }
 }
 
+// Rows of dweight taken at a time, their tokens, and the widest panel of x: in floats, 192 KB of dy, which the second
+// cache holds, and 32 KB of x, which the first one does.
+constexpr int64_t kGradientRows = 384, kGradientDepth = 128, kGradientWidth = 64;
+constexpr int64_t kGradientScratch = (kGradientRows + kGradientWidth) * kGradientDepth;
+
 // Rows [begin, end) of dweight (outputs, inputs) = dy^T x. Both factors lie as a product wants them, so nothing is
-// transposed, but are copied block by block to where the cache keeps them. `scratch` holds weight_gradient_scratch()
-// floats; end - begin <= kGradientRows.
-inline void weight_gradient(const WeightGradient& x, int64_t begin, int64_t end, float* scratch) {
+// transposed, but are copied block by block to where the cache keeps them.
+inline void weight_gradient(const WeightGradient<float>& x, int64_t begin, int64_t end, float* scratch) {
+  for (; end - begin > kGradientRows; begin += kGradientRows) weight_gradient(x, begin, begin + kGradientRows, scratch);
   constexpr int64_t kPanel = kVectors * kWidth;
   static_assert(kGradientRows % kRows == 0 && kPanel <= kGradientWidth, "the scratch memory's size follows from these");
   float* left = scratch;                                 // (row tiles, kGradientDepth, kRows)

@@ -1,13 +1,15 @@
-// The loops of bias + GELU and of residual + LayerNorm, over rows [begin, end). See vectors.h.
+// The loops of bias + GELU, of residual + LayerNorm and of sums, over rows [begin, end). See vectors.h.
 
 // Phi and phi of the standard normal distribution; the polynomial is that of kernels/bias_gelu/kernel.py.
 struct Normal {
   Vector below, density;
 };
+template <class T>
 inline Normal normal(Vector u) {
+  constexpr bool kFp32 = sizeof(T) == sizeof(float);
   const Vector size = u < 0.0f ? -u : u;
-  const Vector exponential = exp2(size * size * (-0.5f * kLog2E));
-  const Vector t = 1.0f / (1.0f + 0.278f * size);
+  const Vector power = size * size * (-0.5f * kLog2E), exponential = kFp32 ? exp2(power) : exp2_for_bf16(power);
+  const Vector below = 1.0f + 0.278f * size, t = kFp32 ? 1.0f / below : reciprocal_for_bf16(below);
   Vector p = 0.41636395152f - t * 0.10995696076f;
   p = -0.27688142763f + t * p;
   p = 0.29669784748f + t * p;
@@ -17,20 +19,22 @@ inline Normal normal(Vector u) {
   return {u < 0.0f ? tail : 1.0f - tail, 0.3989422804f * exponential};
 }
 
-inline void bias_gelu(const BiasGelu& x, int64_t begin, int64_t end) {
+template <class T>
+inline void bias_gelu(const BiasGelu<T>& x, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector u = load(x.x + row * x.width + f) + load(x.bias + f);
-      store(x.y + row * x.width + f, u * normal(u).below);
+      store(x.y + row * x.width + f, u * normal<T>(u).below);
     }
   }
 }
 
-inline void bias_gelu_backward(const BiasGelu& x, int64_t begin, int64_t end, float* dbias) {
+template <class T>
+inline void bias_gelu_backward(const BiasGelu<T>& x, int64_t begin, int64_t end, float* dbias) {
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector u = load(x.x + row * x.width + f) + load(x.bias + f);
-      const Normal n = normal(u);
+      const Normal n = normal<T>(u);
       const Vector dx = load(x.dy + row * x.width + f) * (n.below + u * n.density);
       store(x.dx + row * x.width + f, dx);
       store(dbias + f, load(dbias + f) + dx);
@@ -38,18 +42,18 @@ inline void bias_gelu_backward(const BiasGelu& x, int64_t begin, int64_t end, fl
   }
 }
 
-inline void layer_norm(const LayerNorm& x, int64_t begin, int64_t end) {
+template <class T>
+inline void layer_norm(const LayerNorm<T>& x, int64_t begin, int64_t end) {
   const float share = 1.0f / static_cast<float>(x.width);
   for (int64_t row = begin; row < end; ++row) {
-    const float* s = x.x + row * x.width;
+    const T* s = x.x + row * x.width;
     Vector total = {};
     if (x.residual) {
-      const float *a = s, *b = x.residual + row * x.width;
-      float* sum = x.s + row * x.width;
+      const T *a = s, *b = x.residual + row * x.width;
+      T* sum = x.s + row * x.width;
       for (int64_t f = 0; f < x.width; f += kWidth) {
-        const Vector value = load(a + f) + load(b + f);
-        store(sum + f, value);
-        total += value;
+        store(sum + f, load(a + f) + load(b + f));
+        total += load(sum + f);  // as rounded: what the backward pass will see
       }
       s = sum;
     } else {
@@ -71,11 +75,13 @@ inline void layer_norm(const LayerNorm& x, int64_t begin, int64_t end) {
 }
 
 // dparameters: dweight (width), then dbias (width).
-inline void layer_norm_backward(const LayerNormGradient& x, int64_t begin, int64_t end, float* dparameters) {
+template <class T>
+inline void layer_norm_backward(const LayerNormGradient<T>& x, int64_t begin, int64_t end, float* dparameters) {
   const float share = 1.0f / static_cast<float>(x.width);
   float *dweight = dparameters, *dbias = dparameters + x.width;
   for (int64_t row = begin; row < end; ++row) {
-    const float *dy = x.dy + row * x.width, *s = x.s + row * x.width, mean = x.mean[row], rstd = x.rstd[row];
+    const T *dy = x.dy + row * x.width, *s = x.s + row * x.width;
+    const float mean = x.mean[row], rstd = x.rstd[row];
     Vector sum = {}, dot = {};
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector upstream = load(dy + f), normalised = (load(s + f) - mean) * rstd;
@@ -86,11 +92,18 @@ inline void layer_norm_backward(const LayerNormGradient& x, int64_t begin, int64
       store(dbias + f, load(dbias + f) + upstream);
     }
     const float mean_g = sum_of(sum) * share, mean_dot = sum_of(dot) * share;
-    const float* ds = x.ds ? x.ds + row * x.width : nullptr;
+    const T* ds = x.ds ? x.ds + row * x.width : nullptr;
     for (int64_t f = 0; f < x.width; f += kWidth) {
       const Vector normalised = (load(s + f) - mean) * rstd;
       const Vector dx = (load(dy + f) * load(x.weight + f) - mean_g - normalised * mean_dot) * rstd;
       store(x.dx + row * x.width + f, ds ? dx + load(ds + f) : dx);
     }
+  }
+}
+
+template <class T>
+inline void column_sums(const T* x, int64_t width, int64_t begin, int64_t end, float* sums) {
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t f = 0; f < width; f += kWidth) store(sums + f, load(sums + f) + load(x + row * width + f));
   }
 }

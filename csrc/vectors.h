@@ -2,12 +2,18 @@
 // namespace of its own and under the compiler's target for it. Hence no include guards, and no functions of the
 // standard library, whose one instance would be some generation's for all.
 
-using Vector = float __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-using Bits = int32_t __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+using Vector = float __attribute__((vector_size(kWidth * 4)));
+using Bits = int32_t __attribute__((vector_size(kWidth * 4)));
+using Words = uint32_t __attribute__((vector_size(kWidth * 4)));
+using Halves = uint16_t __attribute__((vector_size(kWidth * 2)));
 
 inline int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
-inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-inline void store(float* p, Vector x) { *reinterpret_cast<Vector*>(p) = x; }
+inline Vector load(const float* p) {
+  Vector x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, Vector x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Vector fill(float x) { return x - Vector{}; }
 
 // 2^x for x <= 0, to 2 units in the last place; 0 below 2^-126.
@@ -47,6 +53,21 @@ inline Vector in_turns(Vector a, Vector b, std::integer_sequence<int, I...>) {
 template <int... I>
 inline Bits count(std::integer_sequence<int, I...>) {
   return Bits{I...};
+}
+
+// A square of vectors, in registers: every pass deals the two halves out in turns.
+inline void transpose(Vector (&x)[kWidth]) {
+#pragma GCC unroll 8
+  for (int pass = 1; pass < kWidth; pass *= 2) {
+    Vector y[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = in_turns<0>(x[i], x[i + kWidth / 2], Places());
+      y[2 * i + 1] = in_turns<kWidth / 2>(x[i], x[i + kWidth / 2], Places());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
 }
 
 // Sum and maximum of a vector's values, in log2(kWidth) steps.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 
+BELOW_ONE = 0.9999999
 MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
 
 
@@ -38,9 +40,23 @@ ARCHITECTURES = {
 }
 
 
-def key(default: Any, meaning: str, *, choices: Sequence | None = None, least: float | None = None, fixed=False) -> Any:
-    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed."""
-    metadata = {"meaning": meaning, "choices": choices, "least": least, "fixed": fixed}
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    length: int | None = None,
+    fixed: bool = False,
+) -> Any:
+    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
+
+    least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
+    """
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
+    metadata |= {"least": least, "above": above, "most": most, "length": length}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -58,22 +74,22 @@ class Data:
         'a folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images',
     )
     crop: int = fixed(224, "side of the square crop, pixels", least=1)
-    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area")
-    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height")
+    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", length=2)
+    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", length=2)
     interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
     flip: bool = fixed(False, "whether half of the crops are mirrored")
-    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1")
-    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1")
+    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1", length=3)
+    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1", above=0, length=3)
     threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
     prefetch: int = key(2, "batches decoded ahead", least=1)
     cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
     scenes: int = fixed(4000, "images of the embedded data set", least=1)
     scenes_size: int = fixed(64, "their side, pixels", least=1)
-    hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0)
+    hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0, most=1)
     changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
-    max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0)
+    max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0, most=1)
     max_pixels: int = fixed(
-        178_956_970, "a file that declares more counts as unreadable (a decompression bomb)", least=1
+        50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
     )
 
 
@@ -83,7 +99,7 @@ class Mask:
 
     strategy: str = fixed("multiblock", "see masks/samplers.py")
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
-    budget: int | None = fixed(None, "context patches per image under policy=budget")
+    budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
     padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
     targets: int | None = fixed(None, "target blocks per image")
     target_scale: list[float] | None = fixed(None, "range of a target block's share of the image")
@@ -96,13 +112,13 @@ class Mask:
 
 @dataclass
 class Model:
-    arch: str | None = fixed(None, "sets dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
-    dim: int | None = fixed(None, "width of the encoder")
-    depth: int | None = fixed(None, "blocks of the encoder")
-    heads: int | None = fixed(None, "attention heads")
-    mlp_ratio: float | None = fixed(None, "hidden width of a block's MLP over its width; 4 unless the arch has another")
+    arch: str | None = fixed(None, "a published size: dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
+    dim: int = fixed(0, "width of the encoder; 0, here and in the next three: as `arch` says", least=0)
+    depth: int = fixed(0, "blocks of the encoder", least=0)
+    heads: int = fixed(0, "attention heads", least=0)
+    mlp_ratio: float = fixed(0.0, "hidden width of a block's MLP over its width; 4 where there is no `arch`", least=0)
     patch: int = fixed(16, "side of a patch, pixels", least=1)
-    patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than the published 0.02")
+    patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than .02", above=0)
     predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1)
     predictor_depth: int = fixed(12, "blocks of the predictor, of MAE's decoder", least=1)
     recompute: bool = key(False, "activation checkpointing by block")
@@ -117,19 +133,19 @@ class Objective:
 @dataclass
 class Optim:
     epochs: int = key(300, "passes over the images", least=1)
-    steps: int | None = key(None, "ends the run early; the schedules still run over `epochs`")
+    steps: int | None = key(None, "ends the run early; the schedules still run over `epochs`", least=1)
     warmup_epochs: float = key(40, "of the learning rate", least=0)
-    horizon: float = key(1.0, "stretches the schedules beyond the epochs trained")
-    start_lr: float = key(2e-4, "learning rate at the start of the warm-up")
-    lr: float = key(1e-3, "learning rate at its end")
-    final_lr: float = key(1e-6, "learning rate at the end of the run")
-    weight_decay: float = key(0.04, "at the start")
-    final_weight_decay: float = key(0.4, "at the end of the run")
+    horizon: float = key(1.0, "stretches the schedules beyond the epochs trained", above=0)
+    start_lr: float = key(2e-4, "learning rate at the start of the warm-up", least=0)
+    lr: float = key(1e-3, "learning rate at its end", least=0)
+    final_lr: float = key(1e-6, "learning rate at the end of the run", least=0)
+    weight_decay: float = key(0.04, "at the start", least=0)
+    final_weight_decay: float = key(0.4, "at the end of the run", least=0)
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
-    betas: list[float] = key([0.9, 0.999], "AdamW's")
-    eps: float = key(1e-8, "AdamW's")
-    ema: float = key(0.996, "momentum of the EMA at the start: the share of the average that a step keeps")
-    final_ema: float = key(1.0, "momentum of the EMA at the end of the run")
+    betas: list[float] = key([0.9, 0.999], "AdamW's", least=0, most=BELOW_ONE, length=2)
+    eps: float = key(1e-8, "AdamW's", above=0)
+    ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps", least=0, most=1)
+    final_ema: float = key(1.0, "momentum of the EMA at the end of the run", least=0, most=1)
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
     clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
 
@@ -167,7 +183,7 @@ class Probe:
     train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source")
     test: str | None = key(None, "labelled images; None: the embedded data set's held-out part")
     images: int = key(50_000, "at most, of each", least=1)
-    resize: int | None = key(None, "shorter side before the central crop, pixels; None: data.crop")
+    resize: int | None = key(None, "shorter side before the central crop, pixels; None: data.crop", least=1)
     every: int = key(100, "steps between online probes, each at the next log line; 0: none", least=0)
 
 
@@ -205,6 +221,8 @@ RENAMED = {
     "objective.target": "objective.options.target",
 }
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
+FORMER_DEFAULTS = {"data.max_pixels": 178_956_970}  # fixed keys whose default was another: it refuses no resume
+OWN_METHODS = "ijepa_fast.methods."
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
@@ -226,13 +244,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
         _check_keys(OmegaConf.to_container(merged), Config)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        given: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    config = resolve(config)
+    config = resolve(given)
     check(config)
     return config
 
@@ -256,7 +274,7 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
 
 def flatten(config: Any) -> dict[str, Any]:
     """Every value of a configuration by its dotted key; the method's options are keys of their own."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, _ in keys(type(config)):
         value = config
         for part in name.split("."):
@@ -286,6 +304,7 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
             flat.pop(name, None)
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
+    flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -293,10 +312,10 @@ def resolve(config: Config) -> Config:
     """The same configuration with the sizes of `model.arch` filled in where the model's own are not set."""
     config = copy.deepcopy(config)
     model = config.model
-    for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES.get(model.arch, ())):
-        if getattr(model, name) is None:
-            setattr(model, name, value)
-    model.mlp_ratio = 4.0 if model.mlp_ratio is None else model.mlp_ratio
+    if model.arch in ARCHITECTURES:
+        for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
+            setattr(model, name, getattr(model, name) or value)
+    model.mlp_ratio = model.mlp_ratio or 4.0
     return config
 
 
@@ -306,6 +325,9 @@ def check(config: Config) -> None:
     for name, f in keys(Config):
         if name in flat:
             _check_value(name, f, flat[name])
+    folder = Path(config.name)
+    if folder.is_absolute() or ".." in folder.parts or not folder.parts:
+        raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
     if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
         raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
     _check_model(config.model)
@@ -355,12 +377,25 @@ def parse_options(given: Any, kind: type) -> Any:
 
 
 def _check_value(name: str, f: Field, value: Any) -> None:
-    choices, least = f.metadata.get("choices"), f.metadata.get("least")
+    choices, length = f.metadata.get("choices"), f.metadata.get("length")
     if choices is not None and value not in choices:
         names = ", ".join("null" if choice is None else str(choice) for choice in choices)
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
-    if least is not None and not value >= least:
-        raise ConfigError(f"{name}: expected at least {least}, got {value}")
+    if length is not None and len(value) != length:
+        raise ConfigError(f"{name}: expected {NUMBERS[length]} numbers, got {value}")
+    for number in value if isinstance(value, list) else [value]:
+        for limit, words, holds in LIMITS:
+            bound = f.metadata.get(limit)
+            if bound is not None and number is not None and not holds(number, bound):
+                raise ConfigError(f"{name}: expected {words} {bound:.10g}, got {value}")
+
+
+NUMBERS = {2: "two", 3: "three"}
+LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+    ("least", "at least", operator.ge),
+    ("above", "more than", operator.gt),
+    ("most", "at most", operator.le),
+)
 
 
 def _check_data(data: Data, patch: int) -> None:
@@ -371,8 +406,6 @@ def _check_data(data: Data, patch: int) -> None:
         )
     for name in ("scale", "ratio"):
         ends = getattr(data, name)
-        if len(ends) != 2:
-            raise ConfigError(f"data.{name}: expected two numbers, got {ends}")
         if not 0 < ends[0] <= ends[1]:
             raise ConfigError(f"data.{name}: expected two numbers, 0 < first <= second, got {ends}")
     if data.scale[1] > 1:
@@ -396,21 +429,20 @@ def _check_engine(engine: Engine, mask: Mask) -> None:
 
 
 def _check_model(model: Model) -> None:
-    if not model.patch_std > 0:
-        raise ConfigError(f"model.patch_std: expected more than 0 (published: 0.02), got {model.patch_std}")
     for name in ("dim", "depth", "heads"):
-        value = getattr(model, name)
-        if value is None:
+        if not getattr(model, name):
             raise ConfigError(f"model.{name} is not set; set it, or model.arch to one of {', '.join(ARCHITECTURES)}")
-        if value < 1:
-            raise ConfigError(f"model.{name}: expected at least 1, got {value}")
-    for name in ("dim", "predictor_dim"):
-        width = getattr(model, name)
-        if width % model.heads or width % 4:
-            raise ConfigError(
-                f"model.{name}={width} must be divisible by 4 and by model.heads={model.heads}; "
-                f"change model.{name} or model.heads"
-            )
+    check_width("dim", model)
+
+
+def check_width(name: str, model: Model) -> None:
+    """ConfigError unless `model.<name>` is a width that fixed positions and the attention heads divide."""
+    width = getattr(model, name)
+    if width % model.heads or width % 4:
+        raise ConfigError(
+            f"model.{name}={width} must be divisible by 4 and by model.heads={model.heads}; "
+            f"change model.{name} or model.heads"
+        )
 
 
 def _renamed(given: Any) -> Any:
@@ -418,7 +450,9 @@ def _renamed(given: Any) -> Any:
     from omegaconf import DictConfig, OmegaConf
 
     method = OmegaConf.select(given, "objective.method")
-    if method in RENAMED_METHODS:
+    if isinstance(method, str) and method.startswith(OWN_METHODS):
+        given.objective.method = method = method.removeprefix(OWN_METHODS)
+    if isinstance(method, str) and method in RENAMED_METHODS:
         given.objective.method = RENAMED_METHODS[method]
         for old in UNREAD:
             given.objective.pop(old.removeprefix("objective."), None)
@@ -437,7 +471,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _check_keys(given: dict, section: type, prefix: str = "") -> None:
+def _check_keys(given: Any, section: type, prefix: str = "") -> None:
     known = {f.name: f for f in fields(section)}
     for key, value in given.items():
         if key not in known:

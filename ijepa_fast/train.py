@@ -83,7 +83,7 @@ def train(config: Config) -> None:
             signal, due = stop.after(step)
             saving = signal or due or step % config.log.checkpoint_every == 0 or step == total
             if saving or step % config.log.every == 0:
-                record = {"epoch": batch.epoch, "replaced": loader.replaced}
+                record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped)
                 log.write(step, window | record | online.read(step))
@@ -113,7 +113,8 @@ def resume(
 
     Returns the step to go on from, and the settings of training that are others than before, {key: (then, now)}.
     """
-    step, changed = 0, {}
+    step = 0
+    changed: dict[str, tuple[Any, Any]] = {}
     if last is not None:
         step, changed = checkpoint.load(last, engine, flatten(config), data)
         on_first(lambda: set_newer_aside(last))

@@ -194,13 +194,13 @@ def test_tables_are_made_of_the_rows_of_the_last_run(tmp_path):
     assert report.render(new, tmp_path) == new
 
 
-def test_aims_say_what_was_measured_or_that_nothing_was(tmp_path):
-    text = "<!-- table: aims k.csv -->\n<!-- end of table -->"
-    assert report.render(text, tmp_path).count("| not measured |") == len(report.AIMS)
+def test_bounds_say_what_was_measured_or_that_nothing_was(tmp_path):
+    text = "<!-- table: ops k.csv -->\n<!-- end of table -->"
+    assert report.render(text, tmp_path).count("| not measured |") == len(report.BOUNDS)
     write(tmp_path / "k.csv", [row("compiled", 5), row("triton", 2)])
     new = report.render(text, tmp_path)
     assert "| layer_norm | context | backward | >= 1.8 x compiled | 2.50 x |" in new
-    assert new.count("| not measured |") == len(report.AIMS) - 1
+    assert new.count("| not measured |") == len(report.BOUNDS) - 1
 
 
 def test_compiled_kernels_are_summed_up_by_op(tmp_path):

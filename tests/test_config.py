@@ -89,6 +89,8 @@ def test_every_config_loads_and_names_its_command(path):
         ("optim.lr=fast", ["optim.lr", "fast"]),
         ("engine.zero=4", ["engine.zero", "0, 1, 2, 3", "4"]),
         ("data.crop=65", ["data.crop=65", "model.patch=8", "set data.crop to 64"]),
+        ("model.dim=0", ["model.dim is not set", "model.arch", "vit_huge"]),
+        ("model.depth=-1", ["model.depth", "at least 0"]),
         ("model.heads=5", ["model.dim", "model.heads=5"]),
         ("model.arch=vit_enormous", ["model.arch", "vit_huge", "vit_enormous"]),
         ("batch_size=0", ["batch_size", "at least 1"]),
@@ -100,6 +102,15 @@ def test_every_config_loads_and_names_its_command(path):
         ("model.patch_std=0", ["model.patch_std", "more than 0"]),
         ("optim.warmup_epochs=99", ["optim.warmup_epochs", "optim.epochs"]),
         ("nonsense", ["nonsense", "key=value"]),
+        ("optim.betas=[0.9]", ["optim.betas", "two numbers"]),
+        ("optim.betas=[0.9,1]", ["optim.betas", "at most"]),
+        ("optim.steps=0", ["optim.steps", "at least 1"]),
+        ("optim.lr=-1", ["optim.lr", "at least 0"]),
+        ("optim.ema=2", ["optim.ema", "at most 1"]),
+        ("optim.horizon=0", ["optim.horizon", "more than 0"]),
+        ("data.mean=[0.5]", ["data.mean", "three numbers"]),
+        ("data.std=[0,1,1]", ["data.std", "more than 0"]),
+        ("data.max_bad_share=2", ["data.max_bad_share", "at most 1"]),
     ],
 )
 def test_mistakes_name_the_key_and_the_way_out(override, words):
@@ -127,7 +138,7 @@ def test_checking_changes_nothing():
     assert flatten(config) == before
     unresolved = Config(name="x", data=Data(source="synthetic"), model=Model(arch="vit_tiny"))
     assert resolve(unresolved).model.dim == 192
-    assert unresolved.model.dim is None
+    assert unresolved.model.dim == 0
 
 
 @pytest.mark.parametrize(("key", "f"), list(keys(Config)), ids=[name for name, _ in keys(Config)])
@@ -157,6 +168,16 @@ def test_flattened_configurations_of_earlier_versions():
     then = {"objective.method": "bench.baselines.mae", "objective.loss": "l2", "objective.options": {"masked": 0.5}}
     assert present(then) == {"objective.method": "mae", "objective.options.masked": 0.5}
     assert present({"objective.loss": "l2", "optim.momentum": 1}) == {"objective.options.loss": "l2", "optim.ema": 1}
+    # A fixed key whose default changed does not make today's run another; a value that somebody chose does.
+    assert present({"data.max_pixels": 178_956_970, "seed": 1}) == {"seed": 1}
+    assert present({"data.max_pixels": 1000}) == {"data.max_pixels": 1000}
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "..", "."])
+def test_a_run_lies_inside_the_folder_of_runs(name):
+    with pytest.raises(ConfigError, match=r"name=.*: expected the name of a folder inside runs; choose another"):
+        load_config(QUICKSTART, [f"name={name}"])
+    assert load_config(QUICKSTART, ["name=sweep/a..b"]).folder == Path("runs/sweep/a..b")
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,6 @@ def test_two_ranks_cover_every_epoch_once_and_equal_one_rank(photos):
         assert torch.equal(one[step].images, torch.cat([ranks[step].images for ranks in two]))
 
 
-def test_resume_on_another_number_of_ranks_covers_the_rest_of_the_epoch(photos):
-    before = take(photos, 2, batch_size=8)
-    after = [take(photos, 2, batch_size=4, rank=r, world_size=3, start_image=16) for r in range(3)]
-    seen = torch.cat([b.indices for b in before] + [b.indices for ranks in after for b in ranks])
-    assert sorted(seen.tolist()) == list(range(COUNT))
-
-
 def test_a_batch_may_span_two_epochs(photos):
     batches = take(photos, 5, batch_size=16)
     stream = torch.cat([b.indices for b in batches])
@@ -252,20 +245,6 @@ def test_broken_files_are_replaced_named_once_and_batches_stay_full(with_bad):
     lines = record.read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in lines) == sorted(source.name(i) for i in bad)
     assert all(len(line.split("\t")[1]) > 5 for line in lines)
-
-
-def test_files_that_cannot_be_read_are_replaced_too(tmp_path):
-    write_photos(tmp_path, 40, size=40)
-    (tmp_path / "class0" / "folder.jpg").mkdir()
-    (tmp_path / "class0" / "dangling.jpg").symlink_to(tmp_path / "nothing.jpg")
-    loader = TrainLoader(open_source(tmp_path), batch_size=21, crop=32, max_bad_share=0.1, bad_files=tmp_path / "bad")
-    assert [len(next(loader).images) for _ in range(2)] == [21, 21]
-    loader.close()
-    reasons = dict(line.split("\t") for line in (tmp_path / "bad").read_text().splitlines())
-    assert reasons == {
-        f"{tmp_path}/class0/folder.jpg": "cannot be read: Is a directory",
-        f"{tmp_path}/class0/dangling.jpg": "cannot be read: No such file or directory",
-    }
 
 
 def test_resuming_with_the_record_gives_the_same_sequence(with_bad):

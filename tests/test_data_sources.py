@@ -29,6 +29,7 @@ def test_a_nested_folder_has_classes(tmp_path, jpeg):
         (tmp_path / name).write_bytes(jpeg)
     source = open_source(tmp_path)
     assert names(source) == ["a/0.jpeg", "a/deep/1.png", "b/2.JPG"]
+    assert source.left_out == "1 .txt"
     assert source.classes == ["a", "b"]
     assert source.labels.tolist() == [0, 0, 1]
     assert source.read(2) == jpeg
@@ -68,7 +69,7 @@ def test_a_table_of_labels_takes_precedence_and_a_column_can_be_chosen(tmp_path,
         open_source(tmp_path, label="metres")
     (tmp_path / "3.jpg").write_bytes(jpeg)
     with pytest.raises(ValueError, match=r"1 images have no row, the first '3.jpg'"):
-        open_source(tmp_path)
+        open_source(tmp_path, label="kind")
 
 
 def test_a_text_list(tmp_path, jpeg):
@@ -91,14 +92,16 @@ def test_a_text_list(tmp_path, jpeg):
     ("text", "words"),
     [
         ("images/a b.jpg 12\nimages/c.jpg\n", "1 of 2 lines have a label; write one on every line, or on none"),
-        ("import os\n", "expected paths that end in .*, got the line 'import os'"),
+        ("import os\n", "list.txt, line 1: expected a path that ends in .*; got the line 'import os'"),
     ],
     ids=["a label on one line only", "no list of images"],
 )
 def test_a_text_list_that_is_none_says_why(tmp_path, text, words):
     (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/c.jpg").touch()
     with pytest.raises(ValueError, match=words):
-        open_source(tmp_path / "list.txt")
+        open_source(tmp_path / "list.txt", label="class")
 
 
 @pytest.mark.parametrize("pattern", ["", "train-{000..001}.tar", "train-*.tar"], ids=["folder", "range", "wildcard"])

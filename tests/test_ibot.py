@@ -9,7 +9,7 @@ import torch
 
 from ijepa_fast.masks.crops import CropSampler, draw_masks, lay_out
 from ijepa_fast.methods.ibot import Options
-from ijepa_fast.models.vit import Encoder, Sequences
+from ijepa_fast.models.vit import Encoder, Packed
 from tests.parity import TOLERANCE
 from tests.parity_methods import parity_ibot
 from tests.small import loss_of, small_ibot
@@ -113,7 +113,7 @@ def test_stochastic_depth_drops_whole_branches():
     assert set(keep[2].unique().tolist()) == {0.0, 2.0}
     assert Encoder(32, 8, 16, 3, 2).keep(chance) == [None] * 3
     cu_seqlens = torch.arange(0, 64 * 3 + 1, 3, dtype=torch.int32)
-    x, sequences = torch.randn(64 * 3, 16), Sequences(cu_seqlens, 3)
+    x, sequences = torch.randn(64 * 3, 16), Packed(cu_seqlens, 3)
     _, branch = encoder.blocks[2](x, None, replace(sequences, keep=keep[2]))
     dropped = (branch.view(64, 3, 16) == 0).flatten(1)
     assert torch.equal(dropped.all(1), dropped.any(1))

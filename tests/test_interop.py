@@ -19,9 +19,9 @@ import ijepa_fast
 from ijepa_fast.interop import export
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.weights import Weights, load_state, load_weights, mlp_ratio, save_weights
-from ijepa_fast.masks.packing import from_masks
 from tests.interop_files import DATA, HEADS, NETWORKS, golden_weights, images, normalised, published, write_published
 from tests.parity import STEP_KEYS, build, patches_of, relative_error, run_step
+from tests.small import from_masks
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -31,7 +31,7 @@ def weights(tmp_path):
     """Golden weights of a run with its own mean and std."""
     golden = golden_weights(tmp_path / "published.pth.tar")
     arch = replace(golden.arch, mean=MEAN, std=STD, interpolation="bicubic", step=3)
-    return Weights(arch, golden.encoder, golden.predictor, golden.target_encoder)
+    return Weights(arch, golden.networks)
 
 
 def exported(weights, tmp_path, form, **options):
@@ -54,7 +54,7 @@ def assert_equal(found, expected):
 def test_round_trip_of_all_networks(weights, tmp_path, form):
     back = read(exported(weights, tmp_path, form), HEADS)
     for name in NETWORKS:
-        assert_equal(getattr(back, name), getattr(weights, name))
+        assert_equal(back.networks[name], weights.networks[name])
     if form == "safetensors":
         assert back.arch == weights.arch
     else:
@@ -67,14 +67,16 @@ def test_round_trip_of_all_networks(weights, tmp_path, form):
 @pytest.mark.parametrize("network", ["target_encoder", "encoder"])
 def test_round_trip_of_one_encoder(weights, tmp_path, form, network):
     back = read(exported(weights, tmp_path, form, network=network))
-    assert_equal(back.target_encoder, getattr(weights, network))
+    assert_equal(back.networks["target_encoder"], weights.networks[network])
     assert (back.arch.mean, back.arch.std, back.arch.interpolation) == (MEAN, STD, "bicubic")
     assert back.arch.encoder_options() == weights.arch.encoder_options()
 
 
 def test_the_target_encoder_is_the_default(weights, tmp_path):
     x = images()
-    assert not torch.equal(weights.encoder["norm.weight"], weights.target_encoder["norm.weight"])
+    assert not torch.equal(
+        weights.networks["encoder"]["norm.weight"], weights.networks["target_encoder"]["norm.weight"]
+    )
     path = exported(weights, tmp_path, "safetensors")
     wanted = ijepa_fast.load(path, network="target_encoder")(x)
     for form in ("hf", "timm"):
@@ -122,7 +124,7 @@ def test_transformers_folder_comes_in(tmp_path, form):
 
 
 def test_a_processor_that_says_one_half_is_not_believed(weights, tmp_path):
-    half = Weights(replace(weights.arch, mean=(0.5,) * 3, std=(0.5,) * 3), **{n: getattr(weights, n) for n in NETWORKS})
+    half = Weights(replace(weights.arch, mean=(0.5,) * 3, std=(0.5,) * 3), weights.networks)
     folder = exported(half, tmp_path, "hf")
     assert ijepa_fast.load(folder).std == (0.5,) * 3  # written by this project: it is what the run had
     processor = json.loads((folder / "preprocessor_config.json").read_text())
@@ -184,7 +186,7 @@ def test_reference_layout_reproduces_the_published_step(tmp_path):
         for name in NETWORKS
     }
     arch = golden_weights(tmp_path / "other.pth.tar").arch
-    out = exported(Weights(arch, **states), tmp_path, "reference")
+    out = exported(Weights(arch, states), tmp_path, "reference")
     content = torch.load(out, weights_only=True)
     for name in NETWORKS:
         assert set(content[name]) == {f"module.{key}" for key in states[name]}
@@ -193,7 +195,7 @@ def test_reference_layout_reproduces_the_published_step(tmp_path):
         for parameter in module.parameters():
             parameter.data.fill_(float("nan"))
     for name in NETWORKS:
-        load_state(getattr(model, name), getattr(back, name), name)
+        load_state(getattr(model, name), back.networks[name], name)
     patches = patches_of(torch.from_numpy(golden["images"]), model.encoder.patch)
     packed = from_masks(golden["masks_context"], golden["masks_target"], model.encoder.patches)
     ours = run_step(model, patches, packed)
@@ -204,7 +206,7 @@ def test_reference_layout_reproduces_the_published_step(tmp_path):
 def test_published_checkpoint_comes_in(tmp_path):
     content, back = published(), read(write_published(tmp_path / "a.pth.tar"), HEADS)
     for name in NETWORKS:
-        assert_equal({f"module.{k}": v for k, v in getattr(back, name).items()}, content[name])
+        assert_equal({f"module.{k}": v for k, v in back.networks[name].items()}, content[name])
     assert (back.arch.image_size, back.arch.patch, back.arch.depth, back.arch.predictor_depth) == (64, 8, 3, 2)
 
 
@@ -219,13 +221,13 @@ def test_positions_are_resampled(weights, tmp_path):
     save_weights(tmp_path / "w.safetensors", weights)
     encoder = ijepa_fast.load(tmp_path / "w.safetensors", image_size=96)
     assert encoder(images(2, 96)).shape == (2, 144, 96)
-    table = weights.target_encoder["pos_embed"].view(1, 8, 8, 96).permute(0, 3, 1, 2)
+    table = weights.networks["target_encoder"]["pos_embed"].view(1, 8, 8, 96).permute(0, 3, 1, 2)
     wanted = torch.nn.functional.interpolate(table, (12, 12), mode="bicubic").permute(0, 2, 3, 1).reshape(144, 96)
     assert torch.equal(encoder.encoder.positions, wanted)
     same = ijepa_fast.load(tmp_path / "w.safetensors", image_size=64)
-    assert torch.equal(same.encoder.positions, weights.target_encoder["pos_embed"][0])
+    assert torch.equal(same.encoder.positions, weights.networks["target_encoder"]["pos_embed"][0])
     larger = load_weights(exported(weights, tmp_path, "safetensors", **{"image-size": 96}))
-    assert larger.predictor["predictor_pos_embed"].shape == (1, 144, 48)
+    assert larger.networks["predictor"]["predictor_pos_embed"].shape == (1, 144, 48)
 
 
 def test_loaded_encoder(weights, tmp_path):

@@ -90,7 +90,6 @@ def test_no_file_of_weights(tmp_path, name, content):
             ["target_encoder.pos_embed", "(1, 64, 96)", "(1, 64, 48)"],
         ),
         (lambda c: c["encoder"].update({"module.norm.weight": 3}), ["norm.weight", "tensor", "int"]),
-        (lambda c: c.pop("target_encoder"), ["no target_encoder", "encoder, predictor"]),
     ],
 )
 def test_a_published_checkpoint_of_another_kind(tmp_path, change, words):
@@ -114,11 +113,11 @@ def test_nothing_is_half_loaded(weights):
     """A state that fits in all keys but the last leaves the module as it was."""
     encoder = Encoder(**weights.arch.encoder_options())
     before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
-    state = dict(weights.encoder)
+    state = dict(weights.networks["encoder"])
     del state["norm.bias"]
     with pytest.raises(ValueError, match=r"encoder\.norm\.bias: the model has shape \(96,\), the weights lack it"):
         load_state(encoder, state)
-    state = {**weights.encoder, "pos_embed": torch.zeros(1, 81, 96)}
+    state = {**weights.networks["encoder"], "pos_embed": torch.zeros(1, 81, 96)}
     with pytest.raises(ValueError, match=r"pos_embed: the model has shape \(1, 64, 96\), the weights \(1, 81, 96\)"):
         load_state(encoder, state)
     after = encoder.state_dict()
@@ -147,12 +146,24 @@ def test_paths_without_weights(tmp_path):
         ijepa_fast.load(tmp_path, network="predictor")
 
 
+def test_a_published_checkpoint_without_its_target_encoder_gives_the_other_one_with_a_word(tmp_path):
+    content = published()
+    content.pop("target_encoder")
+    torch.save(content, tmp_path / "a.pth.tar")
+    with pytest.warns(UserWarning, match="has no target_encoder"):
+        encoder = ijepa_fast.load(tmp_path / "a.pth.tar", heads=HEADS)
+    assert torch.equal(encoder.encoder.norm.weight, content["encoder"]["module.norm.weight"])
+    word = pytest.warns(UserWarning, match="its encoder is the default")
+    with word, pytest.raises(ValueError, match="no target_encoder; choose of encoder, predictor"):
+        ijepa_fast.load(tmp_path / "a.pth.tar", network="target_encoder", heads=HEADS)
+
+
 def test_a_safetensors_file_of_something_else(weights, tmp_path):
     save_file({"encoder.x": torch.zeros(2)}, tmp_path / "a.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="architecture under 'ijepa_fast' in the header"):
         ijepa_fast.load(tmp_path / "a.safetensors")
     save_file({"model.x": torch.zeros(2)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"got 'model\.x'"):
+    with pytest.raises(ValueError, match=r"got \['model'\]"):
         ijepa_fast.load(tmp_path / "b.safetensors")
     save_file({"encoder.x": torch.zeros(2)}, tmp_path / "c.safetensors", {"ijepa_fast": json.dumps({"patch": 8})})
     with pytest.raises(ValueError, match="lacks"):
@@ -183,7 +194,7 @@ QUERY = "encoder.layer.1.attention.attention.query.weight"
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda f: edit_json(f / "config.json", model_type="vit"), ["config.json", "'ijepa'", "'vit'"]),
+        (lambda f: edit_json(f / "config.json", model_type="vit"), ["config.json", "'vit'", "no class token"]),
         (lambda f: edit_json(f / "config.json", num_hidden_layers=4), ["num_hidden_layers is 4", "3"]),
         (lambda f: edit_json(f / "config.json", hidden_size=64), ["hidden_size is 64", "96"]),
         (lambda f: edit_json(f / "config.json", hidden_act="relu"), ["hidden_act", "relu", "gelu"]),
@@ -202,7 +213,7 @@ QUERY = "encoder.layer.1.attention.attention.query.weight"
     ],
 )
 def test_a_hugging_face_folder_of_another_model(weights, tmp_path, edit, words):
-    save_hf(tmp_path / "hf", weights.target_encoder, weights.arch)
+    save_hf(tmp_path / "hf", weights.networks["target_encoder"], weights.arch)
     edit(tmp_path / "hf")
     with pytest.raises(ValueError) as error:
         ijepa_fast.load(tmp_path / "hf")
@@ -212,7 +223,7 @@ def test_a_hugging_face_folder_of_another_model(weights, tmp_path, edit, words):
 
 
 def test_a_timm_folder_of_another_model(weights, tmp_path):
-    save_timm(tmp_path / "timm", weights.target_encoder, weights.arch)
+    save_timm(tmp_path / "timm", weights.networks["target_encoder"], weights.arch)
     edit_json(tmp_path / "timm" / "config.json", model_args={"embed_dim": 96})
     with pytest.raises(ValueError, match="class_token"):
         ijepa_fast.load(tmp_path / "timm")
@@ -234,7 +245,8 @@ def test_export_says_what_is_wrong_and_leaves_nothing(weights, tmp_path, capsys)
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1
         assert words in errors
-    broken = replace(weights, target_encoder={**weights.target_encoder, "strange.weight": torch.zeros(1)})
+    strange = {**weights.networks["target_encoder"], "strange.weight": torch.zeros(1)}
+    broken = replace(weights, networks=weights.networks | {"target_encoder": strange})
     with pytest.raises(KeyError):
         export.export(broken, "hf", tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "published.pth.tar", "w.safetensors"]

@@ -67,8 +67,8 @@ def test_the_optimisers_bytes_are_those_it_holds():
     moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert found.moments == sum(x.nbytes for x in moments)
     assert found.weights == found.gradients == sum(p.nbytes for p in method.parameters())
-    assert found.target == sum(p.nbytes for p in method.target_encoder.parameters())
-    assert found.masters == found.average == 0
+    assert found.averages == sum(p.nbytes for p in method.target_encoder.parameters())
+    assert found.masters == found.ema == 0
 
 
 def test_stages_shard_what_they_say():
@@ -80,7 +80,7 @@ def test_stages_shard_what_they_say():
     assert [m.moments for m in at] == [8 * whole, whole, whole, whole]
     assert [m.gradients for m in at] == [2 * whole, 2 * whole, whole // 4, whole // 4]
     assert [m.weights for m in at] == [2 * whole, 2 * whole, 2 * whole, whole // 4]
-    assert [m.target for m in at] == [2 * encoder] * 3 + [4 * encoder]
+    assert [m.averages for m in at] == [2 * encoder] * 3 + [4 * encoder]
     assert all(forecast.memory("bf16", sizes, stage, 1, 0).moments == 8 * whole for stage in range(4))
 
 

@@ -49,3 +49,11 @@ def test_a_longer_horizon_stops_short_of_the_end():
     stretched = schedule_of(horizon=1.25)
     assert stretched.learning_rate(199) > 1e-5
     assert stretched.ema_momentum(199) < 0.9995
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_shorter_horizon_holds_what_it_ended_with(shape):
+    short = schedule_of(horizon=0.5, ema_shape=shape, weight_decay_shape=shape)
+    assert short.ema_momentum(199) == pytest.approx(1.0)
+    assert short.learning_rate(199) == pytest.approx(1e-6)
+    assert short.decay(199) == pytest.approx(0.4)

@@ -5,6 +5,9 @@ import json
 
 import pytest
 
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+
 from ijepa_fast.__main__ import main
 from ijepa_fast.config import load_config
 from ijepa_fast.eval.figures import figures_of, headline, table

@@ -55,11 +55,12 @@ def test_every_stage_gives_the_trajectory_of_stage_0(stage0, tmp_path, stage, ra
         assert torch.equal(weights["target_" + name].flatten(), found[name, "ema"])
 
 
-def test_bf16_follows_fp32_at_every_stage(stage0, tmp_path):
-    for stage in (0, 1):
-        options = ("optim.steps=4", "optim.clip=0.1", "engine.precision=bf16")
-        folder = run(tmp_path, f"name=stage{stage}", f"engine.zero={stage}", *options)
-        assert losses(folder) == pytest.approx(losses(stage0[1]), rel=0.02)
+@pytest.mark.multi_rank
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (2, 2), (3, 2)])
+def test_bf16_follows_fp32_at_every_stage(stage0, tmp_path, stage, ranks):
+    options = ("optim.steps=4", "optim.clip=0.1", "engine.precision=bf16")
+    folder = run(tmp_path, f"engine.zero={stage}", *options, ranks=ranks)
+    assert losses(folder) == pytest.approx(losses(stage0[ranks]), rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +74,22 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_resumed_is_bitwise_unbroken(tmp_path, photos):
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("engine.precision=bf16", "engine.accumulation=2"),
+        ("engine.precision=bf16", "engine.zero=0"),
+        ("engine.precision=bf16", "engine.zero=3"),
+    ],
+    ids=["fp32", "bf16, accumulation", "bf16, stage 0", "bf16, stage 3"],
+)
+def test_resumed_is_bitwise_unbroken(tmp_path, photos, how):
     """10 steps, then 10 more in a new process, against 20: weights, moments, averages and losses to the bit.
 
     The images are real files and an epoch is 7 steps, so order, crops and masks are part of it.
     """
-    options = (f"data.source={photos}", "optim.epochs=5")
+    options = (f"data.source={photos}", "optim.epochs=5", *how)
     unbroken = run(tmp_path, "name=unbroken", "optim.steps=20", *options)
     run(tmp_path, "name=broken", "optim.steps=10", *options)
     broken = run(tmp_path, "name=broken", "optim.steps=20", *options)

@@ -1,4 +1,4 @@
-"""Type hints hold, and every function has them outside of the modules that pyproject.toml still excuses."""
+"""Type hints hold, and every function has them but those whose reason is in pyproject.toml."""
 
 import pytest
 

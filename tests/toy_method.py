@@ -33,7 +33,7 @@ class ToyDraw(Draw):
         return self.noise[..., 0].numel()
 
 
-class Toy(Method):
+class Toy(Method[ToyDraw]):
     """An encoder with a learned average, and a linear head."""
 
     Options = Options

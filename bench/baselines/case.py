@@ -59,10 +59,10 @@ class Case:
     @property
     def predictor_sizes(self) -> dict:
         """Keyword arguments of a predictor, of MAE's decoder."""
-        width, depth = (DECODER_WIDTH, DECODER_DEPTH) if self.method == "mae" else (384, PREDICTOR_DEPTHS[self.arch])
-        dim = self.widths[4] if self.widths else width
+        published = {"mae": (DECODER_WIDTH, DECODER_DEPTH)}.get(self.method, (384, PREDICTOR_DEPTHS.get(self.arch)))
+        dim = self.widths[4] if self.widths else published[0]
         sizes = {"grid": self.grid, "encoder_dim": self.sizes["dim"], "dim": dim, "heads": self.sizes["heads"]}
-        return sizes | {"depth": self.predictor_depth or depth, "mlp_ratio": self.sizes["mlp_ratio"]}
+        return sizes | {"depth": self.predictor_depth or published[1], "mlp_ratio": self.sizes["mlp_ratio"]}
 
     @property
     def mask(self) -> Mask:

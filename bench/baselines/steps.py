@@ -6,13 +6,12 @@ import torch
 
 from bench.baselines.case import Case
 from ijepa_fast import config
+from ijepa_fast.engine.engine import DTYPES, Engine, start
 from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.engine.optim import parameter_groups
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class BareStep:
@@ -86,9 +85,6 @@ class EngineStep:
     """This project's step through DeepSpeed, as train.py runs it."""
 
     def __init__(self, method: Method, case: Case, zero: int, fp8=False, graphs=False):
-        # It needs DeepSpeed; the other steps do not.
-        from ijepa_fast.engine.engine import Engine, start
-
         settings = config.Engine(device=torch.device(case.device).type, precision=case.precision, zero=zero)
         settings.cuda_graphs, settings.target_precision = graphs, "fp8" if fp8 else None
         self.device, self.method = torch.device(case.device), method

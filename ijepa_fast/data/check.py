@@ -38,8 +38,10 @@ def find_bad_files(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -
         try:
             data = source.read(index)
             return np.frombuffer(data, np.uint8), *screen(data, max_pixels)
-        except (OSError, BadImage) as error:
+        except BadImage as error:
             return str(error)
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
 
     def works() -> Iterator[Work]:
         reading: deque[tuple[np.ndarray, list]] = deque()
@@ -85,7 +87,9 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
             if result is not None:
                 bad += 1
                 bar.write("{}: {}".format(*result))
-    print(f"{len(source)} files, {bad} bad")
+    print(f"{len(source)} files, {bad} bad" + (f"; left out: {source.left_out}" if source.left_out else ""))
+    if source.index.problem:
+        print(f"labels cannot be used: {source.index.problem}")
     return int(bad > 0)
 
 

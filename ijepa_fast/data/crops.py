@@ -6,9 +6,27 @@ unbroken one, and so does a run on another number of ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe uses
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view is made.
+
+    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
+    of solarisation. sigma: range of the blur's standard deviation, pixels of the view.
+    """
+
+    crop: int
+    scale: tuple[float, float]
+    blur: float
+    solarise: float = 0.0
+    sigma: tuple[float, float] = (0.1, 2.0)
+
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -8,11 +8,12 @@ decodes; `next` takes finished batches from a queue.
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ import torch
 from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
+from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import Source
+from ijepa_fast.data.storage import Patience
 
 _READERS = 8  # threads that read files
 _REPLACEMENTS = 100  # samples tried in the place of a bad file
@@ -48,20 +51,24 @@ class Batch:
     images: torch.Tensor | list[torch.Tensor]
     indices: torch.Tensor
     epoch: int
-    draw: object = None
+    draw: Any = None
 
 
 class _Reader:
     """Reads samples and checks their headers. It keeps those it reads first in memory, up to `cache_bytes` in all."""
 
-    def __init__(self, source: Source, max_pixels: int, cache_bytes: int):
+    def __init__(self, source: Source, max_pixels: int, cache_bytes: int, stop: threading.Event | None = None):
         self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
+        self._patience = Patience(stop)
         self._cache: dict[int, tuple] = {}
         # Where two epochs meet, two threads may want the same sample: the second waits for what the first reads.
         self._locks = [threading.Lock() for _ in range(64)]
 
     def __call__(self, index: int) -> tuple[np.ndarray, int, int]:
-        """The encoded bytes of a sample, uint8 (n,), and its height and width in pixels. Raises BadImage."""
+        """The encoded bytes of a sample, uint8 (n,), and its height and width in pixels.
+
+        Raises BadImage, and StorageTrouble where storage stays away.
+        """
         with self._locks[index % len(self._locks)]:
             return self._row(index)
 
@@ -69,7 +76,7 @@ class _Reader:
         row = self._cache.get(index)
         if row is None:
             try:
-                data = self.source.read(index)
+                data = self._patience(lambda: self.source.read(index), lambda: self.source.name(index))
             except OSError as error:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from error
             row = np.frombuffer(data, np.uint8), *screen(data, self.max_pixels)
@@ -89,7 +96,6 @@ class TrainLoader:
         interpolation: bilinear | bicubic.
         flip: mirror half of the images.
         start_step: the first step. The loader yields from there on what an unbroken one yields.
-        start_image: how many images all ranks have seen; for a run that goes on with another global batch.
         threads: how many decode.
         prefetch: batches decoded ahead.
         hw_decoder_load: share of the JPEG files that the GPU's decode engine takes.
@@ -104,7 +110,8 @@ class TrainLoader:
         wait_seconds: time spent inside `next` so far.
         replaced: images replaced so far.
 
-    Raises ValueError where the source has too few images for one step, or an argument is out of range.
+    Raises ValueError where the source has too few images for one step, or an argument is out of range. `next` raises
+    TooManyBadFiles, and StorageTrouble where storage stays away: no file is listed as bad for that.
     """
 
     def __init__(
@@ -124,7 +131,6 @@ class TrainLoader:
         threads: int = 2,
         prefetch: int = 2,
         start_step: int = 0,
-        start_image: int | None = None,
         hw_decoder_load: float = 0.65,
         bad_files: str | Path | None = None,
         max_bad_share: float = 0.01,
@@ -147,10 +153,11 @@ class TrainLoader:
         self.wait_seconds, self.replaced = 0.0, 0
         self.bad_files = BadFiles(len(source), max_bad_share, bad_files)
         self._seed, self._scale, self._ratio, self._flip = seed, scale, ratio, flip
-        self._first = (start_step * global_batch if start_image is None else start_image) + rank * batch_size
+        self._first = start_step * global_batch + rank * batch_size
         self._start_step, self._stride = start_step, global_batch
         self._stream = SampleStream(len(source), seed, source.groups)
-        self._read = _Reader(source, max_pixels, cache_bytes)
+        self._stop = threading.Event()
+        self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
         self._draw, self._prefetch = draw, prefetch
         self._decoder = self._make_decoder(
             crop=crop,
@@ -162,7 +169,6 @@ class TrainLoader:
         )
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
-        self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="train-loader", daemon=True)
         self._thread.start()
@@ -296,7 +302,7 @@ def eval_batches(
     Each image is resized to `resize` pixels on its shorter side and cropped to the central square of `crop` pixels,
     both in one resampling. A source without labels gives sample ids in their place. The other arguments are
     TrainLoader's. Samples that cannot be decoded are left out, and listed in `bad_files`; more than `max_bad_share` of
-    them raise TooManyBadFiles. Raises ValueError for a crop larger than `resize`.
+    them raise TooManyBadFiles. Raises StorageTrouble, and ValueError for a crop larger than `resize`.
     """
     if not 0 < crop <= resize:
         raise ValueError(f"crop: expected 1 to resize = {resize}, got {crop}")
@@ -333,6 +339,22 @@ def eval_batches(
                 yield hand_over(images), torch.from_numpy(labels[work.ids])
         finally:
             decoder.close()
+
+
+def read_images(
+    paths: Iterable[str | Path], *, crop: int, interpolation: str, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """Image files as uint8 (n, crop, crop, 3) on `device`: the central square of each, decoded as for training.
+
+    Raises ValueError, which names the file and the reason, where one cannot be used.
+    """
+    source = Source("", Index(Names.of(os.fspath(path) for path in paths)))
+    try:
+        options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
+        batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]
+    except TooManyBadFiles as error:
+        raise BadImage(error.last) from None
+    return torch.cat(batches) if batches else torch.empty(0, crop, crop, 3, dtype=torch.uint8, device=device)
 
 
 def _central(rows: list[tuple], share: float) -> Work:

@@ -16,13 +16,20 @@ from typing import NamedTuple
 
 from PIL import Image
 
-MAX_PIXELS = 178_956_970  # Pillow's bound for decompression bombs: 512 MiB of RGB
+MAX_PIXELS = 50_000_000  # 150 MB of RGB for each decoding thread; a progressive JPEG takes twice that beside it
 
 # Start-of-frame markers; C4, C8 and CC in their range are tables and extensions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset([0x01, *range(0xD0, 0xD8)])
+_SCAN = 0xDA  # image data begin
 _JPEG_END = b"\xff\xd9"
 _MARGIN = 64  # bytes that may follow the end marker of a whole file
+
+
+# Tags of EXIF whose values DALI looks at: 16-bit words, text, and rationals with their numbers.
+_WORDS = frozenset([0x112, 0x128, 0x213])
+_TEXTS = frozenset([0x10E, 0x10F, 0x110, 0x131, 0x132, 0x8298])
+_RATIONALS = {0x11A: 1, 0x11B: 1, 0x13E: 2, 0x13F: 6, 0x211: 3, 0x214: 6}
 
 
 class BadImage(ValueError):
@@ -80,7 +87,8 @@ def pillow_complaint(data: bytes) -> str | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int, bool]:
-    orientation, at, end = 1, 2, len(data)
+    size: tuple[int, ...] = ()
+    exif, at, end = b"", 2, len(data)
     while at + 4 <= end:
         if data[at] != 0xFF:
             break
@@ -91,23 +99,48 @@ def _jpeg(data: bytes) -> tuple[int, int, int, bool]:
         if marker in _STANDALONE:
             at += 2
             continue
+        if marker == _SCAN:
+            break
         length = data[at + 2] << 8 | data[at + 3]
-        if marker in _FRAMES:
+        if marker in _FRAMES and not size:
             if at + 9 > end:
                 break
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return height, width, orientation, data.rfind(_JPEG_END, max(0, end - _MARGIN)) < 0
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+            size = struct.unpack_from(">HH", data, at + 5)
+        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":  # the last block counts
+            exif = data[at + 10 : at + 2 + length]
         at += 2 + length
-    raise BadImage("no image size in the header")
+    if not size:
+        raise BadImage("no image size in the header")
+    height, width = size
+    orientation, damaged = _orientation(exif)
+    return height, width, 1 if damaged else orientation, data.rfind(_JPEG_END, max(0, end - _MARGIN)) < 0
 
 
 def _png(data: bytes) -> tuple[int, int, int, bool]:
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise BadImage("no image size in the header")
     width, height = struct.unpack_from(">II", data, 16)
-    return height, width, 1, data.rfind(b"IEND", max(0, len(data) - _MARGIN)) < 0
+    orientation = _png_orientation(data) if b"eXIf" in data else 1
+    return height, width, orientation, data.rfind(b"IEND", max(0, len(data) - _MARGIN)) < 0
+
+
+def _png_orientation(data: bytes) -> int:
+    """The orientation of a PNG's eXIf chunk, 1 where it has none.
+
+    Raises BadImage for a second chunk and for one with damage: both end DALI's process in a segmentation fault.
+    """
+    orientation, found, at = 1, False, 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"eXIf":
+            if found:
+                raise BadImage("has two eXIf chunks")
+            orientation, damaged = _orientation(data[at + 8 : at + 8 + length])
+            if damaged:
+                raise BadImage("its eXIf chunk is damaged")
+            found = True
+        at += 12 + length
+    return orientation
 
 
 def _webp(data: bytes) -> tuple[int, int, int, bool]:
@@ -135,23 +168,36 @@ def _webp_orientation(data: bytes) -> int:
     while at + 8 <= len(data):
         length = int.from_bytes(data[at + 4 : at + 8], "little")
         if data[at : at + 4] == b"EXIF":
-            return _exif_orientation(data[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
+            return _orientation(data[at + 8 : at + 8 + length])[0]
         at += 8 + length + (length & 1)
     return 1
 
 
-def _exif_orientation(tiff: bytes) -> int:
-    """The orientation, 1 to 8: tag 0x112 of an EXIF block's first directory; 1 (upright) where there is none."""
-    if len(tiff) < 10 or tiff[:2] not in (b"II", b"MM"):
-        return 1
-    order = "<" if tiff[:2] == b"II" else ">"
-    directory = struct.unpack_from(order + "I", tiff, 4)[0]
-    if directory + 2 > len(tiff):
-        return 1
-    entries = struct.unpack_from(order + "H", tiff, directory)[0]
-    for at in range(directory + 2, min(directory + 2 + 12 * entries, len(tiff) - 11), 12):
-        tag, kind = struct.unpack_from(order + "HH", tiff, at)
-        if tag == 0x112 and kind == 3:
-            value = struct.unpack_from(order + "H", tiff, at + 8)[0]
-            return value if 1 <= value <= 8 else 1
-    return 1
+def _orientation(tiff: bytes) -> tuple[int, bool]:
+    """The orientation, 1 to 8, of an EXIF block, 1 (upright) where it has none; and whether the block is damaged.
+
+    As DALI reads it, or windows would be drawn for an image turned otherwise: of the first directory alone, the first
+    entry with the orientation's tag, whatever its type, until an entry that points outside the block.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 10:
+        return 1, False
+    unpack, found, damaged = struct.unpack_from, -1, False
+    try:
+        (directory,) = unpack(order + "I", tiff, 4)
+        (entries,) = unpack(order + "H", tiff, directory)
+        for at in range(directory + 2, directory + 2 + 12 * entries, 12):
+            (tag,) = unpack(order + "H", tiff, at)
+            if tag in _WORDS:
+                (word,) = unpack(order + "H", tiff, at + 8)
+                if tag == 0x112:
+                    found = word if found < 0 else found
+            elif tag in _TEXTS or tag in _RATIONALS:
+                size, begin = unpack(order + "II", tiff, at + 4)
+                size = 8 * _RATIONALS[tag] if tag in _RATIONALS else size if size > 4 else 0
+                damaged = size > 0 and begin + size > len(tiff)
+                if damaged:
+                    break
+    except struct.error:
+        damaged = True
+    return found if 1 <= found <= 8 else 1, damaged

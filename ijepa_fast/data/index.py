@@ -20,7 +20,10 @@ import numpy as np
 
 from ijepa_fast.files import publish
 
-_VERSION = 2  # of the arrays on disk
+_VERSION = 3  # of the arrays on disk
+
+
+_LONGEST = 40  # characters of a source's name in a folder's, which may have 255 bytes
 
 
 class Names:
@@ -55,7 +58,8 @@ class Index:
     names: relative to the collection's folder, or inside the tar file. labels: per label column (n,), int64 indices
     into `classes[column]`, or float64 values of a column without classes. shards: the tar files; shard, start, size:
     per sample its tar file's number, its first byte there and how many; empty for loose files. watched: the paths that
-    the index was made from, each with its state (see `watch`).
+    the index was made from, each with its state (see `watch`). left_out: {extension: how many files} of those that are
+    no samples. problem: why the collection's labels cannot be used; "" where they can, or there are none.
     """
 
     names: Names
@@ -66,6 +70,8 @@ class Index:
     start: np.ndarray = field(default_factory=_nothing)
     size: np.ndarray = field(default_factory=_nothing)
     watched: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,7 +95,7 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
     if cache is None:
         return build()
     key = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
-    folder = Path(cache) / f"index-v{_VERSION}-{Path(path).name}-{key}"
+    folder = Path(cache) / f"index-v{_VERSION}-{Path(path).name[:_LONGEST]}-{key}"
     index = _load(folder)
     if index is not None:
         return index
@@ -97,7 +103,10 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
         index = _load(folder)
         if index is None:
             index = build()
-            _save(index, draft)
+            try:
+                _save(index, draft)
+            except OSError as error:
+                raise OSError(error.errno, f"the index cannot be kept: {error.strerror}", str(folder)) from None
     return index
 
 
@@ -116,6 +125,8 @@ def _save(index: Index, folder: Path) -> None:
         "classes": index.classes,
         "shards": index.shards,
         "watched": index.watched,
+        "left_out": index.left_out,
+        "problem": index.problem,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
 
@@ -135,5 +146,7 @@ def _load(folder: Path) -> Index | None:
         classes=meta["classes"],
         shards=meta["shards"],
         watched=meta["watched"],
+        left_out=meta["left_out"],
+        problem=meta["problem"],
         **{name: arrays[name] for name in _ARRAYS if meta["shards"]},
     )

@@ -10,7 +10,11 @@ from typing import TextIO
 
 
 class TooManyBadFiles(ValueError):
-    """More files of a source than the allowed share cannot be decoded."""
+    """More files of a source than the allowed share cannot be decoded. last: the last of them, with the reason."""
+
+    def __init__(self, message: str, last: str = ""):
+        super().__init__(message)
+        self.last = last
 
 
 class BadFiles:
@@ -56,14 +60,16 @@ class BadFiles:
             raise TooManyBadFiles(
                 f"{len(self)} of {self.total} files cannot be decoded, more than max_bad_share = {self.max_share:g}; "
                 f"{listed}. Repair or remove them (python -m ijepa_fast check-data PATH finds them all), "
-                "or raise max_bad_share"
+                "or raise max_bad_share",
+                last=f"{name}: {reason}",
             )
 
     def _read(self, file: TextIO) -> None:
         file.seek(0)
         for line in file:
             name, _, reason = line.rstrip("\n").partition("\t")
-            self._reasons.setdefault(name, reason)
+            if not reason.startswith("cannot be read"):  # storage was away: earlier versions listed good files for that
+                self._reasons.setdefault(name, reason)
 
 
 def _line(text: str) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import numpy as np
 from tqdm import tqdm
 
 from ijepa_fast.data.index import Index, Names, watch
+from ijepa_fast.data.kinds import printable
+from ijepa_fast.data.tables import add_classes, add_column, read_list, read_table
+from ijepa_fast.data.tar import members
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LABELS_FILE = "labels.csv"
@@ -19,16 +21,36 @@ LABELS_FILE = "labels.csv"
 # To list folders and to read tar headers is to wait for storage, for mounted storage above all. Threads wait in
 # parallel.
 _THREADS = 16
-_BLOCK = 512
-_LINE = re.compile(r"(.+?)(?:\s*\t\s*(\S.*)|\s+(\d+))?")
+_LONGEST_LABEL = 4096  # bytes of a .cls member
+_MAC = "._"  # begins the names in which macOS keeps a file's attributes beside it
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's."""
+    return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(_MAC)
+
+
+def _others(names: Iterable[str]) -> Counter[str]:
+    """How many of the names, which are no images', have each extension; hidden files do not count."""
+    kinds: Counter[str] = Counter()
+    for name in names:
+        base = name.rpartition("/")[2].lower()
+        stem, extension = os.path.splitext(base)
+        if base.startswith(_MAC):
+            kinds["._* of macOS"] += 1
+        elif not base.startswith("."):
+            kinds[(".tar" if stem.endswith(".tar") else "") + (extension or "without extension")] += 1
+    return kinds
 
 
 def scan_folder(root: str) -> Index:
     """The index of the images below `root`, sorted by name. Labels: labels.csv, else the first folder level, else none.
 
-    Raises ValueError for a labels.csv without a label column or without a row for some image.
+    One image in a hundred, or a single one, that lies beside the class folders is left out. What is wrong with a
+    labels.csv is the index's `problem`.
     """
-    names, watched = [], {}
+    names: list[str] = []
+    watched, left_out = {}, Counter[str]()
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(desc=f"indexing {root}", unit=" images", mininterval=1, disable=None, delay=2) as bar,
@@ -37,130 +59,98 @@ def scan_folder(root: str) -> Index:
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for task in done:
-                folder, above, before, files, folders = task.result()
+                folder, above, before, files, folders, others = task.result()
+                left_out += others
                 watched[os.path.join(root, folder)] = before
                 names.extend(files)
                 bar.update(len(files))
                 waiting |= {pool.submit(_list, root, name, above) for name in folders}
     names.sort()
-    index = Index(Names.of(names), watched=watched)
     table = os.path.join(root, LABELS_FILE)
-    if os.path.isfile(table):
-        watched[table] = watch(table)
-        index.labels, index.classes = _read_table(table, names)
-    else:
+    if not os.path.isfile(table):
+        stray = [name for name in names if "/" not in name]
+        held = {name.partition("/")[0] for name in names if "/" in name}
+        if 0 < len(stray) <= max(1, len(names) // 100) and len(held) > 1:
+            left_out[f"beside the class folders ({printable(stray[0])})"] = len(stray)
+            names = [name for name in names if "/" in name]
+        index = Index(Names.of(names), watched=watched, left_out=dict(left_out))
         _label_by_folder(index, names)
+        return index
+    watched[table] = watch(table)
+    left_out[".csv"] -= 1
+    index = Index(Names.of(names), watched=watched, left_out=dict(+left_out))
+    try:
+        index.labels, index.classes = read_table(table, names)
+    except ValueError as error:
+        index.problem = str(error)
     return index
 
 
-def _list(root: str, folder: str, above: frozenset) -> tuple[str, frozenset, list[int], list[str], list[str]]:
-    """List one folder: its name, the identities of it and of those above, its state before, its images, its folders."""
+def _list(
+    root: str, folder: str, above: frozenset
+) -> tuple[str, frozenset, list[int], list[str], list[str], Counter[str]]:
+    """List one folder: its name, the identities of it and of those above, its state before, its images, its folders,
+    and how many others of each extension."""
     path = os.path.join(root, folder)
     before, status = watch(path), os.stat(path)
     identity = (status.st_dev, status.st_ino)
     if identity in above:  # a link back to a folder above
-        return folder, above, before, [], []
-    files, folders = [], []
+        return folder, above, before, [], [], Counter()
+    files, folders, others = [], [], []
     with os.scandir(path) as entries:
         for entry in entries:
             name = os.path.join(folder, entry.name)
-            if entry.name.lower().endswith(EXTENSIONS):
+            if is_image(entry.name):
                 files.append(name)
             elif not entry.name.startswith(".") and entry.is_dir():
                 folders.append(name)
-    return folder, above | {identity}, before, files, folders
+            else:
+                others.append(entry.name)
+    return folder, above | {identity}, before, files, folders, _others(others)
 
 
 def _label_by_folder(index: Index, names: list[str]) -> None:
     """Label each image by the first folder of its name, where every name has a folder."""
     if names and all("/" in name for name in names):
-        _add_column(index.labels, index.classes, "class", [name.split("/", 1)[0] for name in names])
-
-
-def _add_column(labels: dict, classes: dict, column: str, values: list[str]) -> None:
-    """Add a label column. Integers and text are classes, sorted as numbers or as text; other numbers stay numbers."""
-    numbers = _as_numbers(values)
-    if numbers is not None and not all(number.is_integer() for number in numbers):
-        labels[column] = np.array(numbers)
-        return
-    distinct = sorted(set(values), key=int if numbers is not None else None)
-    position = {value: number for number, value in enumerate(distinct)}
-    labels[column] = np.array([position[value] for value in values], np.int64)
-    classes[column] = distinct
-
-
-def _as_numbers(values: list[str]) -> list[float] | None:
-    try:
-        return [float(value) for value in values]
-    except ValueError:
-        return None
-
-
-def _read_table(path: str, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        given = list(reader.fieldnames or ())
-        columns = [column for column in given if column != "file"]
-        if not columns or "file" not in given:
-            raise ValueError(f"{path}: expected the columns file and at least one label, got {given}")
-        rows = {row["file"]: row for row in reader}
-    missing = [name for name in names if name not in rows]
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} images have no row, the first {missing[0]!r}; write one per file")
-    labels: dict[str, np.ndarray] = {}
-    classes: dict[str, list[str]] = {}
-    for column in columns:
-        _add_column(labels, classes, column, [rows[name][column] for name in names])
-    return labels, classes
+        add_classes(index.labels, index.classes, "class", [name.split("/", 1)[0] for name in names])
 
 
 def scan_list(path: str) -> Index:
     """The index of a text list: per line a path, absolute or relative to the list's folder, and optionally a label.
 
     A tab or a space stands before the label; after a space it must be an integer, since names may hold spaces. Empty
-    lines and lines that begin with # are skipped. Raises ValueError for a line that names no image, and where only some
-    lines have a label.
+    lines and lines that begin with # are skipped. Raises ValueError for a line that names no image, and where no file
+    of the list is there. Labels on some lines alone are the index's `problem`.
     """
-    names, labels = [], []
-    with (
-        open(path, errors="surrogateescape") as file,
-        tqdm(file, desc=f"indexing {path}", unit=" lines", mininterval=1, disable=None, delay=2) as bar,
-    ):
-        for line in map(str.strip, bar):
-            if not line or line.startswith("#"):
-                continue
-            match = _LINE.fullmatch(line)
-            if not match or not match[1].lower().endswith(EXTENSIONS):
-                raise ValueError(
-                    f"{path}: expected paths that end in {', '.join(EXTENSIONS)}, got the line {line[:80]!r}"
-                )
-            names.append(match[1])
-            labels.append(match[2] or match[3])
-    index = Index(Names.of(names), watched={path: watch(path)})
+    found, labels = read_list(path, EXTENSIONS)
+    names = [name for name in found if is_image(name)]
+    left_out = _others(name for name in found if not is_image(name))
+    labels = [label for name, label in zip(found, labels) if is_image(name)]
+    index = Index(Names.of(names), watched={path: watch(path)}, left_out=dict(left_out))
     given = [label for label in labels if label is not None]
     if 0 < len(given) < len(labels):
-        raise ValueError(
-            f"{path}: {len(given)} of {len(labels)} lines have a label; write one on every line, or on none"
-        )
-    if given:
-        _add_column(index.labels, index.classes, "class", given)
+        index.problem = f"{path}: {len(given)} of {len(labels)} lines have a label; write one on every line, or on none"
+    elif given:
+        add_column(index.labels, index.classes, "class", given)
     return index
 
 
-def scan_shards(shards: list[str]) -> Index:
+def scan_shards(shards: list[str], root: str | None = None) -> Index:
     """The index of uncompressed tar files. Labels: WebDataset's `.cls` members, else the first folder of the names.
 
     Nothing is unpacked: a sample is a range of bytes inside its shard. Links, devices and folders among the members are
-    skipped. Raises ValueError for a file that is no uncompressed tar file or ends too early.
+    skipped. root: the folder, where the shards are all those of one. Raises ValueError for a file that is no
+    uncompressed tar file or ends too early, with its path and the offset, and for folders of images in `root`.
     """
     watched = {path: watch(path) for shard in shards for path in (shard, os.path.dirname(shard) or ".")}
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=len(shards), desc="indexing", unit=" shards", mininterval=1, disable=None, delay=2) as bar,
     ):
-        parts = []
-        for part in pool.map(_scan_shard, shards):
+        parts, left_out = [], Counter[str]() if root is None else _beside(root, shards)
+        for part, others in pool.map(_scan_shard, shards):
             parts.append(part)
+            left_out += others
             bar.update()
     names = [name for part in parts for name, *_ in part]
     labels = [label for part in parts for *_, label in part if label is not None]
@@ -171,92 +161,65 @@ def scan_shards(shards: list[str]) -> Index:
         start=np.array([start for part in parts for _, start, _, _ in part], np.int64),
         size=np.array([size for part in parts for _, _, size, _ in part], np.int64),
         watched=watched,
+        left_out=dict(left_out),
     )
     if names and len(labels) == len(names):
-        _add_column(index.labels, index.classes, "class", labels)
+        add_column(index.labels, index.classes, "class", labels)
     else:
         _label_by_folder(index, names)
     return index
 
 
-def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
-    """(name, first byte, size, label) of each image; the label is the text of the `.cls` member with the same key."""
-    images, labels = [], {}
+def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], Counter[str]]:
+    """(name, first byte, size, label) of each image, and how many other members have each extension.
+
+    The label is the text of the `.cls` member with the same key.
+    """
+    images, labels, others = [], {}, []
     with open(path, "rb", buffering=0) as file:
-        for name, start, size in _members(file.fileno(), path):
+        for name, start, size in members(file.fileno(), path):
             key, _, extension = name.rpartition("/")[2].partition(".")
             key = name[: len(name) - len(extension)] if extension else name
-            if name.lower().endswith(EXTENSIONS):
+            if is_image(name):
                 images.append((name, start, size, key))
             elif extension == "cls":
-                labels[key] = os.pread(file.fileno(), size, start).decode().strip()
-    return [(name, start, size, labels.get(key)) for name, start, size, key in images]
+                labels[key] = _label(os.pread(file.fileno(), min(size, _LONGEST_LABEL + 1), start), path, start)
+            else:
+                others.append(name)
+    return [(name, start, size, labels.get(key)) for name, start, size, key in images], _others(others)
 
 
-def _members(file: int, path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, size) of each regular file in a tar archive: ustar, GNU long names, pax paths and sizes.
-
-    Only headers are read. Python's tarfile takes ten times as long.
-    """
-    at, end = 0, os.fstat(file).st_size
-    override: dict[str, str] = {}
-    while at + _BLOCK <= end:
-        header = os.pread(file, _BLOCK, at)
-        if not header.strip(b"\0"):
-            return
-        size = _number(header[124:136]) if _checksum_holds(header) else None
-        if size is None:
-            raise ValueError(
-                f"{path}: no tar header at byte {at}; expected an uncompressed tar file (compressed ones cannot be "
-                "read at random: unpack them with gunzip or zstd -d)"
-            )
-        kind, start = header[156:157], at + _BLOCK
-        if kind in b"xL" and start + size <= end:
-            override |= _extended(kind, os.pread(file, size, start))
-            at = start + -(-size // _BLOCK) * _BLOCK
-            continue
-        size = int(override.get("size", size))
-        if start + size > end:
-            raise ValueError(
-                f"{path}: cut short; its member at byte {at} ends {start + size - end} bytes after the file"
-            )
-        if kind in (b"0", b"\0", b"7"):
-            name, prefix = _text(header[:100]), _text(header[345:500]) if header[257:262] == b"ustar" else ""
-            if header[257:265] == b"ustar  \0":  # GNU has times in the place of the prefix
-                prefix = ""
-            yield override.get("path", f"{prefix}/{name}" if prefix else name).removeprefix("./"), start, size
-        if kind != b"g":
-            override = {}
-        at = start + -(-size // _BLOCK) * _BLOCK
-
-
-def _checksum_holds(header: bytes) -> bool:
-    expected = _number(header[148:156])
-    return expected == sum(header) - sum(header[148:156]) + 8 * 0x20
-
-
-def _number(digits: bytes) -> int | None:
-    """A number of a tar header: octal, or base 256 with the top bit set. None where it is neither."""
-    if digits[0] & 0x80:
-        return int.from_bytes(digits, "big") & ((1 << (8 * len(digits) - 1)) - 1)
+def _label(data: bytes, path: str, start: int) -> str:
+    """The text of a .cls member. Raises ValueError with its place."""
     try:
-        return int(digits.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(data) > _LONGEST_LABEL:
+        raise ValueError(f"{path}: the .cls member at byte {start} is no label but {data[:40]!r}")
+    return text
 
 
-def _text(data: bytes) -> str:
-    return os.fsdecode(data.split(b"\0", 1)[0])
+def _beside(root: str, shards: list[str]) -> Counter[str]:
+    """How many other files of each extension lie in a folder of shards. ValueError for folders of images there."""
+    others = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or not entry.is_dir():
+            others.append(entry.name)
+        elif loose := _first_image(entry.path):
+            raise ValueError(
+                f"data path {root!r} holds tar shards ({os.path.basename(shards[0])}) and folders of images "
+                f"({printable(os.path.relpath(loose, root))}); move one kind away, or name the shards alone: "
+                f"{os.path.join(root, '*.tar')!r}"
+            )
+    return _others(set(others) - {os.path.basename(shard) for shard in shards})
 
 
-def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """The path and the size that a GNU long name (L) or a pax header (x) gives the next member."""
-    if kind == b"L":
-        return {"path": _text(data)}
-    fields = {}
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-        fields[key.decode()] = os.fsdecode(value)
-        data = data[length:]
-    return {key: fields[key] for key in ("path", "size") if key in fields}
+def _first_image(root: str) -> str | None:
+    """The path of some image below a folder, None where there is none."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if is_image(name):
+                return os.path.join(folder, name)
+    return None

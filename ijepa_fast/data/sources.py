@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from ijepa_fast.data.index import Index, cached
+from ijepa_fast.data.kinds import printable
 from ijepa_fast.data.scan import EXTENSIONS, scan_folder, scan_list, scan_shards
+from ijepa_fast.data.storage import StorageTrouble, check_size, read_file
 
 _OPEN_SHARDS = 64
+_NAMED = 6  # extensions that are named
 
 
 class Source:
     """A collection of encoded images in a fixed order: loose files, with names relative to `root`.
 
-    labels: int64 (n,), indices into `classes`; None without labels. columns: every label column of the collection, by
-    name. label: the column to use, by default the first one that has classes. Raises ValueError where it has none.
+    labels: int64 (n,), indices into `classes`; None without labels, and where they cannot be used: index.problem says
+    why. columns: every label column of the collection, by name. label: the column to use, by default the first one that
+    has classes. Raises ValueError where it has none.
     """
 
     def __init__(self, root: str, index: Index, label: str | None = None):
@@ -32,6 +36,8 @@ class Source:
         if label is not None or index.classes:
             chosen = label or next(iter(index.classes))
             if chosen not in index.classes:
+                if index.problem:
+                    raise ValueError(index.problem)
                 raise ValueError(
                     f"label: {root} has no classes {chosen!r}; it has {', '.join(index.classes) or 'none'}"
                 )
@@ -41,13 +47,20 @@ class Source:
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """The name of sample `index` in messages: its path."""
-        return os.path.join(self.root, self.index.names[index])
+        """The name of sample `index` in messages: its path, without characters that could harm a terminal."""
+        return printable(os.path.join(self.root, self.index.names[index]))
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of sample `index`. Raises OSError."""
-        with open(self.name(index), "rb", buffering=0) as file:
-            return file.read()
+        """The encoded bytes of sample `index`. Raises OSError, and BadImage for what can be no image."""
+        return read_file(os.path.join(self.root, self.index.names[index]))
+
+    @property
+    def left_out(self) -> str:
+        """What of the collection is no sample, in words: "12 .tif, 1 .txt"; "" where there is nothing else."""
+        kinds = sorted(self.index.left_out.items(), key=lambda item: -item[1])
+        named = [f"{count} {printable(kind)}" for kind, count in kinds[:_NAMED]]
+        rest = sum(count for _, count in kinds[_NAMED:])
+        return ", ".join([*named, f"{rest} others"] if rest else named)
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -60,12 +73,20 @@ class TarSource(Source):
 
     def name(self, index: int) -> str:
         """The shard's path and the member's name."""
-        return f"{self.index.shards[self.index.shard[index]]}:{self.index.names[index]}"
+        return printable(f"{self.index.shards[self.index.shard[index]]}:{self.index.names[index]}")
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of sample `index`. Raises OSError."""
-        shard = _open_shard(self.index.shards[self.index.shard[index]])
-        return os.pread(shard.fileno(), int(self.index.size[index]), int(self.index.start[index]))
+        """The encoded bytes of sample `index`. Raises OSError, and BadImage for one over the bound of bytes."""
+        path, size = self.index.shards[self.index.shard[index]], int(self.index.size[index])
+        check_size(size)
+        try:
+            data = os.pread(_open_shard(path).fileno(), size, int(self.index.start[index]))
+        except OSError:
+            _open_shard.cache_clear()  # the next try opens the file again: where it was replaced, this one is stale
+            raise
+        if len(data) < size:
+            raise StorageTrouble(f"{path}: is {size - len(data)} bytes shorter than when it was indexed; start again")
+        return data
 
     @property
     def groups(self) -> np.ndarray:
@@ -88,29 +109,33 @@ def open_source(path: str | Path, label: str | None = None, cache: str | Path | 
     - a text list of paths.
 
     label: the label column, by default the first. cache: a folder to keep the index in. Raises ValueError for a path
-    that does not exist or holds no image.
+    that does not exist or holds no image, for a folder with tar shards and folders of images, and for an archive that
+    is compressed, damaged or cut short. Labels that cannot be used raise nothing unless `label` asks for them.
     """
     path = os.fspath(path)
     shards = _shards(path)
     source: Source
     if shards:
-        source = TarSource(path, cached(path, cache, lambda: scan_shards(shards)), label)
+        root = path if os.path.isdir(path) else None
+        source = TarSource(path, cached(path, cache, lambda: scan_shards(shards, root)), label)
     elif os.path.isdir(path):
         source = Source(path, cached(path, cache, lambda: scan_folder(path)), label)
     elif os.path.isfile(path):
         source = Source(os.path.dirname(path), cached(path, cache, lambda: scan_list(path)), label)
     else:
-        raise ValueError(f"data path {path!r} does not exist; expected a folder of images, tar shards or a text list")
+        found = "is neither a folder nor a file" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"data path {path!r} {found}; expected a folder of images, tar shards or a text list")
     if not len(source):
         held = f"files named {', '.join('*' + extension for extension in EXTENSIONS)}, loose or in *.tar"
-        raise ValueError(f"data path {path!r} holds no image; expected {held}")
+        found = f"; found {source.left_out}" if source.left_out else ""
+        raise ValueError(f"data path {path!r} holds no image; expected {held}{found}")
     return source
 
 
 def _shards(path: str) -> list[str]:
     """The tar files that `path` names: itself, those in a folder, or those that match a pattern; [] for other paths."""
     if os.path.isdir(path):
-        return sorted(entry.path for entry in os.scandir(path) if entry.name.endswith(".tar") and entry.is_file())
+        return sorted(entry.path for entry in os.scandir(path) if _is_shard(entry))
     if not path.endswith(".tar"):
         return []
     pieces = re.split(r"\{(\d+\.\.\d+)\}", path)  # text and ranges by turns
@@ -123,6 +148,10 @@ def _shards(path: str) -> list[str]:
             f"data path {path!r}: {len(missing)} of {len(shards)} shards do not exist, first {missing[0]!r}"
         )
     return shards
+
+
+def _is_shard(entry: os.DirEntry) -> bool:
+    return entry.name.endswith(".tar") and not entry.name.startswith("._") and entry.is_file()
 
 
 def _numbers(span: str) -> list[str]:

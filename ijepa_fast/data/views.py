@@ -1,6 +1,4 @@
-"""Several augmented views of each image: the large and small crops of DINO and iBOT.
-
-MAE has one view, which the plain loader makes: TrainLoader(..., **MAE_VIEW).
+"""Several augmented views of each image: large and small crops, as self-distillation wants them.
 
 Shapes: B images, V views.
 """
@@ -14,34 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop
+from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
 from ijepa_fast.data.sources import Source
-
-MAE_VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}
-
-
-@dataclass(frozen=True)
-class View:
-    """How one view is made.
-
-    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
-    of solarisation. sigma: range of the blur's standard deviation, pixels of the view.
-    """
-
-    crop: int
-    scale: tuple[float, float]
-    blur: float
-    solarise: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)
-
-
-IBOT_VIEWS = (
-    View(224, (0.25, 1.0), blur=1.0),
-    View(224, (0.25, 1.0), blur=0.1, solarise=0.2),
-    *[View(96, (0.05, 0.25), blur=0.5)] * 10,
-)
 
 # For every view: the chances of colour jitter and of grey, and the jitter's strengths.
 _JITTER, _GREY = 0.8, 0.2
@@ -104,9 +78,7 @@ class ViewLoader(TrainLoader):
     views: how each is made. Other arguments are TrainLoader's, without `crop`.
     """
 
-    def __init__(
-        self, source: Source, *, views: Sequence[View] = IBOT_VIEWS, interpolation: str = "bicubic", **options: Any
-    ):
+    def __init__(self, source: Source, *, views: Sequence[View], interpolation: str = "bicubic", **options: Any):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 

@@ -102,7 +102,7 @@ class Engine:
         groups = parameter_groups(method.trained, method.averaged)
         self.optimizer = AdamWEMA(
             [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
-            betas=tuple(optim.betas),
+            betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
         )
         self.shapes = {
@@ -124,11 +124,15 @@ class Engine:
         if settings.target_precision == "fp8":
             method.use_fp8()
         if settings.cuda_graphs and device.type == "cuda":
-            method.forward = Graphs(method)
+            vars(method)["forward"] = Graphs(method)  # in front of the class's own
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""
-        loss, terms = self._engine(images, draw)
+        result = self._engine(images, draw)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            kind = type(self.method).__name__
+            raise ConfigError(f"{kind}.forward: expected (loss, its terms by name), got {type(result).__name__}")
+        loss, terms = result
         self._engine.backward(loss)
         return loss.detach(), terms
 
@@ -165,7 +169,7 @@ class Engine:
         """Use other position tables than the fixed ones: {network: (N, width)}."""
         for name, table in positions.items():
             self.positions[name].copy_(table)
-            self.method.networks[name].positions.copy_(table)
+            self.method.networks[name].get_buffer("positions").copy_(table)
 
     def restored(self) -> None:
         """Called when masters and optimiser state were overwritten: bring them into all networks."""
@@ -174,7 +178,7 @@ class Engine:
         self._gather()
 
     def _gather(self) -> None:
-        """Bring the averages into their networks, and tell the method, which may keep something made from them."""
+        """Bring the EMA into the averages, and tell the method, which may keep something made from them."""
         self.layout.gather()
         self.method.average_changed()
 

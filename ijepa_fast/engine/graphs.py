@@ -11,6 +11,8 @@ gone with the next replay: gradients are therefore copied into a buffer of their
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,28 +24,40 @@ ALIGNMENT = 64  # elements
 
 
 @dataclass
+class Shared:
+    """What all graphs share: the stream of their capture, and memory."""
+
+    stream: torch.cuda.Stream
+    images: torch.Tensor
+    gradients: torch.Tensor  # of all parameters side by side, see `Graphs.parts`
+    seed: torch.Tensor  # (), the gradient of the loss
+    pool: Any = None
+    features: torch.Tensor | None = None  # (B*N, D), in its first rows what `watch` is given
+
+
+@dataclass
 class Pair:
     """The graphs of one shape of batch, and the memory they read and write."""
 
-    images: torch.Tensor
+    shared: Shared
     draw: Draw
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     loss: torch.Tensor
     terms: dict[str, torch.Tensor]
-    watched: torch.Tensor | None  # (U, D) of the buffer that holds what `watch` is given
+    watched: torch.Tensor | None  # (U, D), what `watch` is given
 
     def load(self, images: torch.Tensor, draw: Draw) -> None:
         """Bring a batch to where the graphs read it."""
-        self.images.copy_(images, non_blocking=True)
+        self.shared.images.copy_(images, non_blocking=True)
         torch._foreach_copy_([*self.draw.tensors.values()], [*draw.tensors.values()], non_blocking=True)
 
 
 class Graphs:
-    """Stands in for the `forward` of an method on a GPU: (images, draw) -> (scalar loss, its terms).
+    """Stands in for the `forward` of a method on a GPU: (images, draw) -> (scalar loss, its terms).
 
-    Every backward pass must follow its forward pass, before the next one. The method's parameters and the target
-    encoder's must be of one dtype and stay where they are.
+    Every backward pass must follow its forward pass, before the next one. The parameters of the method and of its
+    averages must be of one dtype and stay where they are.
     """
 
     def __init__(self, method: Method):
@@ -51,7 +65,7 @@ class Graphs:
         self.params = [p for p in method.parameters() if p.requires_grad]
         self.pairs: dict[tuple, Pair] = {}
         self._seen: set[tuple] = set()
-        self._pool = self._stream = self._images = self._features = self._flat = self._seed = None
+        self._shared: Shared | None = None
 
     def __call__(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, with a gradient where gradients are on; see the class."""
@@ -77,45 +91,47 @@ class Graphs:
 
     def backward(self, pair: Pair, dloss: torch.Tensor) -> list[torch.Tensor]:
         """Gradients of the parameters, in memory of their own."""
-        self._seed.copy_(dloss)
+        pair.shared.seed.copy_(dloss)
         pair.backward.replay()
-        return self.parts(self._flat.clone())
+        return self.parts(pair.shared.gradients.clone())
 
     def _capture(self, images: torch.Tensor, draw: Draw) -> Pair:
-        device = images.device
-        if self._stream is None:
-            self._stream, self._images = torch.cuda.Stream(device), torch.empty_like(images)
-            self._flat = self.params[0].new_empty(sum(map(_room, self.params)))
-            self._seed = torch.ones((), device=device)
+        if self._shared is None:
+            flat = self.params[0].new_empty(sum(map(_room, self.params)))
+            seed = torch.ones((), device=images.device)
+            self._shared = Shared(torch.cuda.Stream(images.device), torch.empty_like(images), flat, seed)
+        shared, here = self._shared, torch.cuda.current_stream()
         draw = draw.map(torch.clone)
-        self._images.copy_(images)
-        watch, seen = self.method.watch, []
+        shared.images.copy_(images)
+        watch, watched = self.method.watch, None
+        seen: list[torch.Tensor] = []
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
-        options = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        capture = partial(torch.cuda.graph, stream=shared.stream, capture_error_mode="thread_local")
         try:
-            self._stream.wait_stream(torch.cuda.current_stream())
             self.method.watch = None if watch is None else lambda features, _: seen.append(features)
-            with torch.cuda.stream(self._stream):  # the libraries make their workspaces for the stream
-                torch.autograd.grad(self.run(self._images, draw)[0], self.params)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            watched = self._room_for(seen[0], draw) if seen else None
-            self.method.watch = None if watched is None else lambda features, _: watched.copy_(features)
-            with torch.cuda.graph(forward, pool=self._pool, **options):
-                loss, terms = self.run(self._images, draw)
-            self._pool = forward.pool()
-            with torch.cuda.graph(backward, pool=self._pool, **options):
-                gradients = torch.autograd.grad(loss, self.params, self._seed)
-                torch._foreach_copy_(self.parts(self._flat), gradients)
+            shared.stream.wait_stream(here)
+            with torch.cuda.stream(shared.stream):  # the libraries make their workspaces for the stream
+                torch.autograd.grad(self.run(shared.images, draw)[0], self.params)
+            here.wait_stream(shared.stream)
+            if seen:
+                watched = room = self._room_for(shared, seen[0], draw)
+                self.method.watch = lambda features, _: room.copy_(features)
+            with capture(forward, pool=shared.pool):
+                loss, terms = self.run(shared.images, draw)
+            shared.pool = forward.pool()
+            with capture(backward, pool=shared.pool):
+                gradients = torch.autograd.grad(loss, self.params, shared.seed)
+                torch._foreach_copy_(self.parts(shared.gradients), gradients)
         finally:
             self.method.watch = watch
-        return Pair(self._images, draw, forward, backward, loss.detach(), terms, watched)
+        return Pair(shared, draw, forward, backward, loss.detach(), terms, watched)
 
-    def _room_for(self, features: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Where a graph leaves what `watch` is given: the first rows of a buffer that all graphs share."""
-        if self._features is None:
-            self._features = features.new_empty((draw.images * self.method.encoder.patches, features.shape[1]))
-        return self._features[: len(features)]
+    def _room_for(self, shared: Shared, features: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Where a graph leaves what `watch` is given."""
+        if shared.features is None:
+            shared.features = features.new_empty((draw.images * self.method.encoder.patches, features.shape[1]))
+        return shared.features[: len(features)]
 
 
 def _room(param: torch.Tensor) -> int:
@@ -127,11 +143,11 @@ class _Replay(torch.autograd.Function):
     """So that gradients arrive at the parameters as from any backward pass, and DeepSpeed's hooks run."""
 
     @staticmethod
-    def forward(ctx, graphs: Graphs, pair: Pair, *params):
+    def forward(ctx: Any, graphs: Graphs, pair: Pair, *params: torch.Tensor) -> torch.Tensor:
         ctx.graphs, ctx.pair = graphs, pair
         pair.forward.replay()
         return pair.loss.clone()
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple:
         return None, None, *ctx.graphs.backward(ctx.pair, dloss)

@@ -1,6 +1,6 @@
-"""AdamW whose state holds an exponential moving average of the weights: I-JEPA's target encoder.
+"""AdamW whose state holds the exponential moving average (EMA) of the weights, of I-JEPA's target encoder say.
 
-As a state of the optimiser the average lives on the same fp32 partition as the moments, so ZeRO shards it with them.
+As a state of the optimiser the EMA lives on the same fp32 partition as the moments, so ZeRO shards it with them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ STATES = ("exp_avg", "exp_avg_sq", "ema")
 class AdamWEMA(torch.optim.Optimizer):
     """torch.optim.AdamW, then ema = momentum * ema + (1 - momentum) * weight, in one pass over memory.
 
-    The average of a group is kept where the group sets `ema=True`; it starts as the weight before the first step, or as
+    The EMA of a group is kept where the group sets `ema=True`; it starts as the weight before the first step, or as
     what `tie` gives.
 
     Args:
         params: parameters or groups of them.
-        lr: learning rate; weight_decay: decoupled; betas, eps: Adam's; momentum: of the average.
+        lr: learning rate; weight_decay: decoupled; betas, eps: Adam's; momentum: of the EMA.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
 
     def tie(self, param: torch.Tensor, target: torch.Tensor) -> None:
-        """Let `target`, of `param`'s shape, hold its average from now on, starting as it is.
+        """Let `target`, of `param`'s shape, hold its EMA from now on, starting as it is.
 
         In fp32 `target` is the state itself; in bf16 every step writes a copy into it, in the same pass.
         """
@@ -53,12 +53,12 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Write the averages into the bf16 targets again, after the state was loaded."""
+        """Write the EMA into the bf16 targets again, after the state was loaded."""
         for param, copy in self._copies.items():
             copy.copy_(self.state[param]["ema"])
 
     def init_state(self, param: torch.Tensor, ema: bool) -> dict:
-        """The state of `param`; made if there is none: step 0, zero moments, the average equal to the weight."""
+        """The state of `param`; made if there is none: step 0, zero moments, the EMA equal to the weight."""
         state = self.state[param]
         if not state:
             state["step"] = 0
@@ -98,7 +98,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = ()) -> list[dict]:
-    """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an average.
+    """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an EMA.
 
     trained: the networks by name. Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
     (whether weight decay applies).

@@ -1,14 +1,15 @@
-"""Where each rank's share of the optimiser lies, by ZeRO stage, and how the EMA gets from there to the target encoder.
+"""Where each rank's share of the optimiser lies, by ZeRO stage, and how the EMA gets from there into the averages.
 
-DeepSpeed hands the optimiser whole parameters (stage 0), one flat fp32 slice a parameter group (stages 1 and 2), or one
-flat fp32 slice a sub-group of parameters, each cut into equal shares (stage 3). A `Partition` says which elements of
-which parameters such a tensor holds, so that checkpoints are written and read by parameter, whatever the stage and the
-number of ranks. Written against DeepSpeed 0.19.
+DeepSpeed hands the optimiser whole parameters (stage 0), one flat fp32 slice per parameter group (stages 1 and 2), or
+one flat fp32 slice per sub-group of parameters, each cut into equal shares (stage 3). A `Partition` says which elements
+of which parameters such a tensor holds, so that checkpoints are written and read by parameter, whatever the stage and
+the number of ranks. Written against DeepSpeed 0.19.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,9 +40,10 @@ class Whole:
 
     replicated = True
 
-    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+    def __init__(self, engine: Any, optimizer: AdamWEMA, groups: list[dict]):
         self._optimizer = optimizer
-        self._weights, self.partitions = [], []
+        self._weights: list[torch.Tensor] = []
+        self.partitions: list[Partition] = []
         masters = getattr(engine.optimizer, "fp32_groups", None) or [group["params"] for group in groups]
         for group, owned in zip(groups, masters, strict=True):
             for name, weight, master in zip(group["names"], group["params"], owned, strict=True):
@@ -50,13 +52,13 @@ class Whole:
                 self._weights.append(weight)
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
-        """Let the target encoder's parameters, by name, hold the averages."""
+        """Let the averages' parameters, by name, hold the EMA."""
         for partition in self.partitions:
             if partition.ema:
                 self._optimizer.tie(partition.master, targets[partition.fragments[0].name].data)
 
     def gather(self) -> None:
-        """Bring all ranks' averages into the target encoder: here they are there already."""
+        """Bring all ranks' EMA into the averages: here it is there already."""
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -71,10 +73,10 @@ class Flat:
 
     replicated = False
 
-    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+    def __init__(self, engine: Any, optimizer: AdamWEMA, groups: list[dict]):
         self._zero, self._optimizer, self._groups = engine.optimizer, optimizer, groups
         self._rank = _rank()
-        self.partitions = []
+        self.partitions: list[Partition] = []
         self._offsets: list[dict[str, int]] = []
         self._averages: list[tuple[torch.Tensor, torch.Tensor]] = []
         for i, group in enumerate(groups):
@@ -91,7 +93,7 @@ class Flat:
             self.partitions.append(Partition(master, fragments, group["ema"]))
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
-        """Lay the target encoder's parameters out as the encoder's are, and let its slices hold the averages."""
+        """Lay the averages' parameters out as the networks' are, and let this rank's slices hold its EMA."""
         for i, partition in enumerate(self.partitions):
             if not partition.ema:
                 continue
@@ -106,7 +108,7 @@ class Flat:
             self._averages.append((whole, mine))
 
     def gather(self) -> None:
-        """One all-gather a group, in place."""
+        """One all-gather per group, in place."""
         for whole, mine in self._averages:
             _all_gather(whole, mine)
 
@@ -124,11 +126,11 @@ class Sharded:
 
     replicated = False
 
-    def __init__(self, engine, optimizer: AdamWEMA, groups: list[dict]):
+    def __init__(self, engine: Any, optimizer: AdamWEMA, groups: list[dict]):
         self._zero, self._optimizer = engine.optimizer, optimizer
         self._rank = _rank()
         names = {id(p): name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
-        self.partitions = []
+        self.partitions: list[Partition] = []
         self._shares: list[list[tuple[str, int, int]]] = []  # by sub-group: (name, offset, elements of a share)
         self._averages: list[tuple[torch.Tensor, list[tuple[torch.Tensor, int, int]]]] = []
         for i, params in enumerate(self._zero.fp16_groups):
@@ -145,7 +147,7 @@ class Sharded:
             self._shares.append(shares)
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
-        """Let a buffer of all ranks' shares hold the averages; the target encoder keeps whole parameters."""
+        """Let a buffer of all ranks' shares hold the EMA; the averages keep whole parameters."""
         for partition, shares in zip(self.partitions, self._shares, strict=True):
             if not partition.ema:
                 continue
@@ -159,7 +161,7 @@ class Sharded:
             self._averages.append((whole, [(targets[name].data, offset, n) for name, offset, n in shares]))
 
     def gather(self) -> None:
-        """One all-gather a sub-group, then a copy of each parameter's shares into the target encoder."""
+        """One all-gather per sub-group, then a copy of each parameter's shares into the averages."""
         for whole, pieces in self._averages:
             _all_gather(whole.view(-1), whole[self._rank])
             for target, offset, share in pieces:
@@ -176,7 +178,7 @@ class Sharded:
             persistent[0].all_gather(persistent)
 
 
-LAYOUTS = {0: Whole, 1: Flat, 2: Flat, 3: Sharded}
+LAYOUTS: dict[int, type[Whole | Flat | Sharded]] = {0: Whole, 1: Flat, 2: Flat, 3: Sharded}
 
 
 def _rank() -> int:

@@ -49,19 +49,20 @@ class Schedule:
         """Weight decay during `step`."""
         progress = (step + 1) / self.steps
         if self.optim.weight_decay_shape == "linear":
-            progress = min(1.0, progress)
-            return self.optim.weight_decay + progress * (self.optim.final_weight_decay - self.optim.weight_decay)
+            return self.optim.weight_decay + min(1.0, progress) * (
+                self.optim.final_weight_decay - self.optim.weight_decay
+            )
         value = _cosine(self.optim.weight_decay, self.optim.final_weight_decay, progress)
         bound = min if self.optim.final_weight_decay > self.optim.weight_decay else max
         return bound(self.optim.final_weight_decay, value)
 
     def ema_momentum(self, step: int) -> float:
         """Momentum of the EMA update that ends `step`."""
-        progress = step / (self.steps_per_epoch * self.optim.epochs * self.optim.horizon)
+        progress = min(1.0, step / (self.steps_per_epoch * self.optim.epochs * self.optim.horizon))
         if self.optim.ema_shape == "cosine":
             return _cosine(self.optim.ema, self.optim.final_ema, progress)
         return self.optim.ema + progress * (self.optim.final_ema - self.optim.ema)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

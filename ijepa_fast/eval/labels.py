@@ -74,7 +74,8 @@ def open_labelled(path: str | Path, cache: str | Path | None = None, tasks: dict
         columns, classes = _read_clevr(scenes, source)
     if not columns:
         raise ValueError(
-            f"{path}: found no labels; expected a folder per class, a labels.csv, or Clevr's images/<split>"
+            source.index.problem
+            or f"{path}: found no labels; expected a folder per class, a labels.csv, or Clevr's images/<split>"
         )
     tasks = _tasks(columns, tasks or {}, path)
     labels = {}

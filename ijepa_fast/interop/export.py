@@ -10,6 +10,8 @@ safetensors  one file for ijepa_fast.load and for the configuration's `init`
 The first two hold one encoder, the target encoder unless --network says otherwise; the others all networks.
 """
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
@@ -19,14 +21,14 @@ from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
 from ijepa_fast.interop.reference import save_reference
 from ijepa_fast.interop.timm import save_timm
-from ijepa_fast.interop.weights import save_weights, with_image_size
+from ijepa_fast.interop.weights import Weights, save_weights, with_image_size
 
 ONE_ENCODER = {"hf": save_hf, "timm": save_timm}
 ALL_NETWORKS = {"reference": save_reference, "safetensors": save_weights}
 
 
-def export(weights, form, out, network=None):
-    """Write `weights` (interop.weights.Weights) to `out` in the format `form`: complete, or not at all.
+def export(weights: Weights, form: str, out: str | Path, network: str | None = None) -> None:
+    """Write `weights` to `out` in the format `form`: complete, or not at all.
 
     network: of the formats with one encoder, "target_encoder" (default) or "encoder". ValueError where `out` exists.
     """

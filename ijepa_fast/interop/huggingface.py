@@ -95,12 +95,15 @@ def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
 
 
 def image_processor(arch: Arch) -> dict[str, Any]:
-    """preprocessor_config.json's content: resize to the training's crop, its mean and std."""
+    """preprocessor_config.json's content: the central square at the training's crop, its mean and std."""
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",  # the plain one that crops; ViT's squashes
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": arch.image_size, "width": arch.image_size},
+        "size": {"shortest_edge": arch.image_size},
         "resample": _RESAMPLE[arch.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": arch.image_size, "width": arch.image_size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -134,6 +137,9 @@ def from_hf(folder: str | Path) -> Weights:
     if kind not in ("ijepa", "vit"):
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa' or 'vit', got {kind!r}")
     state = _published(_hf_tensors(folder), folder)
+    if (kind == "vit") != ("cls_token" in state):
+        held = "a class token" if "cls_token" in state else "no class token"
+        raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and the weights have {held}")
     known = _processor(folder)
     if kind == "vit":
         known |= {"learned_positions": True, "readout": config.get(_READOUT, "class"), "method": "vit"}
@@ -145,7 +151,7 @@ def from_hf(folder: str | Path) -> Weights:
 def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path) -> None:
     """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
-    held = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
+    held: dict[str, Any] = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
     held |= {"patch_size": arch.patch, "image_size": arch.image_size, "hidden_act": "gelu"}
     for key, value in held.items():
         if config.get(key, value) != value:
@@ -155,8 +161,12 @@ def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path
 def _hf_tensors(folder: Path) -> State:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = sorted(set(read_json(index)["weight_map"].values()))
-        return {key: value for part in parts for key, value in read_safetensors(folder / part)[0].items()}
+        held = read_json(index)
+        parts = list(held.get("weight_map", {}).values()) if isinstance(held, dict) else []
+        strange = [part for part in parts if not isinstance(part, str) or "/" in part or part[:1] in ("", ".")]
+        if strange or not parts:
+            raise ValueError(f"{index}: expected a weight_map to names of files beside it, got {strange[:1]}")
+        return {key: value for part in sorted(set(parts)) for key, value in read_safetensors(folder / part)[0].items()}
     if (folder / "model.safetensors").exists():
         return read_safetensors(folder / "model.safetensors")[0]
     if (folder / "pytorch_model.bin").exists():
@@ -185,7 +195,8 @@ def _published(tensors: State, folder: Path) -> State:
     inside = {hf: name for name, hf in _BLOCK.items()}
     outside = {hf: name for name, hf in _OUTSIDE.items()}
     tokens = {hf: name for name, hf in _TOKENS.items()}
-    out, qkv = {}, {}
+    out: State = {}
+    qkv: dict[tuple[str, str], State] = {}
     for key, value in tensors.items():
         name = key.removeprefix("ijepa.").removeprefix("vit.")
         if name.startswith(("classifier.", "pooler.")) or name == "embeddings.mask_token":

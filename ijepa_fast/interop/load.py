@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
+from ijepa_fast.data.dali import read_images
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
@@ -118,14 +118,12 @@ class PretrainedEncoder(nn.Module):
         return [output.view(len(images), self.patches, self.dim) for output in outputs]
 
     def read(self, paths: Iterable[str | Path]) -> torch.Tensor:
-        """Image files -> uint8 (B, crop, crop, 3) on the module's device: the central square, resized."""
-        from PIL import Image, ImageOps
+        """Image files -> uint8 (B, crop, crop, 3) on the module's device: the central square, decoded as in training.
 
-        resample = getattr(Image.Resampling, self.arch.interpolation.upper())
-        images = [
-            ImageOps.fit(Image.open(path).convert("RGB"), (self.crop, self.crop), method=resample) for path in paths
-        ]
-        return torch.from_numpy(np.stack(images)).to(self.encoder.norm.weight.device)
+        Raises ValueError naming the file that cannot be used, ImportError without DALI.
+        """
+        device = self.encoder.norm.weight.device
+        return read_images(paths, crop=self.crop, interpolation=self.arch.interpolation, device=device)
 
     def _patchify(self, images: torch.Tensor) -> torch.Tensor:
         expected = (self.crop, self.crop, 3)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.interop.weights import State, Weights, infer_arch
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
@@ -20,6 +22,7 @@ def load_tensors(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        _say_kind(path)
         found = str(error).partition("Unsupported global: GLOBAL ")[2].split()
         reason = f"something other than tensors and numbers ({found[0].rstrip('.,')})" if found else "no tensors"
         raise ValueError(
@@ -27,8 +30,16 @@ def load_tensors(path: str | Path) -> Any:
             "state dicts alone"
         ) from None
     except Exception as error:  # bytes that are no checkpoint make the unpickler raise anything
+        _say_kind(path)
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"checkpoint {path}: expected a file written by torch.save, got: {reason}") from None
+
+
+def _say_kind(path: str | Path) -> None:
+    """ValueError where the file's first bytes say what else it is."""
+    what = kind_of_file(path)
+    if what is not None and not _is_zip(path):  # which torch.save writes
+        raise ValueError(f"checkpoint {path}: expected a file written by torch.save, got {what}") from None
 
 
 def _is_zip(path: str | Path) -> bool:
@@ -50,6 +61,8 @@ def load_reference(path: str | Path, heads: int | None = None) -> Weights:
         raise ValueError(f"checkpoint {path}: expected only keys of {KEYS}, got also {strange}")
     states = {name: _plain(content.get(name) or {}, name, path) for name in NETWORKS}
     arch = infer_arch(states["encoder"], states["predictor"], heads=heads, source=f"checkpoint {path}")
+    if not states["target_encoder"]:
+        warnings.warn(f"checkpoint {path} has no target_encoder; its encoder is the default", stacklevel=3)
     return Weights(arch, states)
 
 

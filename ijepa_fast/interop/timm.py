@@ -78,7 +78,7 @@ def from_timm(folder: str | Path) -> Weights:
             f"{folder}/config.json: model_args has class_token {arguments.get('class_token', True)}, and the weights "
             f"have {'one' if 'cls_token' in state else 'none'}"
         )
-    known = {"learned_positions": True, "method": "vit"} if "cls_token" in state else {}
+    known: dict[str, Any] = {"learned_positions": True, "method": "vit"} if "cls_token" in state else {}
     arch = infer_arch(
         state,
         heads=arguments["num_heads"],

@@ -20,10 +20,12 @@ from torch import nn
 
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.models.positions import sincos_2d
 
 State = dict[str, torch.Tensor]
 HEADS = {dim: heads for dim, _, heads, _ in ARCHITECTURES.values()}  # the published width -> heads
+MAX_HEADER = 1 << 24  # bytes of a safetensors header; its JSON takes some hundred times as many in memory
 HEADER = "ijepa_fast"  # key of the header's metadata
 
 
@@ -49,8 +51,8 @@ class Arch:
     mlp_ratio: float = 4.0
     predictor_dim: int | None = None
     predictor_depth: int | None = None
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bilinear"
     step: int | None = None
     method: str = "ijepa"
@@ -66,9 +68,9 @@ class Arch:
 
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
-        names = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
-        names += ("class_token", "learned_positions", "mask_token", "readout")
-        return {name: getattr(self, name) for name in names}
+        sizes = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
+        parts = ("class_token", "learned_positions", "mask_token", "readout")
+        return {name: getattr(self, name) for name in sizes + parts}
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Weights:
     arch: Arch
     networks: dict[str, State] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.networks = {name: state for name, state in self.networks.items() if state}
 
     @property
@@ -100,6 +102,29 @@ class Weights:
         if name not in self.networks:
             raise ValueError(f"network: the file has no {name}; choose of {self.held}")
         return self.networks[name]
+
+    def renamed(self, former: Mapping[str, str]) -> Weights:
+        """The same weights by today's names of parameters. former: prefixes then and now."""
+        networks: dict[str, State] = {}
+        for network, state in self.networks.items():
+            for key, tensor in state.items():
+                name, _, rest = today(f"{network}.{key}", former).partition(".")
+                networks.setdefault(name, {})[rest] = tensor
+        return Weights(self.arch, networks)
+
+    def with_fixed_positions(self) -> Weights:
+        """The same encoders with a table (1, N, D), as an encoder has that learns none: of a table with the class
+        token's position, that position is added to the token.
+        """
+        if not (self.arch.class_token and self.arch.learned_positions):
+            return self
+        networks = dict(self.networks)
+        for name in networks.keys() & {"encoder", "target_encoder"}:
+            state = dict(networks[name])
+            state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+            state["pos_embed"] = state["pos_embed"][:, 1:]
+            networks[name] = state
+        return Weights(replace(self.arch, learned_positions=False), networks)
 
 
 def infer_arch(
@@ -172,10 +197,17 @@ def read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < size <= path.stat().st_size:
+            raise ValueError(
+                f"{path}: its header has {size} bytes, over the bound of {MAX_HEADER}; a ViT's has 100,000"
+            )
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got: {error}") from None
+        # Only now: the length that a good file begins with may look like another kind's first bytes.
+        raise ValueError(f"{path}: expected a safetensors file, got: {kind_of_file(path) or error}") from None
 
 
 def header(arch: Arch) -> dict[str, str]:
@@ -211,7 +243,9 @@ def load_weights(path: str | Path) -> Weights:
             f"weights {path}: expected the architecture under {HEADER!r} in the header, got {sorted(metadata)}"
         )
     arch = _arch(json.loads(metadata[HEADER]), networks.get("encoder") or networks["target_encoder"], former, path)
-    widths = {"encoder": arch.dim, "target_encoder": arch.dim, "predictor": arch.predictor_dim}
+    widths = {"encoder": arch.dim, "target_encoder": arch.dim}
+    if arch.predictor_dim is not None:
+        widths["predictor"] = arch.predictor_dim
     for name in widths.keys() & networks.keys():  # a file of the first version has no tables, which were the usual ones
         networks[name].setdefault(position_key(name), sincos_2d(widths[name], arch.grid)[None])
     return Weights(arch, networks)
@@ -308,14 +342,11 @@ def load_state(module: nn.Module, state: State, name: str = "encoder") -> None:
 
     A fixed position table, of the module's grid, is copied into the module's.
     """
-    state = dict(state)
-    fixed = getattr(module, "positions", None)
-    table = None if fixed is None else state.pop(position_key(name))
-    check_state(name, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, state)
-    if table is not None and table.shape != (1, *fixed.shape):
-        raise ValueError(
-            f"{name}.{position_key(name)}: the model has shape {(1, *fixed.shape)}, the weights {tuple(table.shape)}"
-        )
+    state, fixed = dict(state), getattr(module, "positions", None)
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    if fixed is not None:
+        shapes[position_key(name)] = (1, *fixed.shape)
+    check_state(name, shapes, state)
+    if fixed is not None:
+        fixed.copy_(state.pop(position_key(name))[0])
     module.load_state_dict(state)
-    if table is not None:
-        fixed.copy_(table[0])

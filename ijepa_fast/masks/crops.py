@@ -1,6 +1,6 @@
 """What a step of iBOT draws beside its views: masks and all that follows from them, as index tensors, on the host.
 
-Shapes: B images, L small crops an image, N and n patches of a large and a small crop, R masked patches.
+Shapes: B images, L small crops per image, N and n patches of a large and a small crop, R masked patches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
-LARGE = 2  # large crops an image
+LARGE = 2  # large crops per image
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _int32(values: np.ndarray) -> torch.Tensor:
 class CropSampler:
     """Draws a batch's masks and dropped branches, a function of (seed, step, rank), and the step's settings.
 
-    side, small_side: patches along a large and a small crop. small: small crops an image. depth: blocks.
+    side, small_side: patches along a large and a small crop. small: small crops per image. depth: blocks.
     warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
     frozen_steps: in which the prototypes do not learn.
     """
@@ -147,7 +147,7 @@ def _block_mask(rng: np.random.Generator, side: int) -> np.ndarray:
             continue
         top, first = rng.integers(side - height + 1), rng.integers(side - width + 1)
         block = mask[top : top + height, first : first + width]
-        added = block.size - np.count_nonzero(block)
+        added = block.size - int(np.count_nonzero(block))
         if 0 < added <= left:
             block[:] = True
             left -= added

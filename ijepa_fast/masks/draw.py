@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -36,7 +36,8 @@ class Draw:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """The same draw with `change` made to every tensor."""
-        return replace(self, **{name: change(tensor) for name, tensor in self.tensors.items()})
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same draw with its tensors on `device`."""

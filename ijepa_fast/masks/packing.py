@@ -79,8 +79,8 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding:
               a resumed run makes it again.
 
     With `padding` token counts are rounded up to padding buckets, at most by 0.8 % where they cost much, and greatest
-    lengths to a multiple of LENGTHS, so that few different shapes occur: a caching allocator finds every size again
-    after the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes.
+    lengths to a multiple of LENGTHS. Few different shapes occur then: a caching allocator finds every size again after
+    the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes.
 
     Raises ValueError for an unknown policy, a missing budget, and a batch of fewer than C * B * budget context patches.
     """
@@ -94,7 +94,7 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding:
     context = masks.context.numpy()
     if policy == "truncate":
         context = context & (np.cumsum(context, axis=-1, dtype=np.int32) <= context.sum(-1).min())
-    elif policy == "budget":
+    elif budget is not None:
         context = _budget(masks, context, budget)
     contexts, images, patches = context.shape
     rows = np.flatnonzero(context).astype(np.int32)
@@ -102,7 +102,7 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding:
         rows %= images * patches
     bits = None
     if padding:
-        bits = (0 if policy == "budget" else TOKEN_BITS), UNION_BITS
+        bits = TOKEN_BITS if budget is None else 0, UNION_BITS
     return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, bits)
 
 
@@ -122,13 +122,13 @@ def _step(tokens: int, bits: int) -> int:
 
 
 def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
-    """Context (C, B, N) bool -> the same with C * B * budget patches kept, `budget` a context where it has them."""
+    """Context (C, B, N) bool -> the same with C * B * budget patches kept, `budget` in each context that has them."""
     contexts, images, _ = context.shape
     available = np.count_nonzero(context, axis=-1).ravel()
     if budget < 1 or available.sum() < budget * available.size:
         raise ValueError(
-            f"mask.budget: expected between 1 and the {available.mean():.1f} context patches an image has on average "
-            f"in this batch, got {budget}; lower mask.budget"
+            f"mask.budget: expected between 1 and the batch's {available.mean():.1f} context patches per image, got "
+            f"{budget}; lower mask.budget"
         )
     count = np.minimum(available, budget)
     while missing := budget * count.size - count.sum():

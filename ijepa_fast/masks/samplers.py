@@ -7,8 +7,8 @@ batch, a pure function of its arguments. One target size is drawn per batch, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Masks:
     key: Key
 
 
-def make_sampler(strategy: str, grid: Size, **options) -> Sampler:
+def make_sampler(strategy: str, grid: Size, **options: Any) -> Sampler:
     """The sampler of a strategy for a grid of (rows, columns) patches; an option that is None takes its default.
 
     multiblock-reference  the published sampler's distribution: one number sets a block's scale and aspect, and no block
@@ -74,7 +74,7 @@ class MultiBlock:
     min_keep: int = 10
     published: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_grid(self.grid)
         _check_count("targets", self.targets, 1)
         _check_count("contexts", self.contexts, 1)
@@ -141,7 +141,7 @@ class Block:
     target_scale: Range = (0.6, 0.6)
     target_aspect: Range = (0.75, 1.5)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_grid(self.grid)
         _check_range("target_scale", self.target_scale, 1.0)
         _check_range("target_aspect", self.target_aspect, math.inf)
@@ -180,12 +180,12 @@ class Rasterized:
 
     grid: Size
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_grid(self.grid)
         if self.grid[0] % 2 or self.grid[1] % 2:
             raise ValueError(
-                f"mask.strategy: rasterized needs an even number of patches a side, got the {_name(self.grid)} grid; "
-                "change data.crop or the patch size"
+                f"mask.strategy: rasterized needs an even number of patches along a side, got the "
+                f"{_name(self.grid)} grid; change data.crop or the patch size"
             )
 
     def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
@@ -209,7 +209,7 @@ class Random:
     grid: Size
     target_scale: float = 0.6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_grid(self.grid)
         if not 0 < self._count < self.grid[0] * self.grid[1]:
             raise ValueError(
@@ -232,7 +232,7 @@ class Random:
 
 
 Sampler = MultiBlock | Block | Rasterized | Random
-STRATEGIES: dict[str, tuple[Callable[..., Sampler], dict]] = {
+STRATEGIES: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
     "multiblock-reference": (MultiBlock, {"published": True}),
     "multiblock": (MultiBlock, {"published": False}),
     "rasterized": (Rasterized, {}),

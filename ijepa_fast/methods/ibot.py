@@ -5,7 +5,7 @@ and dropped branches come with the draw. What makes it fast here, exactly: all c
 batch; its last block, norm and head compute only the class tokens and the masked patches; the teacher's 8192-wide layer
 too, since the mean of its logits over all patches, which the patch centre needs, is that layer applied to the mean of
 its inputs.
-Shapes: B images, L small crops an image, N and n patches of a large and a small crop, D width, R masked patches, Q
+Shapes: B images, L small crops per image, N and n patches of a large and a small crop, D width, R masked patches, Q
 prototypes.
 """
 
@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.config import key
-from ijepa_fast.data.views import IBOT_VIEWS, View
+from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.vit import INIT_STD, Encoder, LinearGELU, Sequences, init_weights, run_blocks
+from ijepa_fast.models.vit import INIT_STD, Dense, Encoder, LinearGELU, Packed, Rows, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-SMALL_CROP = 96 / 224  # its side over a large one's
+LARGE_VIEWS = (View(224, (0.25, 1.0), blur=1.0), View(224, (0.25, 1.0), blur=0.1, solarise=0.2))
+SMALL_VIEW = View(96, (0.05, 0.25), blur=0.5)
 
 
 @dataclass
@@ -41,9 +42,9 @@ class Options:
     hidden: int = key(2048, "width of the head's two layers", least=1)
     bottleneck: int = key(256, "width of the head's bottleneck", least=1)
     prototypes: int = key(8192, "outputs of the head", least=1)
-    drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0)
-    temperature: float = key(0.07, "of the teacher, reached from first_temperature")
-    first_temperature: float = key(0.04, "of the teacher, at the start")
+    drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
+    temperature: float = key(0.07, "of the teacher, reached from first_temperature", above=0)
+    first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
     temperature_epochs: float = key(30, "over which the teacher's temperature rises", least=0)
     frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
 
@@ -80,7 +81,7 @@ class Head(nn.Module):
         return F.normalize(x, dim=1)
 
 
-class IBOT(Method):
+class IBOT(Method[CropDraw]):
     """The student's `encoder` and `head`, and their averages, the teacher.
 
     `carried` holds the two centres (1, Q) fp32.
@@ -113,16 +114,16 @@ class IBOT(Method):
             int(chosen.frozen_epochs * setup.steps_per_epoch),
         )
         self.apply(init_weights)
-        for parameter in (self.encoder.cls_token, self.encoder.pos_embed):
-            nn.init.trunc_normal_(parameter, std=INIT_STD)
+        for name in ("encoder.cls_token", "encoder.pos_embed"):
+            nn.init.trunc_normal_(self.get_parameter(name), std=INIT_STD)
         self.keep_average("encoder", "head")
         # Not buffers, which the engine would cast to the model's precision.
         self.carried = {name: torch.zeros(1, chosen.prototypes) for name in ("centre", "patch_centre")}
 
     def views(self) -> list[View]:
         """Large crops of data.crop pixels and data.scale, then small ones."""
-        data = self.setup.data
-        return views_of(data.crop, self.setup.model.patch, tuple(data.scale), self.options.small_crops)
+        data, small_crops = self.setup.data, self.options.small_crops
+        return views_of(data.crop, self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
 
     def draw(self, images: int, seed: int, step: int, rank: int = 0) -> CropDraw:
         """Masks, dropped branches and the step's settings."""
@@ -159,13 +160,9 @@ class IBOT(Method):
         encoder = self.encoder
         tokens = [encoder.embed(large, draw.side, draw.mask), encoder.embed(small, draw.small_side)]
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
-        sequences = Sequences(draw.cu_seqlens, draw.max_seqlen)
-        last = replace(
-            sequences,
-            select=partial(masked_gather, index=draw.used, unique=True),
-            query_cu_seqlens=draw.used_cu_seqlens,
-            query_max_seqlen=draw.used_max_seqlen,
-        )
+        sequences = Packed(draw.cu_seqlens, draw.max_seqlen)
+        pick = partial(masked_gather, index=draw.used, unique=True)
+        last = replace(sequences, rows=Rows(pick, draw.used_cu_seqlens, draw.used_max_seqlen))
         x = run_blocks(encoder.blocks, encoder.norm, torch.cat(tokens), None, sequences, last, encoder.recompute, keep)
         logits = self.head.last_layer(self.head.bottleneck(x), draw.frozen)
         return logits[draw.class_rows], logits[draw.patch_rows]
@@ -176,7 +173,7 @@ class IBOT(Method):
         """
         encoder, head = self.averaged["encoder"], self.averaged["head"]
         crops = LARGE * draw.images
-        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.side), None, Sequences(images=crops))
+        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.side), None, Dense(crops))
         z = head.bottleneck(x)
         by_crop = z.view(crops, -1, z.shape[1])
         mean = by_crop[:, 1:].mean((0, 1), dtype=torch.float32).to(z.dtype)[None]
@@ -219,16 +216,16 @@ def views_of(
     Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time, and
     blurred by the same share of a crop as published, where it is of 224 pixels.
     """
-    large, small = IBOT_VIEWS[0], IBOT_VIEWS[LARGE]
-    sigma = tuple(bound * crop / large.crop for bound in large.sigma)
-    views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in IBOT_VIEWS[:LARGE]]
+    large = LARGE_VIEWS[0]
+    sigma = (large.sigma[0] * crop / large.crop, large.sigma[1] * crop / large.crop)
+    views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
     side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
-    return views + [replace(small, crop=side, scale=share, sigma=sigma)] * small_crops
+    return views + [replace(SMALL_VIEW, crop=side, scale=share, sigma=sigma)] * small_crops
 
 
 def small_crop_side(side: int) -> int:
     """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_CROP))
+    return max(1, round(side * SMALL_VIEW.crop / LARGE_VIEWS[0].crop))
 
 
 @dataclass(frozen=True)

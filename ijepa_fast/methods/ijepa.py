@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ijepa_fast.config import key
+from ijepa_fast.config import check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.packing import MaskDraw, pack
 from ijepa_fast.masks.samplers import make_sampler
@@ -31,7 +32,7 @@ class Options:
     target: str = key("features", "of the target encoder, or normalised pixels", choices=("features", "pixels"))
 
 
-class IJEPA(Method):
+class IJEPA(Method[MaskDraw]):
     """Context encoder, predictor and, outside the module tree, the target encoder.
 
     Every weight matrix is truncated normal .02, but for the patch embedding, whose standard deviation is
@@ -42,6 +43,11 @@ class IJEPA(Method):
     Options = Options
     capabilities = frozenset({"graphs", "fp8", "target_stream", "forecast"})
     reads_mask = True
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """The predictor has the encoder's heads."""
+        check_width("predictor_dim", setup.model)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -73,7 +79,7 @@ class IJEPA(Method):
 
     def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
-        self.fp8_blocks = [FP8Block(block) for block in self.target_encoder.blocks[:-1]]
+        self.fp8_blocks = [FP8Block(block) for block in self.averaged["encoder"].blocks[:-1]]
 
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.config import key
+from ijepa_fast.config import ConfigError, key
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.packing import MaskDraw, cu_seqlens, pack
@@ -27,11 +27,12 @@ from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, INIT_STD, Block, Dense, Encoder, LayerNorm, Packed, Rows, run_blocks
 
 MASKED_SHARE = 0.75
 PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels
 HEAD_DIM = 32  # of the decoder
+VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}  # the published one, as arguments of a loader
 
 
 @dataclass
@@ -79,12 +80,26 @@ def with_decoder(draw: MaskDraw) -> MAEDraw:
     )
 
 
-class MAE(Method):
+class MAE(Method[MAEDraw]):
     """Masked autoencoder: `encoder` with a class token, and `decoder`."""
 
     Options = Options
     capabilities = frozenset({"graphs"})
     former_names: ClassVar = {"predictor.": "decoder."}
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Some patches are masked and some are not; the decoder's width suits its heads."""
+        patches, width = setup.side**2, setup.model.predictor_dim
+        if not 0 < round(patches * options.masked) < patches:
+            raise ConfigError(
+                f"objective.options.masked: expected a share that leaves masked and visible ones of {patches} patches, "
+                f"got {options.masked}"
+            )
+        if width % 4 or width % max(1, width // HEAD_DIM):
+            raise ConfigError(
+                f"model.predictor_dim={width}: expected a multiple of {HEAD_DIM}, the width of the decoder's heads"
+            )
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -102,7 +117,7 @@ class MAE(Method):
             recompute=model.recompute,
         )
         self.apply(init_weights)
-        nn.init.normal_(self.encoder.cls_token, std=INIT_STD)
+        nn.init.normal_(self.get_parameter("encoder.cls_token"), std=INIT_STD)
         nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
 
     def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MAEDraw:
@@ -162,6 +177,8 @@ class Decoder(nn.Module):
         recompute: keep only each block's input for the backward pass.
     """
 
+    positions: torch.Tensor  # (N, Dd)
+
     def __init__(
         self,
         grid: tuple[int, int],
@@ -191,15 +208,11 @@ class Decoder(nn.Module):
         positions = masked_gather(self.positions.to(x.dtype), draw.decoder_places).view(images, -1, self.dim)
         x = torch.cat([x[:, :1], torch.cat([x[:, 1:], masked], dim=1) + positions], dim=1)
         length = x.shape[1]
-        last = Sequences(
-            cu_seqlens=draw.decoder_cu_seqlens,
-            max_seqlen=length,
-            select=partial(last_rows, length=length, count=size),
-            query_cu_seqlens=draw.masked_cu_seqlens,
-            query_max_seqlen=size,
+        rows = Rows(partial(last_rows, length=length, count=size), draw.masked_cu_seqlens, size)
+        last = Packed(draw.decoder_cu_seqlens, length, rows)
+        x = run_blocks(
+            self.decoder_blocks, self.decoder_norm, x.flatten(0, 1), None, Dense(images), last, self.recompute
         )
-        x, sequences = x.flatten(0, 1), Sequences(images=images)
-        x = run_blocks(self.decoder_blocks, self.decoder_norm, x, None, sequences, last, recompute=self.recompute)
         return self.decoder_pred(x)
 
 
@@ -212,7 +225,8 @@ def init_weights(module: nn.Module) -> None:
     """Published initialisation: Xavier uniform for every matrix, biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)

@@ -15,14 +15,15 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, is_dataclass
+from types import ModuleType
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
-from ijepa_fast.data.views import View
+from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
@@ -31,6 +32,7 @@ from ijepa_fast.models.vit import Encoder
 # Registered are the files of this folder, by their names.
 METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
 CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
+D = TypeVar("D", bound=Draw)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ class NoOptions:
     """Of a method without options of its own."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, Generic[D]):
     """A method's networks and its loss. A subclass sets the class attributes and builds its networks in `__init__`.
 
+    D is the kind of its draw: `class Mine(Method[MyDraw])`.
     Every child module is trained; its parameters are named "<child>.<parameter>" in checkpoints. One of them is
     `encoder`, which is what a run leaves: it is probed, loaded and exported, by its average where there is one.
 
@@ -83,16 +86,17 @@ class Method(nn.Module):
     def __init__(self, setup: Setup):
         super().__init__()
         self.setup, self.options = setup, self.parse(setup)
-        self.averaged: dict[str, nn.Module] = {}
+        self.averaged: dict[str, Any] = {}
         self.carried: dict[str, torch.Tensor] = {}
-        self.watch: Callable[[torch.Tensor, Draw], None] | None = None
+        self.watch: Callable[[torch.Tensor, Draw], object] | None = None
         self.target_stream: torch.cuda.Stream | None = None
 
     @classmethod
     def parse(cls, setup: Setup) -> Any:
         """The checked options. Raises ConfigError, naming the key."""
         if not cls.reads_mask and setup.mask != Mask():
-            raise ConfigError(f"mask: objective.method={cls.__name__} draws its own masks; remove the section")
+            name = cls.__module__.rpartition(".")[2]
+            raise ConfigError(f"mask: objective.method={name} draws its own masks; remove the section")
         options = parse_options(setup.options, cls.Options)
         cls.check(options, setup)
         return options
@@ -105,25 +109,25 @@ class Method(nn.Module):
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
         return []
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> Draw:
+    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> D:
         """What a micro-batch of `images` needs beside them, on the host: a function of the arguments alone.
 
         step: counts micro-batches. Called ahead of the step, in another thread.
         """
         raise NotImplementedError
 
-    def forward(self, images: Any, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forward(self, images: Any, draw: D) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, an fp32 scalar, and its named terms for the log, detached; {} where there is but one.
 
         images: uint8 (B, H, W, 3) on the device; of several views a list of them.
         """
         raise NotImplementedError
 
-    def work(self, draw: Draw) -> Work:
+    def work(self, draw: D) -> Work:
         """The work of a step on `draw`, as it is executed here."""
         raise NotImplementedError
 
-    def saved_values(self, draw: Draw) -> int:
+    def saved_values(self, draw: D) -> int:
         """Values that a step keeps for its backward pass (capability "forecast")."""
         raise NotImplementedError
 
@@ -178,11 +182,9 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
             f"Method, got {name!r} ({type(error).__name__}: {error})"
         ) from error
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
+    kinds = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, Method)]
+    found = [kind for kind in kinds if kind.__module__ == module.__name__]
+    found = found or [kind for kind in kinds if kind is not Method]  # a package that hands on its method
     if len(found) != 1:
         raise ConfigError(
             f"objective.method={name}: expected a module that defines one subclass of ijepa_fast.methods.method.Method,"
@@ -192,7 +194,7 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
     return found[0]
 
 
-def _import(path: str):
+def _import(path: str) -> ModuleType:
     """A module by its import path, from the working folder too, which a launcher leaves off the search path."""
     here = os.getcwd()
     added = here not in sys.path
@@ -210,6 +212,8 @@ def _check_contract(name: str, method: type[Method]) -> None:
     needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
     if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
         raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    if not (inspect.isclass(method.Options) and is_dataclass(method.Options)):
+        raise ConfigError(f"objective.method={name}: {method.__name__}.Options: expected a dataclass")
     if unknown := set(method.capabilities) - set(CAPABILITIES):
         raise ConfigError(
             f"objective.method={name}: {method.__name__}.capabilities: expected of {', '.join(CAPABILITIES)}, got "

@@ -1,6 +1,6 @@
 """The target encoder in fp8: three of a block's four products, which are eleven twelfths of their work.
 
-Shapes: B images, N patches an image, T = B*N tokens, D width, H heads.
+Shapes: B images, N patches per image, T = B*N tokens, D width, H heads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
 from ijepa_fast.kernels.varlen_attention import dense_attention
-from ijepa_fast.models.vit import Block, Sequences
+from ijepa_fast.models.vit import Block, Dense
 
 
 class FP8Block:
@@ -31,16 +31,18 @@ class FP8Block:
             quantise(layer.weight, out=quantised)
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
+    def __call__(
+        self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Dense
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Block.forward`: residual stream (T, D) and the branch to add to it (T, D) -> the same two."""
         attention, mlp = self.block.attn, self.block.mlp
         norm1, norm2, dtype = self.block.norm1, self.block.norm2, x.dtype
         qkv_weight, fc1_weight, fc2_weight = self.weights
-        *rows, x = layer_norm_quantise(x, branch, norm1.weight, norm1.bias, norm1.eps)
-        qkv = scaled_linear(rows, qkv_weight, attention.qkv.bias, dtype)
+        values, scale, x = layer_norm_quantise(x, branch, norm1.weight, norm1.bias, norm1.eps)
+        qkv = scaled_linear((values, scale), qkv_weight, attention.qkv.bias, dtype)
         head_dim = x.shape[1] // attention.heads
-        out = dense_attention(qkv.view(sequences.images, -1, 3, attention.heads, head_dim))
+        out = dense_attention(qkv.view(sequences.count, -1, 3, attention.heads, head_dim))
         branch = attention.proj(out.reshape(-1, x.shape[1]))
-        *rows, x = layer_norm_quantise(x, branch, norm2.weight, norm2.bias, norm2.eps)
-        hidden = scaled_linear(rows, fc1_weight, None, dtype)
+        values, scale, x = layer_norm_quantise(x, branch, norm2.weight, norm2.bias, norm2.eps)
+        hidden = scaled_linear((values, scale), fc1_weight, None, dtype)
         return x, scaled_linear(bias_gelu_quantise(hidden, mlp.fc1.bias), fc2_weight, mlp.fc2.bias, dtype)

@@ -14,7 +14,7 @@ from torch import nn
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, Block, LayerNorm, Linear, Sequences, run_blocks
+from ijepa_fast.models.vit import EPS, Block, LayerNorm, Linear, Packed, Rows, run_blocks
 
 
 class Predictor(nn.Module):
@@ -26,6 +26,8 @@ class Predictor(nn.Module):
         out_dim: width of a prediction; encoder_dim unless given.
         recompute: keep only each block's input for the backward pass.
     """
+
+    positions: torch.Tensor  # (N, Dp)
 
     def __init__(
         self,
@@ -58,13 +60,9 @@ class Predictor(nn.Module):
         """
         positions = self.positions.to(context.dtype)
         tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, draw)
-        sequences = Sequences(draw.predictor_cu_seqlens, draw.predictor_max_seqlen)
-        last = replace(
-            sequences,
-            select=partial(predictor_readout, draw=draw),
-            query_cu_seqlens=draw.predictor_query_cu_seqlens,
-            query_max_seqlen=draw.target_size,
-        )
+        sequences = Packed(draw.predictor_cu_seqlens, draw.predictor_max_seqlen)
+        rows = Rows(partial(predictor_readout, draw=draw), draw.predictor_query_cu_seqlens, draw.target_size)
+        last = replace(sequences, rows=rows)
         x = run_blocks(
             self.predictor_blocks, self.predictor_norm, tokens, None, sequences, last=last, recompute=self.recompute
         )

@@ -1,6 +1,6 @@
 """The vision transformer of every method: one set of weights, run on packed tokens or on whole images.
 
-Shapes: B images, N patches an image, T packed tokens, U rows used, D width, H heads, P patch side, W padded patch row.
+Shapes: B images, N patches per image, T packed tokens, U rows used, D width, H heads, P patch side, W padded patch row.
 
 A block hands on its residual stream and the branch that is still to be added to it, so that the addition and the next
 LayerNorm are one pass over memory. A parameter is used only in the `forward` of its module: ZeRO-3 gathers it there.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +31,65 @@ INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Where the sequences lie in the tokens, and which rows' outputs are wanted.
+class Dense:
+    """`count` sequences of equal length, all of whose outputs are wanted."""
 
-    cu_seqlens (n+1,) int32 and max_seqlen: packed tokens. images: dense ones, all of equal length.
-    select: picks the wanted rows, (T, D) -> (U, D); they lie in sequences of query_cu_seqlens (n+1,), query_max_seqlen.
-    keep: (2, n) factors of a block's two branches for each packed sequence: 0 where stochastic depth drops it.
+    count: int
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """The wanted rows of `x` (T, D): all."""
+        return x
+
+    def scale(self, branch: torch.Tensor, number: int) -> torch.Tensor:
+        """The `branch` of a block: no sequence drops it."""
+        return branch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows whose outputs alone are wanted.
+
+    pick: (T, D) -> (U, D). They lie in sequences of their own, cu_seqlens (n+1,) int32, none longer than max_seqlen.
     """
 
-    cu_seqlens: torch.Tensor | None = None
-    max_seqlen: int = 0
-    images: int | None = None
-    select: Callable[[torch.Tensor], torch.Tensor] | None = None
-    query_cu_seqlens: torch.Tensor | None = None
-    query_max_seqlen: int = 0
+    pick: Callable[[torch.Tensor], torch.Tensor]
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences of any length: cu_seqlens (n+1,) int32, none longer than max_seqlen.
+
+    rows: the wanted ones; None: all. keep: (2, n) factors of a block's two branches for each sequence: 0 where
+    stochastic depth drops it.
+    """
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    rows: Rows | None = None
     keep: torch.Tensor | None = None
+
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """The wanted rows of `x` (T, D)."""
+        return x if self.rows is None else self.rows.pick(x)
+
+    def scale(self, branch: torch.Tensor, number: int) -> torch.Tensor:
+        """The branch `number` of a block, in wanted rows: each sequence times its factor."""
+        if self.keep is None:
+            return branch
+        lengths = (self.cu_seqlens if self.rows is None else self.rows.cu_seqlens).diff()
+        factor = self.keep[number].to(branch.dtype).repeat_interleave(lengths, output_size=len(branch))
+        return branch * factor[:, None]
+
+
+Sequences = Dense | Packed  # where the sequences lie in a batch's tokens
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over D, preceded by the residual addition where a branch is given."""
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None):
+    def forward(self, x: torch.Tensor, branch: torch.Tensor | None = None) -> Any:
         """`x` (T, D) -> LN(x); with `branch` (T, D) -> (LN(x + branch), x + branch)."""
         return layer_norm(x, self.weight, self.bias, self.eps, branch)
 
@@ -64,7 +103,7 @@ class Linear(nn.Linear):
 class QKV(nn.Linear):
     """The joint projection to queries, keys and values; queries may be asked for on some rows only."""
 
-    def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None):
+    def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None) -> Any:
         """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) -> their queries (U, D), all keys-values (T, 2D)."""
         if selected is None:
             return linear(x, self.weight, self.bias)
@@ -81,26 +120,20 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """`x` (T, D) normalised tokens -> (T, D), or (U, D) when `sequences` asks for some rows only."""
+        """Normalised tokens `x` (T, D) -> (T, D), or the wanted rows (U, D)."""
         head_dim = x.shape[1] // self.heads
-        if sequences.select is not None:
-            queries, keys_values = self.qkv(x, sequences.select(x))
-            keys, values = keys_values.view(-1, 2, self.heads, head_dim).unbind(1)
-            queries = queries.view(-1, self.heads, head_dim)
-            out = varlen_attention(
-                queries,
-                keys,
-                values,
-                sequences.query_cu_seqlens,
-                sequences.cu_seqlens,
-                sequences.query_max_seqlen,
-                sequences.max_seqlen,
-            )
-        elif sequences.images is not None:
-            out = dense_attention(self.qkv(x).view(sequences.images, -1, 3, self.heads, head_dim))
-        else:
+        if isinstance(sequences, Dense):
+            out = dense_attention(self.qkv(x).view(sequences.count, -1, 3, self.heads, head_dim))
+        elif sequences.rows is None:
             qkv = self.qkv(x).view(-1, 3, self.heads, head_dim)
             out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen)
+        else:
+            rows = sequences.rows
+            queries, keys_values = self.qkv(x, rows.pick(x))
+            queries = queries.view(-1, self.heads, head_dim)
+            keys, values = keys_values.view(-1, 2, self.heads, head_dim).unbind(1)
+            ends, longest = (rows.cu_seqlens, sequences.cu_seqlens), (rows.max_seqlen, sequences.max_seqlen)
+            out = varlen_attention(queries, keys, values, *ends, *longest)
         return self.proj(out.reshape(-1, x.shape[1]))
 
 
@@ -132,27 +165,18 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences):
-        """Residual stream `x` (T, D), `branch` (T, D) to add to it -> the same two, (U, D) if rows are selected."""
+    def forward(
+        self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual stream `x` (T, D), `branch` (T, D) to add to it -> the same two, of the wanted rows (U, D)."""
         normed, x = (self.norm1(x), x) if branch is None else self.norm1(x, branch)
-        branch, cu_seqlens = self.attn(normed, sequences), sequences.cu_seqlens
-        if sequences.select is not None:
-            x, cu_seqlens = sequences.select(x), sequences.query_cu_seqlens
-        if sequences.keep is None:
-            normed, x = self.norm2(x, branch)
-            return x, self.mlp(normed)
-        normed, x = self.norm2(x, _scale(branch, cu_seqlens, sequences.keep[0]))
-        return x, _scale(self.mlp(normed), cu_seqlens, sequences.keep[1])
-
-
-def _scale(branch: torch.Tensor, cu_seqlens: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """`branch` (T, D), each of the sequences times its `factor` (sequences,)."""
-    rows = factor.to(branch.dtype).repeat_interleave(cu_seqlens.diff(), output_size=len(branch))
-    return branch * rows[:, None]
+        branch = self.attn(normed, sequences)
+        normed, x = self.norm2(sequences.select(x), sequences.scale(branch, 0))
+        return x, sequences.scale(self.mlp(normed), 1)
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Iterable[Callable],
     norm: LayerNorm,
     x: torch.Tensor,
     branch: torch.Tensor | None,
@@ -163,12 +187,12 @@ def run_blocks(
 ) -> torch.Tensor:
     """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows.
 
-    keep: Sequences.keep of each block.
+    keep: Packed.keep of each block.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
-        if keep is not None and keep[i] is not None:
+        if keep is not None and isinstance(layout, Packed):
             layout = replace(layout, keep=keep[i])
         if recompute and torch.is_grad_enabled():
             # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
@@ -178,7 +202,7 @@ def run_blocks(
     return norm(x, branch)[0]
 
 
-def compile_blocks(*networks: nn.Module, **options) -> None:
+def compile_blocks(*networks: nn.Module, **options: Any) -> None:
     """Let torch.compile take every Block of `networks`, one by one; `options` are its own.
 
     Blocks of one kind share their code, so depth costs no compilation, and token counts are run-time values. A step has
@@ -226,6 +250,8 @@ class Encoder(nn.Module):
         readout: what `forward` gives, "patches" or "class".
         recompute: keep only each block's input for the backward pass (activation checkpointing).
     """
+
+    positions: torch.Tensor  # (N, D), the fixed table, where positions are not learned
 
     def __init__(
         self,
@@ -276,17 +302,17 @@ class Encoder(nn.Module):
         return self.side**2
 
     def context(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
-        """Embeds only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied.
+        """Embed only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied.
 
         With a class token each context has one before its patches, and all contexts must be of one length.
         """
         x = self.patch_embed(masked_gather(patches, draw.context_index))
         positions = masked_gather(self.positions.to(x.dtype), draw.context_places)
-        sequences = Sequences(draw.context_cu_seqlens, draw.context_max_seqlen)
-        if self.cls_token is not None:
-            x = self._with_class_token((x + positions).view(draw.sequences, -1, self.dim)).flatten(0, 1)
-            positions, sequences = None, Sequences(images=draw.sequences)
-        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
+        if self.cls_token is None:
+            sequences = Packed(draw.context_cu_seqlens, draw.context_max_seqlen)
+            return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
+        x = self._with_class_token((x + positions).view(draw.sequences, -1, self.dim)).flatten(0, 1)
+        return run_blocks(self.blocks, self.norm, x, None, Dense(draw.sequences), recompute=self.recompute)
 
     def targets(self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
@@ -294,15 +320,11 @@ class Encoder(nn.Module):
         The last block computes queries, attention output and MLP for those rows alone. `inner` stand in for the blocks
         before it (models/fp8.py). There must be no class token.
         """
-        last = Sequences(
-            cu_seqlens=draw.dense_cu_seqlens,
-            max_seqlen=self.patches,
-            select=partial(masked_gather, index=draw.union_index, unique=True),
-            query_cu_seqlens=draw.union_cu_seqlens,
-            query_max_seqlen=draw.union_max_seqlen,
-        )
-        blocks = self.blocks if inner is None else [*inner, self.blocks[-1]]
-        return run_blocks(blocks, self.norm, self.embed(patches), None, Sequences(images=draw.images), last)
+        pick = partial(masked_gather, index=draw.union_index, unique=True)
+        rows = Rows(pick, draw.union_cu_seqlens, draw.union_max_seqlen)
+        last = Packed(draw.dense_cu_seqlens, self.patches, rows)
+        blocks: Iterable[Callable] = self.blocks if inner is None else [*inner, self.blocks[-1]]
+        return run_blocks(blocks, self.norm, self.embed(patches), None, Dense(draw.images), last)
 
     def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
         """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D).
@@ -310,7 +332,7 @@ class Encoder(nn.Module):
         readout: instead of the encoder's own.
         """
         x = self.embed(patches)
-        x = run_blocks(self.blocks, self.norm, x, None, Sequences(images=images), recompute=self.recompute)
+        x = run_blocks(self.blocks, self.norm, x, None, Dense(images), recompute=self.recompute)
         return self._read_out(x, images, readout or self.readout)
 
     def layers(self, patches: torch.Tensor, images: int, count: int) -> list[torch.Tensor]:
@@ -318,7 +340,7 @@ class Encoder(nn.Module):
         x, branch = self.embed(patches), None
         outputs = []
         for block in self.blocks:
-            x, branch = block(x, branch, Sequences(images=images))
+            x, branch = block(x, branch, Dense(images))
             outputs.append(x + branch)
         return [self._read_out(output, images, self.readout) for output in outputs[-count:]]
 
@@ -331,12 +353,12 @@ class Encoder(nn.Module):
         side = side or self.side
         x = self.patch_embed(patches)
         if mask is not None:
-            x = torch.where(mask[:, None], self.masked_embed.to(x.dtype), x)
+            x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)
         x = self._with_class_token(x.view(-1, side**2, self.dim))
         return (x + self._positions(side).to(x.dtype)).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
-        """Sequences.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
+        """Packed.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
 
         chance: numbers in 0..1, (depth, 2, sequences). They come with the batch, not from a generator, so that a
         resumed run drops the same.
@@ -379,7 +401,8 @@ def init_weights(module: nn.Module) -> None:
     """Published initialisation: truncated normal .02 for every weight matrix, biases 0, LayerNorm 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.command import one_sentence
-from ijepa_fast.config import Config, load_config
+from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.figures import cells, figures_of, headline
 from ijepa_fast.eval.rankme import rankme
@@ -177,13 +177,7 @@ def _features(config: Config, checkpoint: Path, images: str | Path | None, count
     )
     told = f"Of the {dim} pooled features of {size} images. RankMe is {rank:.1f} of at most {min(size, dim)}."
     sections = [("Spectrum", text(told) + f'<div class="charts">{chart}</div>')]
-    with torch.device("meta"):
-        method = build_method(config, foreign=False)
-    packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
-    if isinstance(packed, MaskDraw):
-        told = "The image, what the context encoder sees of it, and what is predicted: "
-        told += f"{config.mask.strategy}, context policy {config.mask.policy}, in a batch of {packed.images}."
-        sections.append(("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch)))
+    sections += _masks(config, sample)
     told = f"By cosine similarity of standardised, average-pooled features, among {size} images of "
     told += f"{Path(source.root).name}; in green those of the same class."
     sections.append(("Nearest neighbours", text(told) + pictures.neighbours_gallery(sample)))
@@ -193,6 +187,22 @@ def _features(config: Config, checkpoint: Path, images: str | Path | None, count
     told += "taken off first."
     sections.append(("Patch features", text(told) + pictures.pca_gallery(sample, encoder.encoder.grid)))
     return sections
+
+
+def _masks(config: Config, sample: pictures.Sample) -> list[tuple[str, str]]:
+    """The section of the masks; none of a method that draws others."""
+    try:
+        with torch.device("meta"):
+            method = build_method(config, foreign=False)
+    except ConfigError as error:
+        return [("Masks", text(f"Not shown: {error}", "note"))]
+    packed = method.draw(min(config.batch_size, MOST_MASKS), config.seed, 0, 0)
+    if not isinstance(packed, MaskDraw):
+        return []
+    told = "The image, what the encoder sees of it, and what is predicted"
+    told += f": {config.mask.strategy}, context policy {config.mask.policy}" if method.reads_mask else ""
+    told += f", in a batch of {packed.images}."
+    return [("Masks", text(told) + pictures.masks_gallery(sample.images, packed, config.model.patch))]
 
 
 def _source(config: Config, images: str | Path | None) -> Source:

@@ -53,7 +53,7 @@ def finish(
         "images_per_second": statistics.median(r["images_per_second"] for r in records),
         "tokens_per_image": statistics.fmean(r["tokens_per_image"] for r in records),
         "data_wait": statistics.fmean(r["data_wait"] for r in records),
-        "context_policy": config.mask.policy,
+        "context_policy": config.mask.policy if method.reads_mask else None,
         "precision": precision.name,
         "precision_reason": precision.reason,
         "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
+from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.checkpoint import read_state
 
 SYNTHETIC_IMAGES = 1_281_167  # an epoch of random images: as many as ImageNet-1k has
@@ -55,7 +57,13 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
     micro_steps = steps_per_epoch * config.engine.accumulation
-    return cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    if not isinstance(getattr(method, "encoder", None), Encoder):
+        raise ConfigError(
+            f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
+            f"ijepa_fast.models.vit.Encoder, which is what a run leaves"
+        )
+    return method
 
 
 def with_options(config: Config, method: Method) -> Config:
@@ -84,10 +92,9 @@ def with_precision(config: Config, last: Path | None, device: torch.device, rank
     last: the checkpoint that the run goes on from.
     """
     before = None if last is None else read_state(last)["config"].get("engine.precision")
-    chosen = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
+    chosen: list[Any] = [choose_precision(config.engine.precision, device, before) if rank == 0 else None]
     torch.distributed.broadcast_object_list(chosen)
-    (precision,) = chosen
-    assert precision is not None
+    precision: Precision = chosen[0]
     if rank == 0:
         print(f"engine.precision={precision.name}: {precision.reason}", file=sys.stderr)
     return replace(config, engine=replace(config.engine, precision=precision.name)), precision
@@ -131,7 +138,7 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
-    common = {
+    common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
         "rank": rank,
@@ -147,8 +154,8 @@ def build_loader(
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
     return make(
         source,
-        scale=tuple(data.scale),
-        ratio=tuple(data.ratio),
+        scale=(data.scale[0], data.scale[1]),
+        ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
         threads=data.threads or max(1, cores),

@@ -32,6 +32,7 @@ from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
 from ijepa_fast.interop.weights import (
     Arch,
+    State,
     Weights,
     check_state,
     header,
@@ -238,20 +239,21 @@ def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
             f"init: the weights are {arch.method}'s, whose encoder has {with_or_without}, and the method's encoder is "
             f"another; begin from weights of the same method"
         )
-    resampled = with_image_size(weights, crop)
+    resampled = with_image_size(weights, crop).renamed(engine.method.former_names)
+    if encoder.pos_embed is None:
+        resampled = resampled.with_fixed_positions()
     states = {name: resampled.networks[name] for name in engine.method.networks if resampled.networks.get(name)}
     for name in engine.method.averaged:
         if name in states:
             states.setdefault(f"target_{name}", states[name])
-    whole = {}
+    whole: State = {}
     for name, state in states.items():
-        network = name.removeprefix("target_") + "."
-        table = position_key(name) if name in engine.positions else None
-        trained = {key: tensor for key, tensor in state.items() if key != table}
-        check_state(
-            name, {k.removeprefix(network): s for k, s in engine.shapes.items() if k.startswith(network)}, trained
-        )
-        whole |= {f"{name}.{key}": tensor for key, tensor in trained.items()}
+        prefix = name.removeprefix("target_") + "."
+        shapes = {k.removeprefix(prefix): shape for k, shape in engine.shapes.items() if k.startswith(prefix)}
+        if name in engine.positions:
+            shapes[position_key(name)] = (1, *engine.positions[name].shape)
+        check_state(name, shapes, state)
+        whole |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     for partition in engine.layout.partitions:
         engine.optimizer.init_state(partition.master, partition.ema)
         for key in ("weight", "ema") if partition.ema else ("weight",):
@@ -399,5 +401,5 @@ class _Reader:
         pieces = sorted(self._index[name, key])
         return torch.cat([self._files[number].get_tensor(entry) for *_, number, entry in pieces]).view(shape)
 
-    def _covering(self, name: str, key: str, start: int, stop: int):
+    def _covering(self, name: str, key: str, start: int, stop: int) -> list[tuple[int, int, int, str]]:
         return [piece for piece in self._index.get((name, key), []) if piece[0] < stop and piece[1] > start]

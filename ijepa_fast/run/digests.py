@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,18 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of their element's size
     digest, size = hashlib.sha256(), 0
+    contents = (_bytes(tensor) for _, tensor in sorted(tensors.items()))
+    parts: Iterable[bytes | memoryview] = chain((len(text).to_bytes(8, "little"), text), contents)
     with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *(tensor for _, tensor in sorted(tensors.items()))):
-            if isinstance(part, torch.Tensor):
-                part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for part in parts:
             file.write(part)
             digest.update(part)
             size += len(part)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def damage(path: Path, known: Mapping[str, Any]) -> str | None:
@@ -65,8 +70,8 @@ def damage(path: Path, known: Mapping[str, Any]) -> str | None:
 
 def seal(state: Mapping[str, Any]) -> str:
     """The JSON text of `state` with the digest of itself."""
-    state = json.loads(json.dumps(state))  # as it is read again: lists for tuples
-    return json.dumps(state | {"sha256": _of(state)}, indent=1)
+    plain = json.loads(json.dumps(state))  # as it is read again: lists for tuples
+    return json.dumps(plain | {"sha256": _of(plain)}, indent=1)
 
 
 def is_sealed(state: Mapping[str, Any]) -> bool:

@@ -21,8 +21,8 @@ from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_b
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "auto": 2}  # auto is bf16 on a GPU
-# Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, this
-# project's aim, and the peak, under which no run can be.
+# Shares of the dense bf16 peak at which hours are stated: the best vision transformer found in public on Hopper, about
+# the best language model found there, and the peak, under which no run can be.
 UTILISATIONS = (0.29, 0.52, 1.0)
 
 
@@ -34,8 +34,8 @@ class Memory:
     gradients: int
     masters: int  # fp32 weights of the optimiser, where they are others
     moments: int
-    average: int  # fp32 EMA, where the target encoder does not hold it
-    target: int  # the target encoder
+    ema: int  # fp32, where the averages do not hold it
+    averages: int  # I-JEPA's target encoder
     activations: int  # kept for the backward pass
 
     @property
@@ -63,15 +63,15 @@ def memory(precision: str, sizes: tuple[int, int], stage: int, ranks: int, activ
     def share(elements: int, from_stage: int) -> int:
         return -(-elements // ranks) if stage >= from_stage else elements
 
-    # Stage 3 gathers the average into a buffer before it copies it into the target encoder.
-    target = size * averaged * (2 if stage == 3 else 1)
+    # Stage 3 gathers the EMA into a buffer before it copies it into the averages.
+    averages = size * averaged * (2 if stage == 3 else 1)
     return Memory(
         weights=size * share(total, 3),
         gradients=size * share(total, 2),
         masters=4 * -(-total // shards) if low or stage else 0,
         moments=8 * -(-total // shards),
-        average=4 * -(-averaged // shards) if low else 0,
-        target=target,
+        ema=4 * -(-averaged // shards) if low else 0,
+        averages=averages,
         activations=activations,
     )
 
@@ -90,7 +90,7 @@ class Plan:
 
 
 def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tuple[int, ...] = (1, 2, 8)) -> Plan:
-    """The plan of a run over `images` an epoch (None: as many as the embedded data set, or ImageNet-1k, has).
+    """The plan of a run over `images` per epoch (None: as many as the embedded data set, or ImageNet-1k, has).
 
     Numbers of ranks that do not divide the batch are left out. Raises ConfigError for a GPU that is not in flops.PEAKS,
     a batch that no number of ranks divides, and methods that cannot be forecast.
@@ -112,7 +112,9 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
             f"objective.method={config.objective.method} does not say what it keeps for its backward pass, so --plan "
             f"cannot be made; plan a method that does, such as ijepa"
         )
-    sizes, table, tokens, flop = parameters(method), {}, {}, 0.0
+    sizes, flop = parameters(method), 0.0
+    tokens: dict[int, float] = {}
+    table: dict[tuple[int, int], Memory] = {}
     for n in fitting:
         batches = [method.draw(micro_batch(config, n), config.seed, step) for step in range(DRAWS)]
         kept = VALUE_BYTES[config.engine.precision] * max(method.saved_values(batch) for batch in batches)
@@ -133,7 +135,7 @@ def report(config: Config, plan: Plan, gpu: str) -> str:
         f"{averaged / 1e6:.1f} M parameters that have an average, {other / 1e6:.1f} M that have none; "
         f"{config.engine.precision}, batch {config.batch_size} in {config.engine.accumulation} micro-batch(es)",
         "",
-        f"Bytes a rank, GB (recomputation {'on' if config.model.recompute else 'off'}):",
+        f"Bytes per rank, GB (recomputation {'on' if config.model.recompute else 'off'}):",
         "| ZeRO | ranks | " + " | ".join(names) + " | total |",
         "|" + "---|" * (len(names) + 3),
     ]
@@ -142,9 +144,9 @@ def report(config: Config, plan: Plan, gpu: str) -> str:
         lines.append(f"| {stage} | {ranks} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"{plan.images} images an epoch, {plan.steps} steps; tokens an image by number of ranks: "
+        f"{plan.images} images per epoch, {plan.steps} steps; tokens per image by number of ranks: "
         + ", ".join(f"{n}: {count:.0f}" for n, count in plan.tokens_per_image.items()),
-        f"{plan.gflop_per_image:.1f} GFLOP an image at {max(plan.tokens_per_image)} ranks, "
+        f"{plan.gflop_per_image:.1f} GFLOP per image at {max(plan.tokens_per_image)} ranks, "
         f"{plan.gflop_per_image * 1e9 * config.batch_size * plan.steps / 1e18:.4g} EFLOP in all",
         "",
         f"| share of the {gpu}'s dense bf16 peak | hours on one {gpu} | hours on eight |",

@@ -72,12 +72,11 @@ class Meter:
         ranks = torch.distributed.get_world_size()
         names = list(self._sums)
         values = torch.zeros(ranks, len(names) + 1, dtype=torch.float64, device=self._device)
-        means = torch.stack([self._sums[name] for name in names]) / self._count
-        values[torch.distributed.get_rank()] = torch.cat([means, health[None]])
+        mine = torch.stack([self._sums[name] for name in names]) / self._count
+        values[torch.distributed.get_rank()] = torch.cat([mine, health[None]])
         torch.distributed.all_reduce(values)
-        values = values.cpu()
-        *values, healths = values.T
-        for what, of_ranks in (("loss is", values[0]), ("weights are", healths)):
+        *means, healths = values.cpu().T
+        for what, of_ranks in (("loss is", means[0]), ("weights are", healths)):
             bad = [rank for rank, finite in enumerate(of_ranks.isfinite().tolist()) if not finite]
             if bad:
                 self._not_finite(what, steps, bad)
@@ -85,8 +84,8 @@ class Meter:
         if skipped > SKIPPED:
             self._not_finite("gradient is", steps, list(range(ranks)))
         seconds = max(time.perf_counter() - self._begin, 1e-9)
-        loss, *terms = [float(of_ranks.sum() / ranks) for of_ranks in values]
-        window = {
+        loss, *terms = [float(of_ranks.sum() / ranks) for of_ranks in means]
+        window: dict[str, Any] = {
             "loss": loss,
             "images_per_second": self._images * ranks / seconds,
             "tokens_per_second": self._tokens * ranks / seconds,
@@ -178,7 +177,7 @@ class RunLog:
         if skipped := record.get("skipped"):
             self.say(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
         numbers = dict(_numbers(record))
-        if "loss" in record:
+        if "loss" in record and self._bar is not None:
             ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
             self._bar.set_postfix_str(
                 f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {ema}"

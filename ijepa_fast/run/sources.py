@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,25 @@ HELD_OUT = 1000  # scenes to test on
 
 
 def training_source(config: Config) -> Source | None:
-    """The images a run trains on, None for random ones. Raises ConfigError naming data.source."""
+    """The images a run trains on, None for random ones. Raises ConfigError naming data.source, or runs.
+
+    Rank 0 says what of the source is left out, and what is wrong with its labels.
+    """
     if config.data.source == "synthetic":
         return None
+    cache = _index_cache(config)
     try:
         if config.data.source == "scenes":
             return open_source(_scenes(config, "train"))
-        return open_source(config.data.source, cache=_index_cache(config))
+        source = open_source(config.data.source, cache=cache)
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.source: {error}") from None
+    if os.environ.get("RANK", "0") == "0":
+        if source.left_out:
+            print(f"data.source: {len(source)} images; left out: {source.left_out}", file=sys.stderr)
+        if source.index.problem:
+            print(f"data.source: trained without labels: {source.index.problem}", file=sys.stderr)
+    return source
 
 
 def label_columns(source: Source | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
@@ -98,8 +110,16 @@ def encode_with(method: Method) -> Encode:
 
 
 def _index_cache(config: Config) -> Path:
-    """Where indices of images are kept: beside the runs, for all of them."""
-    return Path(config.runs) / "index"
+    """Where indices of images are kept: beside the runs, for all of them. Raises ConfigError naming runs."""
+    folder = Path(config.runs) / "index"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(f"runs={config.runs}: cannot be written: {error.strerror}; set another folder") from None
+    if not usable:
+        raise ConfigError(f"runs={config.runs}: {folder} cannot be written; set another folder")
+    return folder
 
 
 def _scenes(config: Config, split: str) -> Path:

@@ -94,7 +94,7 @@ class Stop:
         if self._group is None:
             agreed = mine
         else:
-            agreed = torch.zeros_like(mine) if self._asked is None else self._answer()
+            agreed = torch.zeros_like(mine) if self._asked is None else _answer(*self._asked)
             work = torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
             self._asked = work, mine
         self._noticed = bool(agreed[0])
@@ -103,13 +103,8 @@ class Stop:
     def saved(self) -> None:
         """A checkpoint was written: the clock starts again. Called by every rank."""
         if self._asked is not None:
-            self._answer()[1] = 0
+            _answer(*self._asked)[1] = 0
         self._saved = self._step_ended = time.monotonic()
-
-    def _answer(self) -> torch.Tensor:
-        work, agreed = self._asked
-        work.wait()
-        return agreed
 
     def _listen(self) -> None:
         while True:
@@ -149,6 +144,11 @@ def _leave_terminal() -> None:
         for descriptor in (1, 2):
             if os.isatty(descriptor):
                 os.dup2(nowhere.fileno(), descriptor)
+
+
+def _answer(work: torch.distributed.Work, agreed: torch.Tensor) -> torch.Tensor:
+    work.wait()
+    return agreed
 
 
 def _launcher() -> tuple[int, int]:

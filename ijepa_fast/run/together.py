@@ -19,23 +19,24 @@ def together(work: Callable[[], T]) -> list[T]:
 
     Where it raises ValueError or OSError on any rank, all raise the first one's. Results are small: they are pickled.
     """
-    mine: tuple[Any, Exception | None]
+    mine: tuple[Any, Any]  # what `work` returned, or the error
     try:
         mine = work(), None
     except (ValueError, OSError) as error:
         mine = None, error
-    everyone = [mine] * torch.distributed.get_world_size()
+    everyone: list[tuple[Any, Any]] = [mine] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    for _, error in everyone:
-        if error is not None:
-            error.met_by_all = True  # type: ignore[attr-defined]
-            raise error
+    for _, met in everyone:
+        if met is not None:
+            met.met_by_all = True
+            raise met
     return [result for result, _ in everyone]
 
 
 def on_first(work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, where alone it is called; if it raises ValueError or OSError, all ranks do."""
-    return together(lambda: work() if torch.distributed.get_rank() == 0 else None)[0]  # type: ignore[return-value]
+    results: list[Any] = together(lambda: work() if torch.distributed.get_rank() == 0 else None)
+    return results[0]
 
 
 def sentence(error: Exception) -> str | None:

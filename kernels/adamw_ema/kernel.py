@@ -3,8 +3,8 @@
     m = m + (1 - beta1) (g - m)            v = beta2 v + (1 - beta2) g^2
     p = decay p - step_size m / (sqrt(v) / correction2 + eps)
     ema = momentum ema + (1 - momentum) p
-Gradient, parameter, moments and EMA are read once; all but the gradient, and the copies, are written once: 38 bytes a
-parameter with a bf16 gradient and two bf16 copies.
+Gradient, parameter, moments and EMA are read once; all but the gradient, and the copies, are written once: 38 bytes
+per parameter with a bf16 gradient and two bf16 copies.
 """
 
 from __future__ import annotations

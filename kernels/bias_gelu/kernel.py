@@ -21,7 +21,7 @@ from ijepa_fast.kernels.common.launch import programs
 
 FWD_ROWS, BWD_ROWS, COLUMNS, WARPS = 16, 8, 256, 4
 BWD_STAGES = 3
-BWD_PROGRAMS = 4  # a multiprocessor
+BWD_PROGRAMS = 4  # per multiprocessor
 
 
 @triton.jit

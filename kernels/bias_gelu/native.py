@@ -6,7 +6,7 @@ import torch
 
 from ijepa_fast.kernels.common import native
 
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16)
 
 _fwd = native.define("bias_gelu_cpu_(Tensor x, Tensor bias, Tensor(a!) y) -> ()")
 _bwd = native.define("bias_gelu_bwd_cpu_(Tensor dy, Tensor x, Tensor bias, Tensor(a!) dx, Tensor(b!) dbias) -> ()")

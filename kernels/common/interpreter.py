@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def repair() -> None:
-    """Install the repairs, once a process."""
+    """Install the repairs, once per process."""
     patch_lang_tensor, cast, dot, to_fp = (
         interpreter._patch_lang_tensor,
         InterpreterBuilder.cast_impl,

@@ -9,7 +9,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, where that is glibc.
 
     A step on the CPU frees its activations and takes as much again; given back to the system in between, every page of
-    it is cleared anew: some thousand page faults a step.
+    it is cleared anew: some thousand page faults per step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

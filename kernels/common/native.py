@@ -37,10 +37,13 @@ def available() -> bool:
     return True
 
 
-def unsupported(dtypes: tuple[torch.dtype, ...], x: torch.Tensor, *others: torch.Tensor) -> str | None:
+def unsupported(
+    dtypes: tuple[torch.dtype, ...], x: torch.Tensor, *others: torch.Tensor, width: int = WIDTH
+) -> str | None:
     """Why csrc's loops of an op, written for CPU tensors of `dtypes`, cannot take `x` and `others`; None if they can.
 
-    The others must have x's dtype. An op's native.py asks this with the dtypes that csrc has its loops for.
+    The others must have x's dtype, and x's last dimension must be a multiple of `width`. An op's native.py asks this
+    with the dtypes that csrc has its loops for.
     """
     if x.device.type != "cpu":
         return f"needs CPU tensors, got one on {x.device}"
@@ -52,8 +55,8 @@ def unsupported(dtypes: tuple[torch.dtype, ...], x: torch.Tensor, *others: torch
         return f"takes {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {x.dtype}"
     if any(other.dtype != x.dtype for other in others):
         return f"takes tensors of one dtype, got {', '.join(str(tensor.dtype) for tensor in (x, *others))}"
-    if x.shape[-1] % WIDTH:
-        return f"takes a last dimension that is a multiple of {WIDTH}, got {x.shape[-1]}"
+    if x.shape[-1] % width:
+        return f"takes a last dimension that is a multiple of {width}, got {x.shape[-1]}"
     return None
 
 
@@ -61,8 +64,8 @@ def unsupported(dtypes: tuple[torch.dtype, ...], x: torch.Tensor, *others: torch
 def _has_loops() -> bool:
     if not available():
         return False
-    # The newest of them.
-    if implements("linear_dweight_cpu_"):
+    # The newest of what it holds.
+    if hasattr(importlib.import_module("ijepa_fast._C"), "LOOPS"):
         return True
     warnings.warn(
         "ijepa_fast._C is of an older version, so its loops for the CPU are not used; build it again with "
@@ -71,6 +74,22 @@ def _has_loops() -> bool:
         stacklevel=2,
     )
     return False
+
+
+@functools.cache
+def loops() -> str | None:
+    """Which of csrc's loops this machine runs, or None without them: any, v3 (AVX2), v4 (AVX-512) or amx.
+
+    The environment asks for lesser ones by these names in IJEPA_FAST_CPU_LOOPS, by PyTorch's in ATEN_CPU_CAPABILITY.
+    What speaks against better ones is warned of, once.
+    """
+    if not _has_loops():
+        return None
+    extension = importlib.import_module("ijepa_fast._C")
+    if extension.COMPLAINT:
+        message = f"ijepa_fast: {extension.COMPLAINT}; the loops for the CPU are {extension.LOOPS}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return extension.LOOPS
 
 
 def implements(name: str, key: str = "CPU") -> bool:

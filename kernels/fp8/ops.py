@@ -1,6 +1,6 @@
 """fp8: checks, dispatch and registration. No backward: what runs in fp8 is not trained.
 
-The products are torch._scaled_mm's on a GPU, cuBLASLt or CUTLASS with one scale a row of either operand.
+The products are torch._scaled_mm's on a GPU, cuBLASLt or CUTLASS with one scale per row of either operand.
 """
 
 from __future__ import annotations

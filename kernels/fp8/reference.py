@@ -1,4 +1,4 @@
-"""The meaning of the fp8 ops, in PyTorch: e4m3 values with one fp32 scale a row, products of them in fp32."""
+"""The meaning of the fp8 ops, in PyTorch: e4m3 values with one fp32 scale per row, products of them in fp32."""
 
 from __future__ import annotations
 

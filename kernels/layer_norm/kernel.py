@@ -20,7 +20,7 @@ from ijepa_fast.kernels.common.launch import programs, row_tile
 
 FWD_TILE, FWD_WARPS = 4096, 4
 BWD_TILE, BWD_WARPS, BWD_STAGES = 4096, 8, 3
-BWD_PROGRAMS = 2  # a multiprocessor
+BWD_PROGRAMS = 2  # per multiprocessor
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -6,7 +6,7 @@ import torch
 
 from ijepa_fast.kernels.common import native
 
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16)
 
 _fwd = native.define(
     "layer_norm_cpu_(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, "
@@ -27,7 +27,7 @@ def layer_norm_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> y (T, D), mean and rstd (T,)."""
-    y, mean, rstd = torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
+    y, (mean, rstd) = torch.empty_like(x), x.new_empty((2, len(x)), dtype=torch.float32)
     _fwd(x, None, weight, bias, eps, y, None, mean, rstd)
     return y, mean, rstd
 
@@ -36,7 +36,7 @@ def add_layer_norm_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> y and s = x + residual (T, D), mean and rstd (T,)."""
-    y, s, mean, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x)), x.new_empty(len(x))
+    y, s, (mean, rstd) = torch.empty_like(x), torch.empty_like(x), x.new_empty((2, len(x)), dtype=torch.float32)
     _fwd(x, residual, weight, bias, eps, y, s, mean, rstd)
     return y, s, mean, rstd
 

@@ -1,4 +1,4 @@
-"""The mask sampler of reference.py in Triton, bit for bit: one program an image.
+"""The mask sampler of reference.py in Triton, bit for bit: one program per image.
 
 Every random number is a function of the image and its purpose, so nothing is shared between programs, and a program
 draws again by itself until its context keeps enough. A random subset needs no sort: the count-th smallest key of

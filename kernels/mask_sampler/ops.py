@@ -43,9 +43,9 @@ def sample_blocks(
         key: seed, step and rank, of which the masks are a function: the same on every device, bit for bit.
         batch: images, B.
         grid: patches of an image, (rows, columns).
-        targets: target blocks an image, M.
+        targets: target blocks per image, M.
         target_size: (height, width) of every target block, K patches.
-        contexts: contexts an image, C.
+        contexts: contexts per image, C.
         context_size: (height, width) of every context block.
         min_keep: a context keeps more patches than this: until it does, its block is drawn again, and after every 20
             failures one target fewer, from the last, is cut out of it.

@@ -23,7 +23,7 @@ def masked_gather(
         x: (R, D) floating point.
         index: (T,) int32 rows of `x`.
         positions: (N, D) rows to add, floating point.
-        period: rows of `x` an image; default N.
+        period: rows of `x` per image; default N.
         unique: no row is asked for twice. The backward then stores instead of summing; with a repeated row its gradient
             would be wrong.
 

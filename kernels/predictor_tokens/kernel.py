@@ -5,14 +5,14 @@ With t a context token of sequence s = c*B + b, at patch i, and k a mask token o
     tokens[m, end of s + s*K + k]    = mask_token + positions[j]
     dcontext[t] = sum_m dtokens[m, t + s*K]        dmask_token = sum of dtokens over all mask rows
 Every context row is read once and written M times; the backward reads the M copies and writes their sum once. The mask
-token's gradient is made of one partial sum a program, which column_sum adds in a fixed order. Nothing is atomic.
+token's gradient is made of one partial sum per program, which column_sum adds in a fixed order. Nothing is atomic.
 
 Further context sequences, s >= C*B, are padding: they have no mask tokens, so t + C*B*K stands for t + s*K there.
 
 A program takes a tile of rows of one sequence, for all M target blocks, and a block of columns. Tiles are of context
 rows or of mask rows, never of both: the first `context_tiles` are the context's.
 
-T context tokens; M targets, C contexts, B images, K patches a target; L = T + C*B*K rows a target block; D width;
+T context tokens; M targets, C contexts, B images, K patches per target; L = T + C*B*K rows per target block; D width;
 E sequences of padding.
 """
 

@@ -6,7 +6,7 @@ ordered (m, c, b), so the rows of one target block have the same layout for ever
 s = c*B + b is row t + s*K of its block, and mask token k of sequence s is row context_cu_seqlens[s + 1] + s*K + k.
 Further context sequences, s >= C*B, are padding: they follow those of every block, and have no mask tokens.
 
-T context tokens; M targets, C contexts, B images, K patches a target; L = T + C*B*K rows a target block; D width.
+T context tokens; M targets, C contexts, B images, K patches per target; L = T + C*B*K rows per target block; D width.
 """
 
 from __future__ import annotations

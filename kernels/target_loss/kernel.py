@@ -21,7 +21,7 @@ from ijepa_fast.kernels.common.column_sum import column_sum
 from ijepa_fast.kernels.common.launch import programs, row_tile
 
 TILE, WARPS, STAGES = 4096, 8, 3
-PROGRAMS = 4  # a multiprocessor
+PROGRAMS = 4  # per multiprocessor
 SCALE_BLOCK = 8192
 
 

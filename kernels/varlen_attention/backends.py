@@ -41,7 +41,7 @@ NOT_MEASURED = "triton"
 
 
 def choose(q: torch.Tensor, max_seqlen_k: int, scale: float, training: bool) -> str:
-    """The backend `auto` stands for: a row of MEASURED, else NOT_MEASURED. Announced once a case.
+    """The backend `auto` stands for: a row of MEASURED, else NOT_MEASURED. Announced once per case.
 
     On the CPU it is native, or sdpa where that cannot be had.
     """

@@ -12,8 +12,8 @@ up to a power of two only, so that a head dim of 80 costs neither the traffic no
 
 Where one tile holds all keys of a sequence (tiles.WHOLE), a single program per sequence and head makes dq, dk and dv in
 one pass over q, k, v and dout, with delta = rowsum(p * dout v^T). Longer sequences of the same batch take two kernels:
-a program a query tile (delta, dq), then a program a key tile (dk, dv). Each kernel leaves the sequences of the other
-kind alone.
+a program per query tile (delta, dq), then a program per key tile (dk, dv). Each leaves alone the sequences of the other
+kind.
 
 A score of several hundred has an error of 2^-16 in fp32, and so has p = 2^(s - lse), which matters unless p is 16-bit.
 For fp32 inputs s and lse are fp64, and scores in the backward are products of the same tiles, so rounded likewise.

@@ -6,7 +6,7 @@ import torch
 
 from ijepa_fast.kernels.common import native
 
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.bfloat16)
 
 _INPUT = "Tensor q, Tensor k, Tensor v"
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale"
@@ -19,7 +19,8 @@ _bwd = native.define(
 
 def unsupported(q: torch.Tensor, scale: float) -> str | None:
     """Why csrc cannot take queries (..., d) like these, and keys and values like them; None if it can."""
-    return native.unsupported(DTYPES, q) or (None if scale > 0 else f"needs a positive scale, got {scale}")
+    width = 1 if q.dtype == torch.bfloat16 else native.WIDTH
+    return native.unsupported(DTYPES, q, width=width) or (None if scale > 0 else f"needs a positive scale, got {scale}")
 
 
 def varlen_attention_fwd(
@@ -32,8 +33,9 @@ def varlen_attention_fwd(
     max_seqlen_k: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out (Tq, H, d), and two statistics of every row for the backward pass (2, H, Tq)."""
-    out, statistics = q.new_empty(q.shape), q.new_empty(2, q.shape[1], q.shape[0])
+    """-> out (Tq, H, d), and two statistics of every row for the backward pass (2, H, Tq) fp32."""
+    out = q.new_empty(q.shape)
+    statistics = q.new_empty((2, q.shape[1], q.shape[0]), dtype=torch.float32)
     _fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, out, statistics)
     return out, statistics
 

@@ -34,7 +34,7 @@ def varlen_attention(
         max_seqlen_q: no query sequence is longer.
         max_seqlen_k: no key sequence is longer.
         scale: factor of the scores; default 1/sqrt(d).
-        backend: "triton" (this project's kernel), "native" (its loops for fp32 on a CPU), "torch"
+        backend: "triton" (this project's kernel), "native" (its loops for a CPU), "torch"
             (torch.nn.attention.varlen), "flash2", "flash4", "xformers", "sdpa" (on CUDA for equal lengths only),
             "reference", or "auto": what the op is set to with `ijepa_fast.kernels.use`, else the fastest measured one
             for the device and shape (see backends.py). "native" wants a positive scale.

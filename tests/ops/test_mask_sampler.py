@@ -160,7 +160,7 @@ def test_masks_of_an_image_are_its_own():
         assert (sample_blocks(other, 50, *layout)[1] == many).all(2).float().mean() < 0.1
 
 
-# Grid, batch: context an image, after truncation, target block, union of the targets; measured of the published code.
+# Grid, batch: context per image, after truncation, target block, union of the targets; measured of the published code.
 PUBLISHED = {
     (16, 8): (110, 88, 44, 115),
     (16, 32): (110, 78, 44, 115),

@@ -173,7 +173,7 @@ def test_weight_gradient_does_not_depend_on_the_number_of_threads():
     ("x", "weight", "reason"),
     [
         (torch.zeros(2, 32, device="meta"), torch.ones(32), "needs CPU tensors, got one on meta"),
-        (torch.zeros(2, 32).double(), torch.ones(32).double(), "takes float32, got torch.float64"),
+        (torch.zeros(2, 32).double(), torch.ones(32).double(), "takes float32 or bfloat16, got torch.float64"),
         (torch.zeros(2, 32), torch.ones(32).double(), "one dtype, got torch.float32, torch.float64"),
         (torch.zeros(2, 24), torch.ones(24), "a multiple of 16, got 24"),
     ],
@@ -219,8 +219,8 @@ def test_wrong_input_is_refused():
     qkv, cu = torch.randn(5, 3, 1, 24), cu_seqlens([5])
     with pytest.raises(RuntimeError, match="backend='native' takes a last dimension that is a multiple of 16, got 24"):
         varlen_attention_qkv(qkv, cu, 5, backend="native")
-    with pytest.raises(RuntimeError, match="backend='native' takes float32"):
-        varlen_attention_qkv(torch.randn(5, 3, 1, 16).bfloat16(), cu, 5, backend="native")
+    with pytest.raises(RuntimeError, match="backend='native' takes float32 or bfloat16"):
+        varlen_attention_qkv(torch.randn(5, 3, 1, 16).half(), cu, 5, backend="native")
     with pytest.raises(RuntimeError, match="backend='native' needs a positive scale, got -1"):
         varlen_attention_qkv(torch.randn(5, 3, 1, 16), cu, 5, -1.0, "native")
     q, out = torch.randn(5, 1, 16), torch.empty(5, 1, 16)

@@ -12,7 +12,7 @@ from ijepa_fast.masks.draw import Draw
 from tests import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# (context lengths (C, B), targets, patches a target, patches an image, and of some: seed, padding)
+# (context lengths (C, B), targets, patches per target, patches per image, and of some: seed, padding)
 LAYOUTS = {
     "one token": ([[1]], 1, 1, 4),
     "ragged": ([[17, 3, 40]], 4, 5, 49),

@@ -1,0 +1,98 @@
+// The layouts that bf16 products want, and the gradient of a linear layer's weight made of them. See vectors.h, and
+// amx_products.h for
+//
+//   product: C (rows, columns) fp32 = A (rows, depth) B (depth, columns), added to C if asked
+//
+// A lies row by row; B in panels of 16 columns, two values of a column side by side: (columns / 16, depth / 2, 16, 2),
+// panels `panel` values apart. Rows and columns are multiples of 16, depth of 32: zeros fill what is missing.
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// 32 values at once.
+inline __m512i together(Vector low, Vector high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+inline void store(Bf16* p, Vector low, Vector high) { _mm512_storeu_si512(p, together(low, high)); }
+
+// Pieces of scratch memory, each at a cache line's start. From a null pointer it counts bytes.
+struct Arena {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+// The first `count` of 32 values.
+inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u; }
+
+// (rows, columns), rows `stride` apart -> (tall, wide) side by side, zeros behind. wide is a multiple of 32.
+inline void copy(const Bf16* from, int64_t stride, int64_t rows, int64_t columns, int64_t tall, int64_t wide, Bf16* to) {
+  for (int64_t r = 0; r < tall; ++r, from += stride) {
+    for (int64_t c = 0; c < wide; c += 32, to += 32) {
+      _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first(r < rows ? columns - c : 0), from + c));
+    }
+  }
+}
+
+// The B of A X^T: X (rows, columns) -> (rows / 16, columns / 2, 16, 2).
+inline void transposed_pairs(const Bf16* from, int64_t rows, int64_t columns, Bf16* to) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      Vector x[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) x[i] = load(reinterpret_cast<const float*>(from + (r + i) * columns + c));
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + r * columns + (c / 2 + i) * 32), x[i]);
+    }
+  }
+}
+
+// Two rows of 16 as one vector of pairs.
+inline Vector pairs(const Bf16* first, const Bf16* second) {
+  return reinterpret_cast<Vector>(reinterpret_cast<Words>(load(first)) >> 16 | reinterpret_cast<Words>(load(second)));
+}
+
+// The B of A X: X (rows, columns), rows `stride` apart -> (columns / 16, tall / 2, 16, 2), zeros from `rows` on.
+inline void pack(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, int64_t columns, Bf16* to) {
+  alignas(64) static constexpr Bf16 kZeros[16] = {};
+  for (int64_t r = 0; r < tall; r += 2, from += 2 * stride) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      const Vector x = pairs(r < rows ? from + c : kZeros, r + 1 < rows ? from + stride + c : kZeros);
+      store(reinterpret_cast<float*>(to + c * tall + r * 16), x);
+    }
+  }
+}
+
+// X (rows, columns), rows `stride` apart -> X^T (columns, tall), `wide` apart, zeros from `rows` on. tall is a multiple
+// of 32, columns of 16.
+inline void transposed(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, int64_t columns, Bf16* to,
+                       int64_t wide) {
+  alignas(64) static constexpr Bf16 kZeros[16] = {};
+  for (int64_t r = 0; r < tall; r += 32) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      Vector x[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const int64_t row = r + 2 * i;
+        const Bf16* pair = from + row * stride + c;
+        x[i] = pairs(row < rows ? pair : kZeros, row + 1 < rows ? pair + stride : kZeros);
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + (c + i) * wide + r), x[i]);
+    }
+  }
+}
+
+// (rows, columns) of sums, times `factor` by row if there is one.
+inline void narrow(const float* from, int64_t from_row, int64_t rows, int64_t columns, const float* factor, Bf16* to,
+                   int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r, from += from_row, to += stride) {
+    const float by = factor ? factor[r] : 1.0f;
+    for (int64_t c = 0; c < columns; c += 32) {
+      _mm512_mask_storeu_epi16(to + c, first(columns - c), together(load(from + c) * by, load(from + c + 16) * by));
+    }
+  }
+}
