@@ -1,4 +1,4 @@
-"""Train I-JEPA on a folder of images.
+"""Train I-JEPA, or another method, on a folder of images.
 
     deepspeed ijepa_fast/train.py --config configs/quickstart.yaml key=value ...
 
@@ -135,7 +135,8 @@ def resume(
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
-    parser = argparse.ArgumentParser(description="Train I-JEPA.", usage="%(prog)s --config FILE [key=value ...]")
+    usage = "%(prog)s --config FILE [key=value ...]"
+    parser = argparse.ArgumentParser(description="Train I-JEPA, or another method.", usage=usage)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of a ready one such as quickstart")
     parser.add_argument("--plan", action="store_true", help="print memory, work and hours; start nothing")
     parser.add_argument("--gpu", default="H200", help="of --plan: the GPU its hours are for")

@@ -30,6 +30,14 @@ def missing(kind, name):
     return [file for file in files if not (ROOT / file).is_file()]
 
 
+def test_no_file_of_code_has_more_than_500_lines():
+    folders = ("ijepa_fast", "kernels", "csrc", "bench", "tests")
+    kinds = ("*.py", "*.cpp", "*.h", "*.cu")
+    files = [path for folder in folders for kind in kinds for path in (ROOT / folder).rglob(kind)]
+    assert files
+    assert [path.name for path in files if len(path.read_text().splitlines()) > 500] == []
+
+
 def test_a_file_that_is_not_there_is_found():
     assert missing("method", "nowhere") == ["ijepa_fast/methods/nowhere.py", "tests/data/nowhere_step.npz"]
     assert len(missing("op", "nowhere")) == 5

@@ -7,7 +7,7 @@ timm         a folder for timm.create_model("local-dir:PATH", pretrained=True)
 reference    a .pth.tar with the published code's keys
 safetensors  one file for ijepa_fast.load and for the configuration's `init`
 
-The first two hold one encoder, the target encoder unless --network says otherwise; the others all networks.
+The first two hold one encoder, the average where there is one unless --network says otherwise; the others all networks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
     parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
     parser.add_argument("--out", required=True, metavar="PATH", help="folder (hf, timm) or file, not there yet")
-    parser.add_argument("--network", choices=["encoder", "target_encoder"], help="default: target_encoder")
+    parser.add_argument(
+        "--network", choices=["encoder", "target_encoder"], help="default: the average, if there is one"
+    )
     parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
     parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
