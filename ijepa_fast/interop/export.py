@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
     parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
     parser.add_argument("--out", required=True, metavar="PATH", help="folder (hf, timm) or file, not there yet")
-    parser.add_argument(
-        "--network", choices=["encoder", "target_encoder"], help="default: the average, if there is one"
-    )
+    parser.add_argument("--network", choices=["encoder", "target_encoder"], help="default: the average, if any")
     parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
     parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
