@@ -5,13 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.faults.run import saved
 from tests.launch import finish, losses, run, start
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from ijepa_fast.config import ConfigError, load_config
 from ijepa_fast.data.index import Index, Names
