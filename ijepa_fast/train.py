@@ -58,7 +58,12 @@ def train(config: Config) -> None:
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
     data = identity(source)
-    step, changed = resume(config, last, engine, data, rank)
+    try:
+        step, changed = resume(config, last, engine, data, rank)
+    except ValueError:
+        if rank == 0:
+            lock.leave(config.folder)
+        raise
     micro_steps = config.engine.accumulation
     loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)

@@ -27,6 +27,15 @@ def hold(folder: Path) -> TextIO | None:
     return held[0] if held else None
 
 
+def leave(folder: Path) -> None:
+    """Remove the folder of a run that cannot begin, where it has nothing but its lock. Called by who holds it."""
+    checkpoints = folder / "checkpoints"
+    if [path.name for path in folder.iterdir()] == ["checkpoints"] and len(list(checkpoints.iterdir())) == 1:
+        (checkpoints / ".lock").unlink(missing_ok=True)
+        checkpoints.rmdir()
+        folder.rmdir()
+
+
 def _take(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
