@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +58,16 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell's background job ignores Ctrl-C, and so would all that it starts.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_hear_signals,
         )
         for rank in range(ranks)
     ]
+
+
+def _hear_signals() -> None:
+    """A shell's background job ignores Ctrl-C, what nohup starts a terminal's end; and so would all that they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 300) -> tuple[list[int], str]:
