@@ -31,6 +31,14 @@ TINY = [
 ]
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def unlaunched(**more: str) -> dict[str, str]:
+    """This environment for a job of its own, as a trainer in this process may have left another's; and `more`."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER} | more
+
+
 def command(runs: Path, *overrides: str, config: str = "quickstart") -> list[str]:
     """The command line of a run in `runs`, without a launcher."""
     script = [sys.executable, "ijepa_fast/train.py", "--config", f"configs/{config}.yaml", f"runs={runs}"]
@@ -49,7 +57,7 @@ def start(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
-    environment = {**os.environ, **world, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment = unlaunched(**world, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
     return [
         subprocess.Popen(
             arguments,

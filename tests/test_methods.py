@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.launch import ROOT, TINY, finish, losses, run, start
+from tests.launch import ROOT, TINY, finish, losses, run, start, unlaunched
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
@@ -232,7 +232,9 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
     shutil.copy(ROOT / "tests" / "toy_method.py", tmp_path / "somebodys_method.py")
     script = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", "mae_cifar10", *TINY]
     options = ["mask.min_keep=null", "objective.method=somebodys_method", f"runs={tmp_path}", "optim.steps=1"]
-    done = subprocess.run([*script, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*script, *options], cwd=tmp_path, env=unlaunched(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -306,7 +308,9 @@ def test_what_only_a_run_shows_of_a_method_is_named(tmp_path, old, new, words):
     (tmp_path / "unfinished_method.py").write_text(changed)
     script = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", "mae_cifar10", *TINY]
     options = ["mask.min_keep=null", "objective.method=unfinished_method", f"runs={tmp_path}", "optim.steps=1"]
-    done = subprocess.run([*script, *options], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*script, *options], cwd=tmp_path, env=unlaunched(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1
     assert f"error: {'objective.method=unfinished_method: ' if 'encoder' in words else ''}{words}" in done.stderr
 

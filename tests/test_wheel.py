@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("setuptools")
 
 from ijepa_fast import configs
-from tests.launch import ROOT
+from tests.launch import ROOT, unlaunched
 
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/ops.py"))
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ijepa_fast", "kernels", "configs")
@@ -48,7 +48,7 @@ def python(installed, tmp_path):
     def run(*arguments, status=0):
         command = [sys.executable, *arguments]
         done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | alone, capture_output=True, text=True, timeout=300
+            command, cwd=tmp_path, env=unlaunched(**alone), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
         return done

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import ROOT, TINY
+from tests.launch import ROOT, TINY, unlaunched
 
 LONG = ("optim.steps=100000", "optim.epochs=1000", "log.checkpoint_every=100000", "log.keep=9")
 
@@ -39,7 +39,7 @@ def launch(runs: Path, *overrides: str, ranks: int) -> subprocess.Popen:
     """Start a run by DeepSpeed's launcher, in a session of its own."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", _port()]
     script = ["ijepa_fast/train.py", "--config", "configs/quickstart.yaml", f"runs={runs}", *TINY, *overrides]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment = unlaunched(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [*launcher, *script],
