@@ -43,8 +43,8 @@ from ijepa_fast.interop.weights import (
 from ijepa_fast.run.digests import is_sealed, seal, write_tensors
 from ijepa_fast.run.together import on_first, together
 
-FORMAT = 2
-FORMATS = (1, 2)  # that are read; the first had no digests
+FORMAT = 3
+FORMATS = (1, 2, 3)  # that are read; the first had no digests, the first two were of runs that drew masks by rank
 KEYS = {"step", "shapes", "config"}  # of every state.json
 WHOLE = "weights.safetensors"
 

@@ -53,6 +53,11 @@ def wrong_with(path: Path) -> str | None:
         state = on_first(lambda: read_state(path))
     except Damaged as error:
         return str(error)
+    if state["format"] < 3:
+        _say(
+            f"{path} was written by an earlier version, which drew masks by rank and micro-batch: from here they are "
+            f"drawn by an image's place in the batch, of the same distribution"
+        )
     if state["format"] == 1:
         _say(f"{path} was written by an earlier version, which kept no digests: it cannot be verified")
         return None
