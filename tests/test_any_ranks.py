@@ -1,4 +1,6 @@
-"""Another number of ranks, or of micro-batches, is the same run: what an image meets follows from its place in a step."""
+"""Another number of ranks, or of micro-batches, is the same run: all that is drawn follows from an image's place."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -39,7 +41,7 @@ def by_image(draw):
         chance = draw.chance.view(*draw.chance.shape[:2], -1, draw.images)
         return [(masks[:, i].tolist(), chance[..., i].tolist(), draw.temperature) for i in range(draw.images)]
     ends = draw.context_cu_seqlens.tolist()
-    places = [draw.context_places[a:b].tolist() for a, b in zip(ends, ends[1:])][: draw.sequences]
+    places = [draw.context_places[a:b].tolist() for a, b in pairwise(ends)][: draw.sequences]
     contexts = [places[image :: draw.images] for image in range(draw.images)]
     return [(contexts[i], (draw.target_index[:, i] % draw.patches).tolist()) for i in range(draw.images)]
 
@@ -60,7 +62,7 @@ def test_an_image_meets_the_same_draw_on_any_ranks(kind):
 
 
 def test_a_policy_compares_the_images_of_a_group():
-    """Truncated: equal lengths in a group, the shortest whole; budget: the group has its tokens, however distributed."""
+    """Truncated: equal lengths in a group; budget: the group has its tokens, however distributed."""
     truncated, budget = (
         build_draw(config_of(kind), build_method(config_of(kind)), torch.device("cpu"), 0, 1)(0)
         for kind in ("truncated by group", "budget by group")
