@@ -43,7 +43,7 @@ def follow_launcher() -> None:
 
 class Stop:
     """What `after(step)` says once a step is done: which signal ends the run there, whether a checkpoint is due, and
-    whether one could not be written.
+    whether something beside the steps failed on a rank, such as writing the last one.
 
     A context; inside of it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP do no more than set the flag, but a second one (after
     two seconds) ends the process at once. One that was ignored before stays so.
@@ -85,10 +85,10 @@ class Stop:
         os.close(self._writer)
 
     def after(self, step: int, failed: bool) -> tuple[int, bool, bool]:
-        """(number of the signal to end by, or 0; whether a checkpoint is due; whether any rank's writer failed), the
-        same on all ranks.
+        """(number of the signal to end by, or 0; whether a checkpoint is due; whether any rank has failed beside its
+        steps), the same on all ranks.
 
-        failed: whether this rank's did. Called by every rank when step `step` is done. With several ranks it is what
+        failed: whether this rank has. Called by every rank when step `step` is done. With several ranks it is what
         they had to say a step ago.
         """
         now = time.monotonic()
