@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ijepa_fast.command import one_sentence
+from ijepa_fast.cores import cores
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.sources import Source, open_source
@@ -81,7 +81,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
     """
     source = open_source(path)
     bad = 0
-    results = find_bad_files(source, processes or os.cpu_count() or 1, max_pixels)
+    results = find_bad_files(source, processes or cores(), max_pixels)
     with tqdm(results, total=len(source), desc="checking", unit=" files", mininterval=1, disable=None) as bar:
         for result in bar:
             if result is not None:

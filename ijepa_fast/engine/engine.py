@@ -12,6 +12,7 @@ import torch
 
 from ijepa_fast import config
 from ijepa_fast.config import ConfigError
+from ijepa_fast.cores import threads
 from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS
@@ -64,7 +65,7 @@ def start(device: torch.device, timeout: int) -> tuple[int, int]:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(threads(local))
         keep_freed_memory()
     return rank, ranks
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
@@ -150,7 +151,7 @@ def build_loader(
     if source is None:
         sides = [view.crop for view in views] if views else data.crop
         return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
     return make(
         source,
@@ -158,7 +159,7 @@ def build_loader(
         ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
-        threads=data.threads or max(1, cores),
+        threads=data.threads or max(1, share),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
         bad_files=config.folder / "bad_files.txt",
