@@ -230,9 +230,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     given = {item.partition("=")[0]: item for item in overrides}  # the last one holds
     try:
-        merged = read(path, overrides)
+        merged = read(path, overrides, Config)
         plain = OmegaConf.to_container(merged)
-        check_keys(plain, Config)
         try:
             typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
         except OmegaConfBaseException as error:
@@ -242,7 +241,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ConfigError as error:
         name = re.split("[:=]", str(error))[0]
         in_file = ": expected" in str(error) and not name.startswith("override ")
-        where = f"override {given[name]}" if name in given else str(path) if in_file else ""
+        item = next((item for key, item in given.items() if key == name or key.startswith(f"{name}.")), None)
+        where = f"override {item}" if item else str(path) if in_file else ""
         raise ConfigError(f"{error} ({where})" if where and where not in str(error) else str(error)) from None
     return config
 
@@ -310,7 +310,7 @@ def check(config: Config) -> None:
     folder = Path(config.name)
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
-    if isinstance(config.kernels, str) and config.kernels not in IMPLEMENTATIONS:
+    if not isinstance(config.kernels, dict) and config.kernels not in IMPLEMENTATIONS:
         raise ConfigError(
             f"kernels: expected one of {', '.join(IMPLEMENTATIONS)}, or a mapping such as {{layer_norm: reference}}, "
             f"got {config.kernels!r}"

@@ -36,13 +36,16 @@ OWN_METHODS = "ijepa_fast.methods."
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
-def read(path: Path, overrides: Sequence[str]) -> Any:
-    """The YAML at `path` with `key.key=value` overrides, by today's names. Raises ConfigError."""
+def read(path: Path, overrides: Sequence[str], section: type) -> Any:
+    """The YAML at `path` with `key.key=value` overrides, by today's names: keys of `section`. Raises ConfigError."""
     from omegaconf import OmegaConf
 
     for item in overrides:
         _check_override(item)
-    return OmegaConf.merge(*map(_renamed, (_read(path), OmegaConf.from_dotlist(list(overrides)))))
+    parts = [_renamed(part) for part in (_read(path), OmegaConf.from_dotlist(list(overrides)))]
+    for part in reversed(parts):
+        check_keys(OmegaConf.to_container(part), section)
+    return OmegaConf.merge(*parts)
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
@@ -103,6 +106,14 @@ def wrong_type(name: str, plain: Any, section: type) -> ConfigError:
     return _expected(name, f, plain)
 
 
+def _holds(f: Field, value: Any) -> bool:
+    """Whether a list, a mapping or neither is what the key takes; OmegaConf's own merge fails on others."""
+    kinds = set(str(f.type).split(" | "))
+    if isinstance(value, dict):
+        return bool({"Any", "dict[str, Any]"} & kinds)
+    return "Any" in kinds or isinstance(value, list) is ("list[float]" in kinds) or (value is None and "None" in kinds)
+
+
 def _expected(name: str, f: Field, value: Any) -> ConfigError:
     return ConfigError(f"{name}: expected {spelling.in_words(str(f.type))}, got {spelling.shown(value)}")
 
@@ -147,7 +158,7 @@ def check_keys(given: Any, section: type, prefix: str = "", top: type | None = N
                 hint = f"; did you mean {spelling.SECTIONS[name]}={value}?" if name in spelling.SECTIONS else ""
                 raise ConfigError(f"{name}: expected a section with keys, got {value!r}{hint}")
             check_keys(value, factory, f"{name}.", top)
-        elif isinstance(value, dict) and not {"Any", "dict[str, Any]"} & set(str(known[key].type).split(" | ")):
+        elif not _holds(known[key], value):
             raise _expected(name, known[key], value)
 
 
