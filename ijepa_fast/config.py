@@ -254,6 +254,24 @@ def save_config(config: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(config), path)
 
 
+def as_yaml(config: Config) -> str:
+    """Every key of `config` as YAML, with what it means behind it."""
+    import yaml
+
+    lines, section = [], ""
+    for name, f in keys(Config):
+        *above, last = name.split(".")
+        if above and above[0] != section:
+            section = above[0]
+            lines.append(f"{section}:")
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+        lines.append(f"{'  ' if above else ''}{last}: {text}".ljust(44) + f"  # {f.metadata['meaning']}")
+    return "\n".join(lines) + "\n"
+
+
 def flatten(config: Any) -> dict[str, Any]:
     """Every value of a configuration by its dotted key; the method's options are keys of their own."""
     flat: dict[str, Any] = {}

@@ -76,12 +76,9 @@ def meant(name: str, known: Sequence[str]) -> str | None:
     In this order: an alias of the field, a key whose last part is the same, a near miss in the same section,
     of the whole, of the last part of any.
     """
-    last = name.rpartition(".")[2].replace("-", "_").lower()
-    if last in ALIASES and ALIASES[last] in known:
-        return ALIASES[last]
-    same = [key for key in known if key.rpartition(".")[2] == last]
-    if same:
-        return next((key for key in same if key.startswith(name.partition(".")[0] + ".")), same[0])
+    if named := known_as(name, known):
+        return named
+    last = name.rpartition(".")[2]
     own = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]}
     if near := close(last, own):
         return own[near]
@@ -90,6 +87,17 @@ def meant(name: str, known: Sequence[str]) -> str | None:
     lasts = {key.rpartition(".")[2]: key for key in reversed(known)} | {a: k for a, k in ALIASES.items() if k in known}
     near = close(last, lasts)
     return lasts[near] if near else None
+
+
+def known_as(name: str, known: Sequence[str]) -> str | None:
+    """The key among `known` that has the alias `name`, or whose last part it is; None where there is none."""
+    section, _, last = name.replace("-", "_").lower().rpartition(".")
+    if last in ALIASES and ALIASES[last] in known:
+        return ALIASES[last]
+    if section == "" and last in SECTIONS:
+        return SECTIONS[last]
+    same = [key for key in known if key.rpartition(".")[2] == last]
+    return next((key for key in same if key.startswith(f"{section}.")), same[0] if same else None)
 
 
 def close(name: str, known: Iterable[str]) -> str | None:

@@ -96,7 +96,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
 @one_sentence(status=2)
 def main(argv: list[str] | None = None) -> int:
     """The command line. Return the exit status: 0 all files are good, 1 some are bad, 2 the path cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast check-data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ijepa-fast check-data", description=__doc__)
     parser.add_argument("path", help="folder of images, tar shards, or text list of paths")
     parser.add_argument("--processes", type=int, help="files to decode at a time (default: one per core)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image that declares more counts as bad")

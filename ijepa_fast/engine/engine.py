@@ -36,7 +36,13 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device, there = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+    if device.index >= there:
+        error = ConfigError(
+            f"local rank {device.index} has no GPU: torch sees {there}; start at most {there} ranks here"
+        )
+        vars(error)["of_this_rank"] = True
+        raise error
     torch.cuda.set_device(device)
     return device
 
