@@ -178,6 +178,7 @@ class Log:
     keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept for good; 0: none", least=0)
     tensorboard: bool = key(True, "whether to write TensorBoard events")
     wandb: str | None = key(None, "a W&B project to log to")
+    loggers: list[str] = key([], "others, as module:function: called with (folder, name, settings)")
 
 
 @dataclass
@@ -197,6 +198,7 @@ class Config:
     seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
     batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
+    hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
     init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)

@@ -111,7 +111,8 @@ def _holds(f: Field, value: Any) -> bool:
     kinds = set(str(f.type).split(" | "))
     if isinstance(value, dict):
         return bool({"Any", "dict[str, Any]"} & kinds)
-    return "Any" in kinds or isinstance(value, list) is ("list[float]" in kinds) or (value is None and "None" in kinds)
+    lists = any(kind.startswith("list[") for kind in kinds)
+    return "Any" in kinds or isinstance(value, list) is lists or (value is None and "None" in kinds)
 
 
 def _expected(name: str, f: Field, value: Any) -> ConfigError:

@@ -112,6 +112,7 @@ def in_words(annotation: str) -> str:
         "float": "a number",
         "str": "a word",
         "bool": "true or false",
+        "list[str]": "names in brackets, such as [one, two]",
         "list[float]": "numbers in brackets, such as [0.3, 1.0]",
         "dict[str, Any]": "names with values",
     }

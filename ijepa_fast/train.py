@@ -36,10 +36,13 @@ from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint, lock
+from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
+from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
+from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
 
@@ -54,6 +57,7 @@ def train(config: Config) -> None:
     device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
     length = Length.of(config, None if source is None else len(source))
+    hooks = functions("hooks", config.hooks)
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
     method = build_method(config, length.steps_per_epoch)
     config = with_options(config, method)
@@ -74,6 +78,8 @@ def train(config: Config) -> None:
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
     if changed:
         log.write(step, {"changed": changed})
+    speed = Speed(method, device, precision.name, total, config.batch_size, ranks)
+    log.say(banner(config, method, source, device, ranks, length, speed))
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
     with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
@@ -96,7 +102,10 @@ def train(config: Config) -> None:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped)
-                log.write(step, window | record | online.read(step))
+                record = window | record | speed.record(step, batch.draw, window) | online.read(step)
+                log.write(step, record)
+                for hook in hooks:
+                    hook(step, record, method)
                 logged = step
             if saving:
                 save(config, engine, data, step)
