@@ -179,9 +179,9 @@ def _as_override(option: str, value: str, known: dict[str, argparse.Action]) -> 
     near = spelling.close(option, known)
     name = option.lstrip("-").replace("-", "_")
     every = [key for key, _ in keys(Config)]
-    key = (
-        name if name in every else None if near and not spelling.known_as(name, every) else spelling.meant(name, every)
-    )
+    key = name if name in every else spelling.known_as(name, every)
+    if key is None and not near:
+        key = spelling.meant(name, every)
     if key is not None:
         return f"{option}: settings are written key=value: {shlex.quote(f'{key}={value}')}"
     return f"there is no option {option}" + (f"; did you mean {near}?" if near else "")

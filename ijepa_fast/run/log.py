@@ -242,8 +242,10 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-SPEED = ("images_per_second", "tokens_per_second", "data_wait", "mfu", "of_product", "work_tflops", "peak_memory_gb")
-SPEED += ("seconds_left", "saving_blocked", "graphs/")
+SPEED = (
+    *("images_per_second", "tokens_per_second", "data_wait", "mfu", "of_product", "work_tflops", "peak_memory_gb"),
+    *("seconds_left", "saving_blocked", "graphs/"),
+)
 
 
 def tag(key: str) -> str:

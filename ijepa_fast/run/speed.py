@@ -21,12 +21,12 @@ def peak(device: torch.device, precision: str) -> tuple[float, str] | None:
     """
     if device.type != "cuda":
         rate = product_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
-        return rate, f"this CPU's {precision} product, measured: {rate / 1e9:.0f} GFLOP/s"
+        return rate, f"what {precision} products reach here, {rate / 1e9:.0f} GFLOP/s a rank"
     name = torch.cuda.get_device_name(device)
     known = next((gpu for gpu in PEAKS if gpu in name.replace("-", " ").split()), None)
-    return (
-        None if known is None else (PEAKS[known], f"the {known}'s dense bf16 peak, {PEAKS[known] / 1e12:.0f} TFLOP/s")
-    )
+    if known is None:
+        return None
+    return PEAKS[known], f"the {known}'s dense bf16 peak, {PEAKS[known] / 1e12:.0f} TFLOP/s"
 
 
 class Speed:
@@ -43,15 +43,14 @@ class Speed:
         """Of a window of the log (Meter.read), after `step`; draw: of its last micro-batch, on the host or not.
 
         work_tflops: TFLOP/s of all ranks, the work as it is executed here. mfu: their share of the GPUs' peak;
-        of_product: of the CPU's measured product. peak_memory_gb: of this rank, since its start. seconds_left: of
-        training.
+        of_product: of what products were measured to reach on the CPU. peak_memory_gb: of this rank, since its start.
+        seconds_left: of training.
         """
         rate = window["images_per_second"]
         flops = self._method.work(draw).total / draw.images * rate
         record = {"work_tflops": flops / 1e12, "peak_memory_gb": peak_memory(self._device) / 1e9}
         if self.peak is not None:
-            share = flops / (self.peak[0] * (self._ranks if self._device.type == "cuda" else 1))
-            record["mfu" if self._device.type == "cuda" else "of_product"] = share
+            record["mfu" if self._device.type == "cuda" else "of_product"] = flops / (self.peak[0] * self._ranks)
         return record | {"seconds_left": (self._total - step) * self._batch / rate}
 
 
