@@ -35,8 +35,8 @@ def start(count: int, arguments: list[str]) -> int:
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, pass_on) for number in heard}
     try:
-        for number in map(str, range(count)):
-            ranks.append(subprocess.Popen(command, env=environment | {"RANK": number, "LOCAL_RANK": number}))
+        for name in map(str, range(count)):
+            ranks.append(subprocess.Popen(command, env=environment | {"RANK": name, "LOCAL_RANK": name}))
         return _wait(ranks)
     finally:
         for rank in ranks:

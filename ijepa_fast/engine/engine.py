@@ -63,11 +63,19 @@ def start(device: torch.device, timeout: int) -> tuple[int, int]:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # A shared-memory all-reduce for the CPU, compiled on first use: half a minute and a compiler for nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
-        auto_mpi_discovery=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
+            auto_mpi_discovery=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        raise ConfigError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: another program has this port; start with another one "
+            f"(deepspeed --master_port, torchrun --master-port), or with train --ranks, which finds a free one"
+        ) from None
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))

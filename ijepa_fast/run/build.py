@@ -18,6 +18,7 @@ from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
+from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
 from ijepa_fast.masks.draw import Draw
@@ -113,7 +114,8 @@ def micro_batch(config: Config, ranks: int) -> int:
 
 
 def build_engine(config: Config, method: Method, device: torch.device, ranks: int) -> Engine:
-    """The method on DeepSpeed."""
+    """The method on DeepSpeed. Raises ConfigError where a compiler is wanted and there is none."""
+    check_compiler(config.engine.compile, device)
     return Engine(method, config.engine, config.optim, micro_batch(config, ranks), device)
 
 
