@@ -39,7 +39,7 @@ VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}  # the pu
 class Options:
     """MAE's options; the values here are the published ones. The decoder has predictor_dim and predictor_depth."""
 
-    masked: float = key(MASKED_SHARE, "share of the patches")
+    masked: float = key(MASKED_SHARE, "share of the patches", above=0, most=1)
     normalise: bool = key(True, "compare with pixels normalised patch by patch (norm_pix_loss), the better target")
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
+from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
 from ijepa_fast.masks.draw import Draw
@@ -111,7 +113,8 @@ def micro_batch(config: Config, ranks: int) -> int:
 
 
 def build_engine(config: Config, method: Method, device: torch.device, ranks: int) -> Engine:
-    """The method on DeepSpeed."""
+    """The method on DeepSpeed. Raises ConfigError where a compiler is wanted and there is none."""
+    check_compiler(config.engine.compile, device)
     return Engine(method, config.engine, config.optim, micro_batch(config, ranks), device)
 
 
@@ -152,7 +155,7 @@ def build_loader(
     if source is None:
         sides = [view.crop for view in views] if views else data.crop
         return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
     return make(
         source,
@@ -160,7 +163,7 @@ def build_loader(
         ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
-        threads=data.threads or max(1, cores),
+        threads=data.threads or max(1, share),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
         bad_files=config.folder / "bad_files.txt",

@@ -20,6 +20,8 @@ from types import TracebackType
 
 import torch
 
+from ijepa_fast.ranks import STARTED_BY
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME = 2.0  # seconds in which further signals are the first again: a launcher passes on what its ranks already got
 PATIENCE = 120.0  # seconds, at least, in which a step must end after a signal; three steps where those are longer
@@ -170,6 +172,8 @@ def _launcher() -> tuple[int, int]:
 
 
 def _launched(parent: int) -> bool:
+    if os.environ.get(STARTED_BY) == str(parent):
+        return True
     try:
         with open(f"/proc/{parent}/cmdline", "rb") as file:
             command = file.read()

@@ -52,6 +52,9 @@ def sentence(error: Exception) -> str | None:
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     if isinstance(error, RuntimeError) and not lost:
         return None
+    alike = isinstance(error, ValueError) and not torch.distributed.is_initialized()  # all of a machine read the same
+    if alike and os.environ.get("LOCAL_RANK", "0") != "0" and not getattr(error, "of_this_rank", False):
+        return ""
     if rank != "0" and getattr(error, "met_by_all", False):
         return ""
     if lost:
