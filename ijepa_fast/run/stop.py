@@ -22,7 +22,7 @@ import torch
 
 from ijepa_fast.ranks import STARTED_BY
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME = 2.0  # seconds in which further signals are the first again: a launcher passes on what its ranks already got
 PATIENCE = 120.0  # seconds, at least, in which a step must end after a signal; three steps where those are longer
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
@@ -47,8 +47,8 @@ class Stop:
     """What `after(step)` says once a step is done: which signal ends the run there, whether a checkpoint is due, and
     whether something beside the steps failed on a rank, such as writing the last one.
 
-    A context; inside of it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP do no more than set the flag, but a second one (after
-    two seconds) ends the process at once. One that was ignored before stays so.
+    A context; inside of it, SIGNALS do no more than set the flag, but a second one (after two seconds) ends the process
+    at once. One that was ignored before stays so.
 
     minutes: between two checkpoints; 0: the clock asks for none. timeout: seconds to wait for the other ranks.
     """

@@ -60,6 +60,8 @@ def sentence(error: Exception) -> str | None:
     if lost:
         time.sleep(HEAD_START)
         said = " ".join(str(error).split())
+        if not torch.distributed.is_initialized():
+            return f"error: rank {rank} waited in vain for all {os.environ.get('WORLD_SIZE')} ranks to start: {said}"
         heard = pulse.last_heard()
         return (
             f"error: rank {rank} lost another rank, which ended or was silent for engine.timeout seconds "

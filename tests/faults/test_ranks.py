@@ -113,3 +113,14 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_the_run_on_all(tmp_path):
     assert saved(tmp_path / "quickstart") == [2]
     assert not list((tmp_path / "quickstart" / "checkpoints").glob(".step-*"))
     assert "Traceback" not in errors
+
+
+def test_a_rank_that_does_not_start_is_said(tmp_path):
+    code = "from ijepa_fast.engine import engine; engine.RENDEZVOUS = 4"
+    processes = start(tmp_path, *LONG, "engine.timeout=4", ranks=2, first=code)
+    processes[1].kill()
+    processes[1].communicate()
+    statuses, errors = finish(processes[:1], timeout=120)
+    assert statuses == [1]
+    assert "error: rank 0 waited in vain for all 2 ranks to start" in errors
+    assert "Traceback" not in errors
