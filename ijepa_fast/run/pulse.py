@@ -26,13 +26,21 @@ class _Pulse:
         # Connections of their own: one that waits for a store that is gone holds up nobody.
         store: Any = torch.distributed.distributed_c10d._get_default_store()
         self._store, self._asked = store.clone(), store.clone()
-        threading.Thread(target=self._tell, name="pulse", daemon=True).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="pulse", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Say no more: a thread that comes back from the store while the interpreter ends would abort the process."""
+        self._ended.set()
+        self._thread.join(ANSWER)
 
     def _tell(self) -> None:
         try:
             while True:
                 self._store.set(f"pulse/{self.rank}", json.dumps([time.time(), self.step, self.doing]))
-                time.sleep(EVERY)
+                if self._ended.wait(EVERY):
+                    return
         except Exception:  # rank 0, which keeps the store, is gone: so is the run
             return
 
@@ -58,6 +66,12 @@ _own: list[_Pulse] = []
 def begin(rank: int, ranks: int) -> None:
     """Tell the others from now on. Called by every rank that has met the others."""
     _own[:] = [_Pulse(rank, ranks)] if ranks > 1 else []
+
+
+def end() -> None:
+    """Tell nothing any more. Called before the process ends."""
+    while _own:
+        _own.pop().end()
 
 
 def at(step: int, doing: str) -> None:
