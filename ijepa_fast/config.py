@@ -103,6 +103,7 @@ class Mask:
     strategy: str = fixed("multiblock", "see masks/samplers.py", choices=STRATEGIES)
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
+    group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
     padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
     targets: int | None = fixed(None, "target blocks per image", least=1)
     target_scale: list[float] | None = fixed(None, "range of a target block's share of the image", **SHARES)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from ijepa_fast.run.build import Length, build_engine, build_loader, build_metho
 from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
+from ijepa_fast.run.saver import Saver
 from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
@@ -82,7 +84,9 @@ def train(config: Config) -> None:
     log.say(banner(config, method, source, device, ranks, length, speed))
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
-    with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
+    stopping = Stop(config.log.checkpoint_minutes, config.engine.timeout)
+    saving = Saver(engine, partial(save, config, engine, data), config.engine.timeout)
+    with stopping as stop, saving as saver, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
             for _ in range(micro_steps):
@@ -96,33 +100,38 @@ def train(config: Config) -> None:
                 online.add(batch.indices)
             step += 1
             log.advance()
-            signal, due = stop.after(step)
-            saving = signal or due or step % config.log.checkpoint_every == 0 or step == total
-            if saving or step % config.log.every == 0:
+            signal, due, failed = stop.after(step, saver.failed)
+            if failed:
+                saver.wait()  # which raises
+            to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
+            if to_save or step % config.log.every == 0:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped)
                 record = window | record | speed.record(step, batch.draw, window) | online.read(step)
+                if to_save:
+                    stop.saving()
+                    record["saving_blocked"] = saver.save(step)
+                    stop.saved()
                 log.write(step, record)
                 for hook in hooks:
                     hook(step, record, method)
                 logged = step
-            if saving:
-                save(config, engine, data, step)
-                stop.saved()
+            if to_save:
                 meter.restart()
             if signal and step < total:
+                saver.wait()
                 raise Stopped(signal, step)
     if rank == 0:
         finish(config, method, source, folders, device, began, precision)
     torch.distributed.barrier()
 
 
-def save(config: Config, engine: Engine, data: dict[str, Any] | None, step: int) -> None:
-    """Write a checkpoint of the run. Called by every rank."""
-    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, step)
+def save(config: Config, engine: Engine, data: dict[str, Any] | None, taken: checkpoint.Snapshot, group: Any) -> None:
+    """Write a checkpoint of the run. Called by every rank, in a thread."""
+    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, taken.step)
     keep, keep_every = config.log.keep, config.log.keep_every
-    checkpoint.save(config.folder, engine, flatten(config), arch, step, keep, keep_every, data)
+    checkpoint.write(config.folder, taken, flatten(config), arch, keep, keep_every, data, group)
 
 
 def resume(

@@ -53,13 +53,12 @@ class Length:
 def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True) -> Method:
     """The method with its networks in fp32 on the CPU, initialised from `seed`.
 
-    steps_per_epoch: counts whole steps. foreign: see method_class. Raises ConfigError for what does not go together.
+    foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
     _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
-    micro_steps = steps_per_epoch * config.engine.accumulation
-    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch))
     if not isinstance(getattr(method, "encoder", None), Encoder):
         raise ConfigError(
             f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
@@ -122,12 +121,15 @@ def build_engine(config: Config, method: Method, device: torch.device, ranks: in
 def build_draw(config: Config, method: Method, device: torch.device, rank: int, ranks: int) -> Callable[[int], Draw]:
     """The draw of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
 
+    It follows from the places of the images in the step's batch, so that another number of ranks draws the same, too.
     It lies in host memory, pinned where `device` is a GPU.
     """
     images = micro_batch(config, ranks)
 
-    def draw(step: int) -> Draw:
-        drawn = method.draw(images, config.seed, step, rank)
+    def draw(micro_step: int) -> Draw:
+        step, number = divmod(micro_step, config.engine.accumulation)
+        first = (number * ranks + rank) * images
+        drawn = method.draw(images, config.seed, step, first, config.batch_size)
         return drawn.pin_memory() if device.type == "cuda" else drawn
 
     return draw
