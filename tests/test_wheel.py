@@ -39,6 +39,9 @@ def installed(tmp_path_factory):
     (wheel,) = root.glob("*.whl")
     subprocess.run([*pip, "install", "--no-index", "--no-deps", "--target", target, wheel], check=True)
     shutil.rmtree(source)
+    # What finds the checkout's extension, where the checkout is installed too.
+    hide = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    (target / "sitecustomize.py").write_text(hide)
     return target
 
 
