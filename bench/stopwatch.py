@@ -2,7 +2,8 @@
 
     python bench/stopwatch.py
 
-Each is a process of its own, started as a user would, on the embedded scenes, which are rendered before the clock starts.
+Each is a process of its own, started as a user would, on the embedded scenes, which are rendered before the clock
+starts.
 """
 
 from __future__ import annotations
