@@ -215,6 +215,13 @@ def _check_contract(name: str, method: type[Method]) -> None:
     needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
     if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
         raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    try:
+        inspect.signature(method.draw).bind(None, 1, 0, 0, 0, 1)
+    except TypeError:
+        raise ConfigError(
+            f"objective.method={name}: {method.__name__}.draw: expected (images, seed, step, first, batch), got "
+            f"{inspect.signature(method.draw)}"
+        ) from None
     if not (inspect.isclass(method.Options) and is_dataclass(method.Options)):
         raise ConfigError(f"objective.method={name}: {method.__name__}.Options: expected a dataclass")
     if unknown := set(method.capabilities) - set(CAPABILITIES):
