@@ -74,23 +74,24 @@ def train(config: Config) -> None:
     with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
+            logging = (step + 1) % config.log.every == 0
             for _ in range(micro_steps):
                 begin = time.perf_counter()
                 batch = next(loader)
                 wait = time.perf_counter() - begin
                 draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
-                engine.step(lr, weight_decay, ema)
+                engine.step(lr, weight_decay, ema, norm=logging)
                 meter.add(loss, terms, draw, wait)
                 online.add(batch.indices)
             step += 1
             log.advance()
             signal, due = stop.after(step)
             saving = signal or due or step % config.log.checkpoint_every == 0 or step == total
-            if saving or step % config.log.every == 0:
+            if saving or logging:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
-                window = meter.read((logged + 1, step), engine.health(), engine.skipped)
+                window = meter.read((logged + 1, step), engine.health(), engine.skipped, engine.gradient_squares())
                 log.write(step, window | record | online.read(step))
                 logged = step
             if saving:

@@ -85,7 +85,7 @@ class Engine:
     ):
         import deepspeed
 
-        self.method, self.device = method, device
+        self.method, self.device, self._clips = method, device, optim.clip > 0
         dtype = DTYPES[settings.precision]
         # Kept in fp32: DeepSpeed casts the modules' own tables.
         tables = {name: dict(network.named_buffers()).get("positions") for name, network in method.networks.items()}
@@ -136,16 +136,34 @@ class Engine:
         self._engine.backward(loss)
         return loss.detach(), terms
 
-    def step(self, lr: float, weight_decay: float, ema: float) -> None:
-        """Called after every micro-batch: at the last one of the step, update weights and averages."""
+    def step(self, lr: float, weight_decay: float, ema: float, norm: bool = False) -> None:
+        """Called after every micro-batch: at the last one of the step, update weights and averages.
+
+        norm: whether to take the gradient's norm too, a pass over it: see `gradient_squares`.
+        """
         update = self._engine.is_gradient_accumulation_boundary()
         if update:
+            self.optimizer.squares = torch.zeros((), dtype=torch.float64, device=self.device) if norm else None
             for group in self.optimizer.param_groups:
                 group["lr"], group["momentum"] = lr, ema
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
         self._engine.step()
         if update:
             self._gather()
+
+    def gradient_squares(self) -> torch.Tensor | None:
+        """This rank's part of the squared gradient norm of the last step; None where none was taken.
+
+        A fp64 scalar on the device; the sum over ranks is the square of the norm, before clipping but in fp32 at ZeRO 0,
+        where DeepSpeed does not tell it.
+        """
+        if self.optimizer.squares is None:
+            return None
+        ranks = torch.distributed.get_world_size()
+        whole = self._engine.get_global_grad_norm() if self._clips else None  # the optimiser saw it clipped
+        if whole is not None:
+            return torch.as_tensor(whole, dtype=torch.float64, device=self.device).square() / ranks
+        return self.optimizer.squares / (ranks if self.layout.replicated else 1)
 
     @property
     def skipped(self) -> int:
