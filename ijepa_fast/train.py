@@ -92,6 +92,8 @@ def train(config: Config) -> None:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped, engine.gradient_squares())
+                if graphs := engine.graphs():
+                    record["graphs"] = graphs
                 log.write(step, window | record | online.read(step))
                 logged = step
             if saving:
