@@ -5,8 +5,8 @@ but only for the shapes it was captured with; so token counts are padded to few 
 batch of a shape runs as it is, which compiles and warms up; the second is captured, and all later ones are replayed.
 
 All of it takes its memory from one pool, the largest batch first, so that the pool is as large as that batch needs.
-What lies there is gone with the next micro-step: loss and terms are therefore copied out, `watch` is called before that, and the gradients
-lie in buffers of their own (engine/update.py).
+What lies there is gone with the next micro-step: loss and terms are therefore copied out, what `watch` is given is its
+until it returns, and the gradients lie in buffers of their own (engine/update.py).
 
 The first graph of a run is verified: the same batch launched and replayed must give the same. Where it does not, or
 anything fails, the run goes on without graphs and says so once.

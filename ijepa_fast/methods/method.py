@@ -66,7 +66,8 @@ class Method(nn.Module, Generic[D]):
     Attributes:
         Options: a dataclass of the method's own settings, published values as defaults; `check` says what they may be.
         capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs, as they
-            read nothing from the device and change nothing that stays; `use_graphs`, `largest`. fp8: `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
+            read nothing from the device and change nothing that stays; `use_graphs` and `largest` may be of use. fp8:
+            `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
