@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 
 from ijepa_fast.config import ConfigError, flatten, load_config, present
 from ijepa_fast.engine.engine import Engine, choose_device, start, wants_graphs
-from ijepa_fast.kernels.common import dispatch, library
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.build import build_method, micro_batch
 from tests.emulated_graphs import EmulatedRecorder
@@ -22,20 +21,7 @@ RATES = [(1e-2, 0.1, 0.9), (5e-3, 0.2, 0.99), (2e-2, 0.3, 0.999), (1e-2, 0.1, 0.
 SHAPES = (0, 1, 0, 2, 1, 0, 2, 1)  # the draws of the micro-batches, which come again
 
 
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """The kernels' path; what is switched off is what the CPU alone checks."""
-    from ijepa_fast.kernels.predictor_tokens import ops as predictor_ops
-    from ijepa_fast.kernels.varlen_attention import ops as attention_ops
-
-    for module in (predictor_ops, attention_ops):
-        monkeypatch.setattr(module, "check_sequences", lambda *arguments: None)
-    # Ops are called as on a GPU, and inside they do what a CPU is fastest at.
-    monkeypatch.setattr(library, "interpreted", lambda: False)
-    before = {op: dispatch.choice(op) for op in dispatch.OPS}
-    dispatch.use({op: "triton" for op in dispatch.TRITON if op not in ("adamw_ema", "mask_sampler")})
-    yield
-    dispatch.use(before)
+pytestmark = pytest.mark.usefixtures("ops_as_on_a_gpu")
 
 
 def config_of(*overrides):

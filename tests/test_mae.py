@@ -9,9 +9,9 @@ import torch
 from ijepa_fast.engine.graphs import CUDARecorder, Graphs
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.mae import pack_visible
+from tests.emulated_graphs import EmulatedRecorder
 from tests.parity import TOLERANCE
 from tests.parity_methods import parity_mae
-from tests.emulated_graphs import EmulatedRecorder
 from tests.small import loss_of, small_mae
 
 
@@ -53,6 +53,7 @@ def test_features_come_without_the_class_token():
     torch.testing.assert_close(model.encoder.norm(last), features)
 
 
+@pytest.mark.usefixtures("ops_as_on_a_gpu")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_graphs_change_nothing(device):
     """Batches of one shape: run, captured, replayed."""

@@ -15,7 +15,7 @@ from ijepa_fast import config
 from ijepa_fast.config import ConfigError
 from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
-from ijepa_fast.engine.partitions import LAYOUTS
+from ijepa_fast.engine.partitions import LAYOUTS, Sharded
 from ijepa_fast.engine.update import GraphStep
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.methods.method import Method
@@ -135,10 +135,12 @@ class Engine:
         if settings.target_precision == "fp8":
             method.use_fp8()
         self._graphs: GraphStep | None = None
-        if wants_graphs(method, settings, optim, device if recorder is None else torch.device("cuda")):
+        possible = device if recorder is None else torch.device("cuda")
+        if wants_graphs(method, settings, optim, possible) and not isinstance(self.layout, Sharded):
             method.use_graphs()
             recorder = recorder or CUDARecorder(device)
-            self._graphs = GraphStep(method, self.optimizer, self.layout, settings.accumulation, _say_of_rank, recorder)
+            parts = (method, self.optimizer, self.layout, settings.accumulation)
+            self._graphs = GraphStep(*parts, _say_of_rank, recorder)
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""

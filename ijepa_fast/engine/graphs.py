@@ -72,8 +72,8 @@ class CUDARecorder:
         """See `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
-        options: dict[str, Any] = {"stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, pool=self.pool.id, **options), torch.autograd.set_multithreading_enabled(False):
+        options: dict[str, Any] = {"stream": self.stream, "capture_error_mode": "thread_local", "pool": self.pool.id}
+        with torch.cuda.graph(graph, **options), torch.autograd.set_multithreading_enabled(False):
             result = function()
         return graph.replay, result
 

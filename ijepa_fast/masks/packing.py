@@ -105,7 +105,7 @@ def pack(
         rows %= images * patches
     bits = None
     if padding:
-        tokens, unions = (TOKEN_BITS, UNION_BITS) if padding is True else padding
+        tokens, unions = padding if isinstance(padding, tuple) else (TOKEN_BITS, UNION_BITS)
         bits = tokens if budget is None else 0, unions
     return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, bits)
 

@@ -1,4 +1,4 @@
-"""AdamW, the EMA of the parameters and their low-precision copies in Triton, in place: of one flat buffer, or of a list.
+"""AdamW, the EMA of the parameters and their low-precision copies in Triton, in place: one buffer or a list.
 
     m = m + (1 - beta1) (g - m)            v = beta2 v + (1 - beta2) g^2
     p = decay p - step_size m / (sqrt(v) / correction2 + eps)
@@ -192,9 +192,9 @@ def adamw_ema_groups_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, group
             table,
             chunks,
             scalars,
-            grads[0].new_empty(0),
-            param_outs[0].new_empty(0) if len(param_outs) else None,
-            ema_outs[0].new_empty(0) if len(ema_outs) else None,
+            grads[0],
+            param_outs[0] if len(param_outs) else None,
+            ema_outs[0] if len(ema_outs) else None,
             ALIGNED=aligned,
             CHUNK=CHUNK,
             BLOCK=BLOCK,
@@ -234,7 +234,8 @@ def aot_cases(capability: int = 9) -> list[Case]:
         "bf16, no EMA": ("scalars_ptr", "ema_ptr", "ema_out_ptr"),
     }
     fp32 = types | {"grad_ptr": "*fp32"}
-    listed = {"table_ptr": "*i64", "chunks_ptr": "*i32", "scalars_ptr": "*fp64", "grad_like": "*bf16"}
+    listed = {"table_ptr": "*i64", "chunks_ptr": "*i32", "scalars_ptr": "*fp64"}
+    listed |= dict.fromkeys(("grad_like", "param_out_like", "ema_out_like"), "*bf16")
     constants = {"CHUNK": CHUNK, "BLOCK": BLOCK}
     several = [
         Case(f"adamw_ema of a list, {kind}", _adamw_ema_groups_kernel, constants | others, WARPS, types=listed)

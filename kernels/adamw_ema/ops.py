@@ -157,14 +157,16 @@ def adamw_ema_groups_(
         ValueError: for a wrong dtype, shape, device or layout, and lists of other lengths.
     """
     count = len(params)
+    if len(groups) != count:
+        raise ValueError(f"adamw_ema_groups_: groups: expected {count} of them, got {len(groups)}")
     lists = {"grads": (grads, count), "exp_avgs": (exp_avgs, count), "exp_avg_sqs": (exp_avg_sqs, count)}
-    lists |= {"groups": (groups, count), "param_outs": (param_outs, count if param_outs else 0)}
-    lists |= {"ema_outs": (ema_outs, len(emas) if ema_outs else 0), "emas": (emas, min(len(emas), count))}
+    lists |= {"param_outs": (param_outs, count if param_outs else 0), "emas": (emas, min(len(emas), count))}
+    lists |= {"ema_outs": (ema_outs, len(emas) if ema_outs else 0)}
     for name, (given, expected) in lists.items():
         if len(given) != expected:
             raise ValueError(f"adamw_ema_groups_: {name}: expected {expected} of them, got {len(given)}")
     check_tensor("adamw_ema_groups_", "scalars", scalars, (None, 9), torch.float64, params[0].device)
-    if count and not 0 <= min(groups) <= max(groups) < len(scalars):
+    if not 0 <= min(groups) <= max(groups) < len(scalars):
         raise ValueError(f"adamw_ema_groups_: groups: expected rows of {len(scalars)}, got {sorted(set(groups))}")
     for i in range(count):
         rest = [tensors[i] if i < len(tensors) else None for tensors in (emas, param_outs, ema_outs)]
@@ -172,14 +174,14 @@ def adamw_ema_groups_(
         for name, tensors in (("grads", grads), ("param_outs", param_outs), ("ema_outs", ema_outs)):
             if i < len(tensors) and tensors[i].dtype != tensors[0].dtype:
                 raise ValueError(f"adamw_ema_groups_: {name}[{i}]: expected {tensors[0].dtype}, got {tensors[i].dtype}")
-    arguments = (params, grads, exp_avgs, exp_avg_sqs, emas, scalars, groups, param_outs, ema_outs)
-    lists_ = [list(x) if not isinstance(x, torch.Tensor) else x for x in arguments]
     if choice("adamw_ema") == "auto":
-        torch.ops.ijepa_fast.adamw_ema_groups_(*lists_)
-    elif runs_triton("adamw_ema", scalars):
-        triton_launcher(reference, "adamw_ema_groups_")(*lists_)
+        function: Callable = torch.ops.ijepa_fast.adamw_ema_groups_
+    elif runs_triton("adamw_ema", params[0]):
+        function = triton_launcher(reference, "adamw_ema_groups_")
     else:
-        reference.adamw_ema_groups_(*lists_)
+        function = reference.adamw_ema_groups_
+    state = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, emas)]
+    function(*state, scalars, list(groups), list(param_outs), list(ema_outs))
 
 
 def _choose(name: str, tensor: torch.Tensor) -> Callable:
