@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ijepa_fast.engine.graphs import CUDARecorder, Graphs
-from ijepa_fast.masks.packing import LENGTHS, bucket_of, pack
+from ijepa_fast.masks.packing import GRAPH_BITS, pack
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.models.vit import compile_blocks
 from tests.small import loss_of, optimizer_of, small_ijepa, to
@@ -181,3 +181,15 @@ def test_graphs_change_no_loss_and_no_gradient(fp8):
                 either.average_changed()
     assert 1 <= len(graphs.captured) <= 3
     assert not said
+
+
+def test_graphs_see_few_shapes():
+    """With their buckets half as many as with the others, for a bound on what is padded: 1 in 32 of the context."""
+    sampler, shapes = make_sampler("multiblock", (16, 16)), {True: set(), GRAPH_BITS: set()}
+    for step in range(120):
+        masks = sampler(64, 0, step, 0)
+        for padding, seen in shapes.items():
+            draw = pack(masks, padding=padding)
+            seen.add(draw.shape)
+            assert draw.context_index.numel() <= draw.context_tokens * (1 + 1 / 32)
+    assert len(shapes[GRAPH_BITS]) < 0.65 * len(shapes[True])
