@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ijepa_fast.engine.graphs import CUDARecorder, Graphs
-from ijepa_fast.masks.packing import GRAPH_BITS, pack
+from ijepa_fast.masks.packing import GRAPH_BITS, LENGTHS, bucket_of, pack
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.models.vit import compile_blocks
 from tests.small import loss_of, optimizer_of, small_ijepa, to

@@ -47,12 +47,13 @@ class BareStep:
             compile_blocks(*method.networks.values())
         if fp8:
             method.use_fp8()
-        self.graphs = None
+        self.graphs, self.said = None, []  # why there are no graphs after all
         if graphs:
             params = [p for p in method.parameters() if p.requires_grad]
             for p in params:
                 p.grad = torch.zeros_like(p)
-            self.graphs = Graphs(method, [p.grad for p in params], 1.0, print, CUDARecorder(self.device))
+            recorder = CUDARecorder(self.device)
+            self.graphs = Graphs(method, [p.grad for p in params], 1.0, self.said.append, recorder)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
         """One step on `batch`, the method's arguments in host memory -> the loss, on the device."""
