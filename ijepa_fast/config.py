@@ -8,25 +8,35 @@ change. What a method's own options may be is the method's to say (methods/).
 from __future__ import annotations
 
 import copy
-import difflib
+import math
 import operator
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.given import (
+    MISSING,
+    RENAMED,
+    RENAMED_METHODS,
+    SWITCH,
+    UNREAD,
+    ConfigError,
+    check_keys,
+    keys,
+    read,
+    wrong_type,
+)
 
 BELOW_ONE = 0.9999999
-MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key and what to change."""
+# The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
+STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random")
+IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 # name: (width, depth, heads, MLP ratio), as published
@@ -67,6 +77,10 @@ def fixed(default: Any, meaning: str, **limits: Any) -> Any:
     return key(default, meaning, fixed=True, **limits)
 
 
+SHARES: dict[str, Any] = {"above": 0, "most": 1, "length": 2}
+RATIOS: dict[str, Any] = {"above": 0, "length": 2}
+
+
 @dataclass
 class Data:
     source: str = fixed(
@@ -74,11 +88,11 @@ class Data:
         'a folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images',
     )
     crop: int = fixed(224, "side of the square crop, pixels", least=1)
-    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", length=2)
-    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", length=2)
+    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", **SHARES)
+    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", **RATIOS)
     interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
     flip: bool = fixed(False, "whether half of the crops are mirrored")
-    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1", length=3)
+    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1", least=0, most=1, length=3)
     std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1", above=0, length=3)
     threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
     prefetch: int = key(2, "batches decoded ahead", least=1)
@@ -97,17 +111,18 @@ class Data:
 class Mask:
     """Of I-JEPA's masks. None: the strategy's default, the published value."""
 
-    strategy: str = fixed("multiblock", "see masks/samplers.py")
+    strategy: str = fixed("multiblock", "see masks/samplers.py", choices=STRATEGIES)
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
+    group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
     padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
-    targets: int | None = fixed(None, "target blocks per image")
-    target_scale: list[float] | None = fixed(None, "range of a target block's share of the image")
-    target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width")
-    contexts: int | None = fixed(None, "context blocks per image")
-    context_scale: list[float] | None = fixed(None, "range of a context block's share of the image")
-    context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width")
-    min_keep: int | None = fixed(None, "a context keeps more patches than this")
+    targets: int | None = fixed(None, "target blocks per image", least=1)
+    target_scale: list[float] | None = fixed(None, "range of a target block's share of the image", **SHARES)
+    target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width", **RATIOS)
+    contexts: int | None = fixed(None, "context blocks per image", least=1)
+    context_scale: list[float] | None = fixed(None, "range of a context block's share of the image", **SHARES)
+    context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width", **RATIOS)
+    min_keep: int | None = fixed(None, "a context keeps more patches than this", least=0)
 
 
 @dataclass
@@ -175,6 +190,7 @@ class Log:
     keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept for good; 0: none", least=0)
     tensorboard: bool = key(True, "whether to write TensorBoard events")
     wandb: str | None = key(None, "a W&B project to log to")
+    loggers: list[str] = key([], "others, as module:function: called with (folder, name, settings)")
 
 
 @dataclass
@@ -191,9 +207,10 @@ class Probe:
 class Config:
     name: str = key(MISSING, "the run's folder is runs/<name>")
     runs: str = key("runs", "the folder of all runs")
-    seed: int = fixed(0, "of weights, order, crops and masks")
+    seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
     batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
+    hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
     init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
@@ -211,20 +228,7 @@ class Config:
         return Path(self.runs) / self.name
 
 
-# Keys and values of earlier versions.
-RENAMED = {
-    "optim.momentum": "optim.ema",
-    "optim.final_momentum": "optim.final_ema",
-    "optim.momentum_shape": "optim.ema_shape",
-    "mask.ladder": "mask.padding",
-    "objective.loss": "objective.options.loss",
-    "objective.target": "objective.options.target",
-}
-SWITCH = {True: "on", False: "off"}
-RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
 FORMER_DEFAULTS = {"data.max_pixels": 178_956_970}  # fixed keys whose default was another: it refuses no resume
-OWN_METHODS = "ijepa_fast.methods."
-UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -235,24 +239,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = configs.find(path)
     except ValueError as error:
         raise ConfigError(f"--config: {error}") from None
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
+    given = {item.partition("=")[0]: item for item in overrides}  # the last one holds
     try:
-        merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
-        _check_keys(OmegaConf.to_container(merged), Config)
-        given: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
-    except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    config = resolve(given)
-    check(config)
+        merged = read(path, overrides, Config)
+        plain = OmegaConf.to_container(merged)
+        try:
+            typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        except OmegaConfBaseException as error:
+            raise wrong_type(str(getattr(error, "full_key", None)), plain, Config) from None
+        config = resolve(typed)
+        check(config)
+    except ConfigError as error:
+        name = re.split("[:=]", str(error))[0]
+        in_file = ": expected" in str(error) and not name.startswith("override ")
+        item = next((item for key, item in given.items() if key == name or key.startswith(f"{name}.")), None)
+        where = f"override {item}" if item else str(path) if in_file else ""
+        raise ConfigError(f"{error} ({where})" if where and where not in str(error) else str(error)) from None
     return config
 
 
@@ -263,14 +268,22 @@ def save_config(config: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(config), path)
 
 
-def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """The dotted name and the field of every key of a section, or of its class."""
-    for f in fields(section):
-        inner = f.default_factory if is_dataclass(f.default_factory) else None
-        if inner is None:
-            yield prefix + f.name, f
-        else:
-            yield from keys(inner, f"{prefix}{f.name}.")
+def as_yaml(config: Config) -> str:
+    """Every key of `config` as YAML, with what it means behind it."""
+    import yaml
+
+    lines, section = [], ""
+    for name, f in keys(Config):
+        *above, last = name.split(".")
+        if above and above[0] != section:
+            section = above[0]
+            lines.append(f"{section}:")
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+        lines.append(f"{'  ' if above else ''}{last}: {text}".ljust(44) + f"  # {f.metadata['meaning']}")
+    return "\n".join(lines) + "\n"
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -331,6 +344,11 @@ def check(config: Config) -> None:
     folder = Path(config.name)
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
+    if not isinstance(config.kernels, dict) and config.kernels not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"kernels: expected one of {', '.join(IMPLEMENTATIONS)}, or a mapping such as {{layer_norm: reference}}, "
+            f"got {config.kernels!r}"
+        )
     if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
         raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
     _check_model(config.model)
@@ -369,11 +387,12 @@ def parse_options(given: Any, kind: type) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     prefix = "objective.options."
-    _check_keys(given, kind, prefix)
+    check_keys(given, kind, prefix)
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as failed:
+        error = wrong_type(str(failed.full_key), given, kind)
+        raise ConfigError(f"{prefix}{error}") from None
     for name, f in keys(kind, prefix):
         _check_value(name, f, getattr(options, f.name))
     return options
@@ -384,9 +403,11 @@ def _check_value(name: str, f: Field, value: Any) -> None:
     if choices is not None and value not in choices:
         names = ", ".join("null" if choice is None else str(choice) for choice in choices)
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
-    if length is not None and len(value) != length:
+    if length is not None and value is not None and len(value) != length:
         raise ConfigError(f"{name}: expected {NUMBERS[length]} numbers, got {value}")
     for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{name}: expected finite numbers, got {value}")
         for limit, words, holds in LIMITS:
             bound = f.metadata.get(limit)
             if bound is not None and number is not None and not holds(number, bound):
@@ -409,10 +430,8 @@ def _check_data(data: Data, patch: int) -> None:
         )
     for name in ("scale", "ratio"):
         ends = getattr(data, name)
-        if not 0 < ends[0] <= ends[1]:
-            raise ConfigError(f"data.{name}: expected two numbers, 0 < first <= second, got {ends}")
-    if data.scale[1] > 1:
-        raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {data.scale}")
+        if ends[0] > ends[1]:
+            raise ConfigError(f"data.{name}: expected two numbers, first <= second, got {ends}")
 
 
 def _check_engine(engine: Engine) -> None:
@@ -440,46 +459,3 @@ def check_width(name: str, model: Model) -> None:
             f"model.{name}={width} must be divisible by 4 and by model.heads={model.heads}; "
             f"change model.{name} or model.heads"
         )
-
-
-def _renamed(given: Any) -> Any:
-    """A loaded YAML or the overrides by today's keys; says which ones have another name now."""
-    from omegaconf import DictConfig, OmegaConf
-
-    method = OmegaConf.select(given, "objective.method")
-    if isinstance(method, str) and method.startswith(OWN_METHODS):
-        given.objective.method = method = method.removeprefix(OWN_METHODS)
-    if isinstance(method, str) and method in RENAMED_METHODS:
-        given.objective.method = RENAMED_METHODS[method]
-        for old in UNREAD:
-            given.objective.pop(old.removeprefix("objective."), None)
-        _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
-    graphs = OmegaConf.select(given, "engine.cuda_graphs")
-    if isinstance(graphs, bool):  # YAML reads on and off as such, and so was the key once
-        given.engine.cuda_graphs = SWITCH[graphs]
-    for old, new in RENAMED.items():
-        section, _, name = old.rpartition(".")
-        holder = OmegaConf.select(given, section)
-        if isinstance(holder, DictConfig) and name in holder:
-            OmegaConf.update(given, new, holder.pop(name), force_add=True)
-            _say(f"config: {old} is called {new} now")
-    return given
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
-
-
-def _check_keys(given: Any, section: type, prefix: str = "") -> None:
-    known = {f.name: f for f in fields(section)}
-    for key, value in given.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"the keys are {', '.join(known)}"
-            raise ConfigError(f"{prefix}{key}: there is no such key; {hint}")
-        factory = known[key].default_factory
-        if isinstance(factory, type) and is_dataclass(factory):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key}: expected a section with keys, got {value!r}")
-            _check_keys(value, factory, f"{prefix}{key}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ijepa_fast.command import one_sentence
+from ijepa_fast.cores import cores
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.sources import Source, open_source
@@ -81,7 +81,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
     """
     source = open_source(path)
     bad = 0
-    results = find_bad_files(source, processes or os.cpu_count() or 1, max_pixels)
+    results = find_bad_files(source, processes or cores(), max_pixels)
     with tqdm(results, total=len(source), desc="checking", unit=" files", mininterval=1, disable=None) as bar:
         for result in bar:
             if result is not None:
@@ -96,7 +96,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS)
 @one_sentence(status=2)
 def main(argv: list[str] | None = None) -> int:
     """The command line. Return the exit status: 0 all files are good, 1 some are bad, 2 the path cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast check-data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ijepa-fast check-data", description=__doc__)
     parser.add_argument("path", help="folder of images, tar shards, or text list of paths")
     parser.add_argument("--processes", type=int, help="files to decode at a time (default: one per core)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image that declares more counts as bad")

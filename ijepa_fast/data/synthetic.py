@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
+from ijepa_fast.data.crops import counter_bits
 from ijepa_fast.data.dali import Batch
 
 
@@ -31,13 +33,14 @@ class SyntheticLoader:
         start_step: int = 0,
         draw: Callable[[int], object] | None = None,
     ):
-        generator = torch.Generator().manual_seed(seed * world_size + rank)
+        places = np.arange(batch_size) + rank * batch_size  # so that another number of ranks sees the same images
 
-        def images(side: int) -> torch.Tensor:
-            shape = (batch_size, side, side, 3)
-            return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+        def images(side: int, view: int = 0) -> torch.Tensor:
+            words = counter_bits(seed, places, -(-side * side * 3 // 8), view)
+            pixels = words.view(np.uint8)[:, : side * side * 3].reshape(batch_size, side, side, 3)
+            return torch.from_numpy(pixels).to(device)
 
-        self._images = images(crop) if isinstance(crop, int) else [images(side) for side in crop]
+        self._images = images(crop) if isinstance(crop, int) else [images(side, v) for v, side in enumerate(crop)]
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._draw = start_step, draw
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")

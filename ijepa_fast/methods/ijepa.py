@@ -14,7 +14,7 @@ from torch import nn
 
 from ijepa_fast.config import check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack
+from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -54,7 +54,7 @@ class IJEPA(Method[MaskDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, data, mask = setup.model, setup.data, asdict(setup.mask)
-        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding")}
+        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
         self.sampler = make_sampler(mask.pop("strategy"), (setup.side, setup.side), **mask)
         sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(*sizes, recompute=model.recompute)
@@ -96,9 +96,14 @@ class IJEPA(Method[MaskDraw]):
         for block in self.fp8_blocks or ():
             block.refresh()
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MaskDraw:
-        """The masks of a micro-batch of `images`, packed."""
-        return pack(self.sampler(images, seed, step, rank), **self.policy)
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> MaskDraw:
+        """The masks of a micro-batch, packed. Those are drawn, too, that a policy compares its contexts with."""
+        start, last = first, first + images
+        stop = last
+        if self.policy["policy"] != "full":
+            start, stop = whole_groups(first, last, batch or last, self.policy["group"])
+        masks = self.sampler(stop - start, seed, step, start)
+        return pack(masks, **self.policy, part=slice(first - start, last - start))
 
     def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
