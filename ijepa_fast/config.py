@@ -18,7 +18,18 @@ from typing import Any
 
 from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.given import MISSING, RENAMED, RENAMED_METHODS, UNREAD, ConfigError, check_keys, keys, read, wrong_type
+from ijepa_fast.given import (
+    MISSING,
+    RENAMED,
+    RENAMED_METHODS,
+    SWITCH,
+    UNREAD,
+    ConfigError,
+    check_keys,
+    keys,
+    read,
+    wrong_type,
+)
 
 BELOW_ONE = 0.9999999
 
@@ -165,7 +176,7 @@ class Engine:
     accumulation: int = key(1, "micro-batches of a step", least=1)
     bucket: int = key(50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1)
     compile: bool | None = key(None, "torch.compile by block; None: on a GPU, below ZeRO 3")
-    cuda_graphs: bool = key(False, "forward and backward as CUDA graphs, one for every shape of batch")
+    cuda_graphs: str = key("auto", "steps as CUDA graphs, one for every shape of batch", choices=("auto", "on", "off"))
     target_stream: bool = key(False, "the target encoder on a CUDA stream of its own, beside the context encoder")
     timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1)
 
@@ -308,6 +319,8 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
     flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
+    if isinstance(graphs := flat.get("engine.cuda_graphs"), bool):
+        flat["engine.cuda_graphs"] = SWITCH[graphs]
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -350,7 +363,7 @@ def check(config: Config) -> None:
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
         )
-    _check_engine(config.engine, config.mask)
+    _check_engine(config.engine)
     if config.engine.target_precision == "fp8" and config.model.dim % 16:
         raise ConfigError(
             f"engine.target_precision=fp8 needs a model.dim that is a multiple of 16, got {config.model.dim}; "
@@ -421,7 +434,7 @@ def _check_data(data: Data, patch: int) -> None:
             raise ConfigError(f"data.{name}: expected two numbers, first <= second, got {ends}")
 
 
-def _check_engine(engine: Engine, mask: Mask) -> None:
+def _check_engine(engine: Engine) -> None:
     if engine.compile and engine.zero == 3:
         raise ConfigError(
             "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
@@ -429,12 +442,6 @@ def _check_engine(engine: Engine, mask: Mask) -> None:
         )
     if engine.target_stream and engine.device == "cpu":
         raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if engine.cuda_graphs and (engine.zero == 3 or not mask.padding):
-        raise ConfigError(
-            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
-            f"{engine.zero} and mask.padding={str(mask.padding).lower()}; set engine.zero to at most 2 and "
-            f"mask.padding=true, or engine.cuda_graphs=false"
-        )
 
 
 def _check_model(model: Model) -> None:
