@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Size = tuple[int, int]  # height, width
 TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe uses
 
 
@@ -17,15 +18,20 @@ TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe use
 class View:
     """How one view is made.
 
-    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
+    crop: its side, or its height and width, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
     of solarisation. sigma: range of the blur's standard deviation, pixels of the view.
     """
 
-    crop: int
+    crop: int | Size
     scale: tuple[float, float]
     blur: float
     solarise: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
+
+
+def size_of(crop: int | Size) -> Size:
+    """Height and width of a crop that is given by them, or by the side of a square."""
+    return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

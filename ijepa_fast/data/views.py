@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop
+from ijepa_fast.data.arrays import ArrayDecoder, ArrayViewDecoder
+from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop, size_of
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
 from ijepa_fast.data.sources import Source
@@ -57,7 +58,7 @@ class ViewDecoder(Decoder):
         fn, types = self.dali.fn, self.dali.types
         filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
         window = {"roi_start": values[0:2], "roi_end": values[2:4]}
-        out = fn.resize(images, size=[view.crop] * 2, interp_type=filter_type, antialias=True, **window)
+        out = fn.resize(images, size=list(size_of(view.crop)), interp_type=filter_type, antialias=True, **window)
         out = fn.flip(out, horizontal=fn.cast(values[4], dtype=types.INT32))
         colours = {name: values[5 + place] for place, name in enumerate(_COLOURS)}
         out = fn.gaussian_blur(fn.color_twist(out, **colours), sigma=values[9])
@@ -82,8 +83,9 @@ class ViewLoader(TrainLoader):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 
-    def _make_decoder(self, **options: Any) -> Decoder:
-        return ViewDecoder(self.views, **options)
+    def _make_decoder(self, **options: Any) -> Decoder | ArrayDecoder:
+        kind = ViewDecoder if self.source.reading.plain else ArrayViewDecoder
+        return kind(self.views, **options)
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
         sizes = np.array([row[2:] for row in rows])
