@@ -4,6 +4,8 @@ BIN := .venv/bin
 # A CPU build where the package index has one. On a machine with a GPU, set TORCH to the build for its driver.
 TORCH ?= torch==2.13.0
 CONFIG ?= configs/quickstart.yaml
+# Processes that run tests side by side. Those that compare times run after them, alone.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
 .PHONY: install train test test-faults test-gpu bench lint wheelhouse
 install: .venv/installed
@@ -19,7 +21,8 @@ train: install
 
 test: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m timing $(ARGS) || [ $$? -eq 5 ]  # 5: none of these tests is one
 
 test-faults: install
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)

@@ -225,7 +225,7 @@ def archive(kind):
         return file.getvalue()
     with tarfile.open(fileobj=file, mode="w") as out:
         out.addfile(tarfile.TarInfo("a.jpg"))
-    return gzip.compress(file.getvalue()) if kind == "tgz" else file.getvalue()
+    return gzip.compress(file.getvalue(), mtime=0) if kind == "tgz" else file.getvalue()
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"

@@ -131,6 +131,7 @@ def test_what_is_not_probed(every, rank):
     assert probe.read(5) == {}
 
 
+@pytest.mark.timing
 def test_it_costs_less_than_a_hundredth_of_the_quickstart():
     """`watch` and `add` on every step and `read` on every hundredth, against the method's forward and backward."""
     config = load_config(ROOT / "configs" / "quickstart.yaml")

@@ -265,6 +265,7 @@ def chi_squared(counts):
     return abs(((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not native.available(), reason="the extension ijepa_fast._C is not built")
 def test_other_threads_run_meanwhile():
     """The C++ sampler holds no interpreter lock: this thread reads the clock in the middle of the other's call."""
