@@ -11,6 +11,7 @@ COMMANDS = {
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
     "report": ("ijepa_fast.report", "make one HTML page of a run"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
+    "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),
 }
 
 

@@ -20,8 +20,11 @@ from typing import Any
 
 from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data.crops import Size, size_of
+from ijepa_fast.data.reading import DEPTHS, STRETCHES, Pixels, Reading
 
 BELOW_ONE = 0.9999999
+GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # the averages of ImageNet's over the channels
 MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
 
 
@@ -71,15 +74,30 @@ def fixed(default: Any, meaning: str, **limits: Any) -> Any:
 class Data:
     source: str = fixed(
         MISSING,
-        'a folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images',
+        "a folder, archives, arrays, a text list of paths; module:function, which gives a data set of yours; "
+        '"scenes", the embedded data set; "synthetic", random images',
     )
-    crop: int = fixed(224, "side of the square crop, pixels", least=1)
+    channels: int = fixed(3, "of an image", least=1)
+    depth: str = fixed("auto", "of a pixel; auto: as the first image has it", choices=("auto", *DEPTHS))
+    bands: list[int] | None = fixed(None, "channels of the files that are used, from 0, in this order; null: all")
+    channel_names: list[str] | None = fixed(None, "kept in checkpoints and exports")
+    axes: str | None = fixed(None, "of arrays, one letter each: N images, H, W, C; null: by the number of channels")
+    array: str | None = fixed(None, "the array in a file of several (HDF5, NPZ, Zarr)")
+    page: Any = fixed(None, 'of a TIFF file; "each": every page is an image; null: the first image, of all its pages')
+    nodata: float | None = fixed(None, "pixels of this value, and NaN, are filled with the mean; null: there are none")
+    window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1)
+    where: str | None = fixed(None, "a map of where windows may lie (not zero): a file, or a folder of one per image")
+    stretch: str = fixed("none", "of pixels, before mean and std", choices=STRETCHES)
+    low: list[float] | None = fixed(None, "of the stretch, for each channel")
+    high: list[float] | None = fixed(None, "of the stretch, for each channel")
+    memory: bool = key(False, "whether images are decoded once and kept in memory")
+    crop: Any = fixed(224, "side of the square crop, or [height, width], pixels", least=1)
     scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", length=2)
     ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", length=2)
     interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
     flip: bool = fixed(False, "whether half of the crops are mirrored")
-    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1", length=3)
-    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1", above=0, length=3)
+    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1; of floats as they are stored")
+    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, likewise", above=0)
     threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
     prefetch: int = key(2, "batches decoded ahead", least=1)
     cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
@@ -91,6 +109,28 @@ class Data:
     max_pixels: int = fixed(
         50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
     )
+
+    @property
+    def size(self) -> Size:
+        """Height and width of a crop."""
+        return size_of(self.crop)
+
+    @property
+    def reading(self) -> Reading:
+        """How files become images."""
+        fill = self.mean if self.stretch == "none" else self.low or ()
+        bands = None if self.bands is None else tuple(self.bands)
+        where = (self.axes, self.array, self.page, self.nodata)
+        return Reading(self.channels, self.depth, bands, *where, self._fill(fill), self.window, self.where)
+
+    def _fill(self, values: Sequence[float]) -> tuple[float, ...]:
+        return () if self.nodata is None else tuple(values)
+
+    @property
+    def pixels(self) -> Pixels:
+        """What a model makes of pixels first."""
+        ends = tuple(self.low or ()), tuple(self.high or ())
+        return Pixels(tuple(self.mean), tuple(self.std), self.stretch, *ends, tuple(self.channel_names or ()))
 
 
 @dataclass
@@ -316,7 +356,18 @@ def resolve(config: Config) -> Config:
         for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
             setattr(model, name, getattr(model, name) or value)
     model.mlp_ratio = model.mlp_ratio or 4.0
+    data = config.data
+    if data.channels == 1 and data.mean == list(IMAGENET_MEAN) and data.std == list(IMAGENET_STD):
+        data.mean, data.std = list(GREY_MEAN), list(GREY_STD)  # of photographs in grey
     return config
+
+
+def is_measured(data: Data) -> bool:
+    """Whether mean and std are somebody's, and not those of photographs of eight bits, which are the defaults."""
+    return (data.mean, data.std) not in [
+        (list(IMAGENET_MEAN), list(IMAGENET_STD)),
+        (list(GREY_MEAN), list(GREY_STD)),
+    ]
 
 
 def check(config: Config) -> None:
@@ -383,7 +434,7 @@ def _check_value(name: str, f: Field, value: Any) -> None:
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
     if length is not None and len(value) != length:
         raise ConfigError(f"{name}: expected {NUMBERS[length]} numbers, got {value}")
-    for number in value if isinstance(value, list) else [value]:
+    for number in value if isinstance(value, list | tuple) else [value]:
         for limit, words, holds in LIMITS:
             bound = f.metadata.get(limit)
             if bound is not None and number is not None and not holds(number, bound):
@@ -399,17 +450,53 @@ LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
 
 
 def _check_data(data: Data, patch: int) -> None:
-    if data.crop % patch:
+    sides = data.crop if isinstance(data.crop, list | tuple) else [data.crop]
+    if len(sides) not in (1, 2) or not all(type(side) is int for side in sides) or sides == [data.crop] * 2:
+        raise ConfigError(f"data.crop: expected a number of pixels, or [height, width], got {data.crop!r}")
+    if any(side % patch for side in sides):
+        whole = [max(1, side // patch) * patch for side in sides]
         raise ConfigError(
             f"data.crop={data.crop} is not divisible by model.patch={patch}; "
-            f"set data.crop to {max(1, data.crop // patch) * patch}"
+            f"set data.crop to {whole[0] if len(whole) == 1 else whole}"
         )
+    _check_channels(data)
     for name in ("scale", "ratio"):
         ends = getattr(data, name)
         if not 0 < ends[0] <= ends[1]:
             raise ConfigError(f"data.{name}: expected two numbers, 0 < first <= second, got {ends}")
     if data.scale[1] > 1:
         raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {data.scale}")
+
+
+def _check_channels(data: Data) -> None:
+    count = data.channels
+    if data.bands is not None and len(data.bands) != count:
+        raise ConfigError(
+            f"data.bands: expected {count} bands, as data.channels says, got {len(data.bands)}; set "
+            f"data.channels={len(data.bands)}"
+        )
+    if not (data.page is None or data.page == "each" or type(data.page) is int):
+        raise ConfigError(f'data.page: expected a number, "each" or null, got {data.page!r}')
+    if data.axes is not None and (
+        not {"H", "W"} <= set(data.axes) <= set("NHWC") or len(set(data.axes)) < len(data.axes)
+    ):
+        raise ConfigError(f"data.axes: expected letters of NHWC, H and W among them, got {data.axes!r}")
+    lists = {"mean": data.mean, "std": data.std}
+    if data.stretch != "none":
+        lists |= {"low": data.low or [], "high": data.high or []}
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ConfigError(
+                f"data.{name}: expected {count} numbers, one for each of data.channels, got {len(values)}; "
+                f"{STATS.format(data.source, count)}"
+            )
+    if data.stretch != "none" and any(low >= high for low, high in zip(data.low or [], data.high or [])):
+        raise ConfigError(f"data.low, data.high: expected low < high in each channel, got {data.low} and {data.high}")
+    if data.channel_names is not None and len(data.channel_names) != count:
+        raise ConfigError(f"data.channel_names: expected {count} names, got {len(data.channel_names)}")
+
+
+STATS = "python -m ijepa_fast stats {} --channels {} measures them and prints the lines"
 
 
 def _check_engine(engine: Engine, mask: Mask) -> None:

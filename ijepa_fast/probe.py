@@ -60,7 +60,8 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--features last4: the encoder has {len(encoder.encoder.blocks)} layers; use --features last")
     low = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     tasks = dict(item.split("=", 1) for item in options.task)
-    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks) for folder in folders)
+    reading = encoder.arch.reading
+    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading) for folder in folders)
     changes = {"epochs": options.finetune_epochs, "rate": options.finetune_rate, "batch": options.finetune_batch}
     how = Options(
         crop=encoder.crop,

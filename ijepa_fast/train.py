@@ -36,7 +36,7 @@ from ijepa_fast.run import forecast as planning
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
+from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
 from ijepa_fast.run.stop import Stop, Stopped, follow_launcher
 from ijepa_fast.run.together import on_first, sentence
 
@@ -48,6 +48,7 @@ def train(config: Config) -> None:
     check_loggers(config.log)
     device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
+    config = with_depth(config, source)
     length = Length.of(config, None if source is None else len(source))
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
     method = build_method(config, length.steps_per_epoch)

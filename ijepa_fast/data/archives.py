@@ -1,7 +1,7 @@
 """Archives: which files are shards, and where their members lie, so that they are read in place.
 
-Members of tar files, of tar files inside tar files and of zip files are ranges of bytes. A .tar.gz is unpacked to a .tar
-once, since nothing in it can be read without all that lies before.
+Members of tar files, of tar files inside tar files and of zip files are ranges of bytes. A .tar.gz is unpacked to a
+.tar once, since nothing in it can be read without all that lies before.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depth", choices=["auto", *DEPTHS], default="auto")
     group.add_argument("--bands", type=_numbers, help="channels of the files to take, from 0: 3,2,1")
     group.add_argument("--axes", help="of arrays, one letter each: N images, H, W, C")
-    group.add_argument("--key", help="the array in a file of several")
+    group.add_argument("--array", help="the array in a file of several")
     group.add_argument("--page", type=_page, help="of a TIFF; each: every page is an image")
     group.add_argument("--nodata", type=float, help="value of pixels without data")
     group.add_argument("--window", type=int, help="read large images by squares of so many pixels")
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def reading_of(args: argparse.Namespace) -> Reading:
     """The reading that the options say."""
     bands = None if args.bands is None else tuple(args.bands)
-    channels = args.channels or (3 if bands is None else len(bands))
+    channels = args.channels or (0 if bands is None else len(bands))
     return Reading(
-        channels, args.depth, bands, args.axes, args.key, args.page, args.nodata, (), args.window, args.where
+        channels, args.depth, bands, args.axes, args.array, args.page, args.nodata, (), args.window, args.where
     )
 
 

@@ -1,7 +1,7 @@
 """Crops of images that DALI does not decode: any number of channels, 8 bits, 16 bits or floats, windows of large files.
 
-`ArrayDecoder` stands where `decode.Decoder` does, and decodes with NumPy and PyTorch in threads. Works are the same, but
-that `Work.encoded` holds opened rasters in the place of encoded bytes.
+`ArrayDecoder` stands where `decode.Decoder` does, and decodes with NumPy and PyTorch in threads. Works are the same,
+but that `Work.encoded` holds opened rasters in the place of encoded bytes.
 """
 
 from __future__ import annotations
@@ -119,6 +119,14 @@ class ArrayViewDecoder(ArrayDecoder):
 
     def _collect(self, rows: list[list[np.ndarray]]) -> list[torch.Tensor]:
         return [self._place(list(view)) for view in zip(*rows)]
+
+
+def centre(raster: Raster, size: Size, interpolation: str) -> np.ndarray:
+    """The centre of an image as (H, W, C) of `size`: the largest part of its aspect."""
+    share = min(raster.height / size[0], raster.width / size[1])
+    height, width = (max(1, round(side * share)) for side in size)
+    pixels = raster.read((raster.height - height) // 2, (raster.width - width) // 2, height, width)
+    return resized(pixels, size, interpolation)
 
 
 def resized(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:

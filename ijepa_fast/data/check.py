@@ -133,7 +133,8 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS,
     """Print each file of the source at `path` that cannot be used, with the reason. Return 1 if there are any, else 0.
 
     processes: how many files to decode at a time; None: one per core. max_pixels: an image that declares more counts as
-    bad. reading: how files become images. Raises ValueError for a path that does not exist or holds no image, ImportError without DALI.
+    bad. reading: how files become images. Raises ValueError for a path that does not exist or holds no image,
+    ImportError without DALI.
     """
     source = open_source(path, reading=reading)
     bad, seen = 0, Seen()

@@ -28,8 +28,8 @@ from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
-from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.reading import Reading
+from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import EIGHT_BITS, Source
 from ijepa_fast.data.storage import Patience
 
@@ -45,9 +45,9 @@ _WINDOWS, _REPLACE = 0, 1
 class Batch:
     """One rank's images of a step.
 
-    images: (B, H, W, C) of the source's depth, uint8 of three channels for RGB, on the loader's device; of a loader of several views, a list with a tensor per view.
-    indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the first image, from 0. draw: what the loader's
-    `draw` returned for this step.
+    images: (B, H, W, C) of the source's depth, uint8 of three channels for RGB, on the loader's device; of a loader of
+    several views, a list with a tensor per view. indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the
+    first image, from 0. draw: what the loader's `draw` returned for this step.
     """
 
     images: torch.Tensor | list[torch.Tensor]

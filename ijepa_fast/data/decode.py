@@ -58,7 +58,8 @@ class Work:
     """A batch to decode.
 
     ids: int64 (B,), the samples. positions: int64 (B,), their places in the sample stream. encoded: B uint8 arrays, or
-    for arrays.ArrayDecoder opened rasters. windows: int32 (B, 4), x, y, width, height in pixels. flip: int32 (B,), 1 to mirror; None: mirror none.
+    for arrays.ArrayDecoder opened rasters. windows: int32 (B, 4), x, y, width, height in pixels. flip: int32 (B,), 1 to
+    mirror; None: mirror none.
     """
 
     ids: np.ndarray
@@ -88,9 +89,9 @@ class Work:
 class Decoder:
     """Makes DALI pipelines, all of one graph.
 
-    crop: side of the images, or their height and width, pixels. interpolation: bilinear | bicubic. flip: whether works say which images to mirror.
-    threads: how many decode; on the CPU as many resize. hw_decoder_load: share of the JPEG files that the GPU's decode
-    engine takes. Raises ValueError for an unknown interpolation, ImportError without DALI.
+    crop: side of the images, or their height and width, pixels. interpolation: bilinear | bicubic. flip: whether works
+    say which images to mirror. threads: how many decode; on the CPU as many resize. hw_decoder_load: share of the JPEG
+    files that the GPU's decode engine takes. Raises ValueError for an unknown interpolation, ImportError without DALI.
     """
 
     def __init__(
@@ -150,7 +151,8 @@ class Decoder:
         return True
 
     def reason(self, error: RuntimeError, encoded: np.ndarray) -> str:
-        """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little; else in DALI's."""
+        """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little; else in DALI's.
+        """
         text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
         return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]
 
@@ -273,4 +275,3 @@ def _find_bad(decoder: Decoder | ArrayDecoder, work: Work) -> dict[int, str]:
             reasons[row] = decoder.reason(error, work.encoded[row])
             row += 1
     return reasons
-

@@ -29,6 +29,7 @@ STACKS = (".npy", ".npz", ".h5", ".hdf5", ".zarr")
 EXTENSIONS = (*DALI, *PILLOW, *TIFF, *STACKS)
 IN_PLACE = (*TIFF, *STACKS)  # of which windows are read where they lie
 
+_FEW = 32  # channels: a longer axis counts images
 _WHOLE = 1 << 26  # bytes of a TIFF image that is read whole; of a larger one only the tiles under a window are
 _OPEN = 16  # files of which windows are read
 _LABELS = ("labels", "label", "targets", "target", "y")  # arrays beside the images that are labels
@@ -102,7 +103,10 @@ def _pillow(data: bytes | str, reading: Reading) -> Raster:
     if reading.depth == "uint16" and _is_deep_png(data):
         codecs = needs("imagecodecs", "a PNG file of 16 bits and several channels")
         return Raster.of(codecs.png_decode(data if isinstance(data, bytes) else _bytes(data)))
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+    with (
+        warnings.catch_warnings(action="ignore"),
+        Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image,
+    ):
         height, width = image.height, image.width
         turned = ImageOps.exif_transpose(image)
         mode = turned.mode
@@ -116,7 +120,7 @@ def _pillow(data: bytes | str, reading: Reading) -> Raster:
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("="))
     if mode == "I":  # 16 bits, which Pillow opens so in some files
-        array = array.astype(np.uint16) if 0 <= array.min() and array.max() < 1 << 16 else array
+        array = array.astype(np.uint16) if array.min() >= 0 and array.max() < 1 << 16 else array
     assert array.size >= height * width
     return Raster.of(array if array.ndim == 3 else array[..., None])
 
@@ -327,7 +331,7 @@ def _ome(array: Any, names: list[str], reading: Reading) -> Stack:
     if not names:
         return Stack(array, _axes(array.shape, reading))
     if len([1 for name, size in zip(names, array.shape) if name in "tz" and size > 1]) > 1:
-        raise BadImage(f"expected one of the axes t and z, found both, in {array.shape}; choose an array: data.key")
+        raise BadImage(f"expected one of the axes t and z, found both, in {array.shape}; choose an array: data.array")
     axes, drop = "", []
     for name, size in zip(names, array.shape):
         drop.append(name in "tz" and size == 1)
@@ -361,12 +365,12 @@ def _choose(shapes: dict[str, tuple[int, ...]], reading: Reading) -> tuple[str, 
     beside = next((name for name in shapes if name.rpartition("/")[2] in _LABELS and len(shapes[name]) == 1), None)
     if reading.key is not None:
         if reading.key.strip("/") not in shapes:
-            raise BadImage(f"expected an array {reading.key!r}, found {', '.join(shapes) or 'none'}; change data.key")
+            raise BadImage(f"expected an array {reading.key!r}, found {', '.join(shapes) or 'none'}; change data.array")
         return reading.key.strip("/"), beside
     fitting = [name for name, shape in shapes.items() if len(shape) >= 2]
     if len(fitting) != 1:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
-        raise BadImage(f"expected one array of images, found {found}; choose one: data.key=NAME")
+        raise BadImage(f"expected one array of images, found {found}; choose one: data.array=NAME")
     return fitting[0], beside
 
 
@@ -376,7 +380,7 @@ def _axes(shape: tuple[int, ...], reading: Reading) -> str:
         if len(reading.axes) != len(shape):
             raise BadImage(f"expected axes {reading.axes}, found an array of shape {shape}; change data.axes")
         return reading.axes
-    channels = None if reading.bands is not None else reading.channels
+    channels = None if reading.bands is not None or not reading.channels else reading.channels
     if len(shape) == 2:
         return "HW"
     if len(shape) in (3, 4):
@@ -387,6 +391,8 @@ def _axes(shape: tuple[int, ...], reading: Reading) -> str:
         if len(shape) == 3 and channels == 1:
             return "NHW"
         if channels is None:
+            if len(shape) == 3 and min(shape[-1], shape[-3]) > _FEW:
+                return "NHW"
             return stack + ("HWC" if shape[-1] < shape[-3] else "CHW")
     raise BadImage(
         f"expected {reading.channels} channels, found an array of shape {shape}; set data.channels, or say what its "

@@ -5,7 +5,6 @@ A `Raster` is an image that has been opened: its size is known, and windows of i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ import torch
 
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.data.headers import BadImage
+from ijepa_fast.kernels.patchify import patchify
 
 # What each depth is divided by before mean and std: integers are shares of their range, floats are as they are stored.
 DEPTHS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
@@ -24,12 +24,12 @@ STRETCHES = ("none", "percentile", "asinh")
 class Reading:
     """How the files of a source become images.
 
-    channels: of an image. depth: of DEPTHS; auto: as the first image has it, other numbers than bytes and 16-bit words
-    becoming float32. bands: the channels of the files to take, from 0; None: all. axes: of arrays, one letter each:
-    N images, H, W, C. key: the array in a file of several. page: of a TIFF file or a stack; "each": every page is an
+    channels: of an image; 0: as the first has them. depth: of DEPTHS; auto: as the first image has it, other numbers than bytes and 16-bit words
+    becoming float32. bands: the channels of the files to take, from 0; None: all. axes: of arrays, one letter each: N
+    images, H, W, C. key: the array in a file of several. page: of a TIFF file or a stack; "each": every page is an
     image. nodata: pixels of this value, and not-a-number, are filled with `fill`; None: there are none. fill: of each
-    channel, as stored. window: large images are read by squares of so many pixels; None: whole. where: a map of where
-    windows may lie, a file, or a folder with one for each image.
+    channel, in units of the depth's range. window: large images are read by squares of so many pixels; None: whole.
+    where: a map of where windows may lie, a file, or a folder with one for each image.
     """
 
     channels: int = 3
@@ -50,8 +50,9 @@ class Reading:
         return self.channels == 3 and self.depth in ("auto", "uint8") and all(value is None for value in special)
 
     def of(self, raster: Raster) -> Reading:
-        """The same reading with the depth of `raster` for "auto"."""
-        return self if self.depth != "auto" else replace(self, depth=depth_of(raster.dtype))
+        """The same reading with the depth of `raster` for "auto", and its channels for 0."""
+        depth = depth_of(raster.dtype) if self.depth == "auto" else self.depth
+        return replace(self, depth=depth, channels=self.channels or raster.channels)
 
 
 @dataclass
@@ -141,7 +142,7 @@ def fit(raster: Raster, reading: Reading, max_pixels: int | None = None) -> Rast
 
 
 def _filled(pixels: np.ndarray, reading: Reading) -> np.ndarray:
-    """The pixels with `fill` where there are no data. Raises BadImage for numbers that are none, where none are meant."""
+    """The pixels with `fill` where there are no data. Raises BadImage for NaN where none are meant."""
     lost = ~np.isfinite(pixels) if pixels.dtype.kind == "f" else None
     if reading.nodata is None:
         if lost is not None and lost.any():
@@ -153,8 +154,8 @@ def _filled(pixels: np.ndarray, reading: Reading) -> np.ndarray:
     empty = pixels == reading.nodata
     lost = empty if lost is None else empty | lost
     if lost.any():
-        fill = np.asarray(reading.fill or [0.0] * pixels.shape[-1])
-        pixels = np.where(lost, fill.astype(pixels.dtype), pixels)
+        fill = np.asarray(reading.fill or [0.0] * pixels.shape[-1]) * DEPTHS[reading.depth]
+        pixels = np.where(lost, (fill if pixels.dtype.kind == "f" else np.rint(fill)).astype(pixels.dtype), pixels)
     return pixels
 
 
@@ -162,12 +163,11 @@ def _filled(pixels: np.ndarray, reading: Reading) -> np.ndarray:
 class Pixels:
     """What a model makes of the pixels of its images before anything else.
 
-    depth: of DEPTHS. mean, std: of each channel; in units of the depth's range, of stretched values where there is a
+    mean, std: of each channel; in units of the depth's range, of stretched values where there is a
     stretch. stretch, with low and high of each channel in the same units: percentile: (x - low) / (high - low), cut
     off at 0 and 1; asinh: asinh((x - low) / (high - low)). names: of the channels, () where they have none.
     """
 
-    depth: str = "uint8"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     stretch: str = "none"
@@ -189,12 +189,6 @@ class Pixels:
         values = (images.float() / unit - low) / (high - low)
         return values.clamp_(0, 1) if self.stretch == "percentile" else values.asinh_()
 
-    def whole(self) -> dict[str, object]:
-        """Its fields."""
-        return dict(vars(self))
-
-
-def fill_of(mean: tuple[float, ...], depth: str) -> tuple[float, ...]:
-    """What stands for no data, as stored: the mean, which is zero to the model."""
-    unit = DEPTHS[depth]
-    return tuple(value * unit if unit == 1 else math.floor(value * unit + 0.5) for value in mean)
+    def patches(self, images: torch.Tensor, patch: int, dtype: torch.dtype) -> torch.Tensor:
+        """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) of `dtype`."""
+        return patchify(self.stretched(images).contiguous(), patch, self.mean, self.std, dtype=dtype)

@@ -153,8 +153,8 @@ def scan_shards(shards: list[str], root: str | None = None, cache: str | os.Path
     """The index of archives. Labels: WebDataset's `.cls` members, else the first folder of the names.
 
     A sample is a range of bytes inside its shard; only a .tar.gz is unpacked, in the folder `cache`. Links, devices and
-    folders among the members are skipped. root: the folder, where the shards are all those of one. Raises ValueError for
-    a file that is no archive or ends too early, with its path and the offset, and for folders of images in `root`.
+    folders among the members are skipped. root: the folder, where the shards are all those of one. Raises ValueError
+    for a file that is no archive or ends too early, with its path and the offset, and for folders of images in `root`.
     """
     watched = {path: watch(path) for shard in shards for path in (shard, os.path.dirname(shard) or ".")}
     with (

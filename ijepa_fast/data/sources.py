@@ -69,7 +69,7 @@ class Source:
         return read_file(os.path.join(self.root, self.index.names[index]))
 
     def raster(self, index: int, max_pixels: int | None = None) -> Raster:
-        """Sample `index`, opened, as `reading` says. Raises OSError, ImportError, and BadImage, saying what to change."""
+        """Sample `index`, opened, as `reading` says. Raises OSError, ImportError, BadImage that says what to change."""
         return fit(self.opened(index), self.reading, max_pixels)
 
     def opened(self, index: int) -> Raster:
@@ -145,7 +145,8 @@ def open_source(
 
     - a folder of images, flat or nested (then the first level names the classes), with an optional labels.csv (its
       columns: file, then one per label);
-    - archives: tar shards, a folder of them, one, or a pattern with `*`, `{000..127}` and `{a,b}`; also tar files of tar
+    - archives: tar shards, a folder of them, one, or a pattern with `*`, `{000..127}` and `{a,b}`; also tar files of
+    tar
       files, .tar.gz and .zip;
     - one file with many images, or a large one: TIFF, NPY, NPZ, HDF5, Zarr;
     - a text list of paths.
@@ -190,9 +191,9 @@ def open_source(
 
 
 def _settled(source: Source, reading: Reading) -> Reading:
-    """The reading with the depth that the first image has which can be opened. Raises ValueError where it does not fit."""
-    if reading.plain and is_dali(source.index.names[0]):
-        return replace(reading, depth="uint8")
+    """The reading with the depth of the first image that can be opened. Raises ValueError where it does not fit."""
+    if is_dali(source.index.names[0]) and (reading.plain or replace(reading, channels=3).plain and not reading.channels):
+        return replace(reading, depth="uint8", channels=3)
     source.reading = replace(reading, depth="float32") if reading.depth == "auto" else reading
     error: BadImage | OSError | None = None
     for number in range(min(len(source), _TRIED)):

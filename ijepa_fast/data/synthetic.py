@@ -7,22 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ijepa_fast.data.crops import Size, size_of
 from ijepa_fast.data.dali import Batch
 
 
 class SyntheticLoader:
     """A loader that returns the same batch of random pixels in every step, and never waits for images.
 
-    It is used like a TrainLoader and has its attributes. count: images per epoch. crop: side of the images, pixels;
-    with a list of sides, Batch.images is a list of views, as a ViewLoader's. draw: called with the step, one step
-    ahead of it and in a thread; its result is Batch.draw. Other arguments are TrainLoader's.
+    It is used like a TrainLoader and has its attributes. count: images per epoch. crop: side of the images, or height
+    and width, pixels; with a list of them, Batch.images is a list of views, as a ViewLoader's. draw: called with the
+    step, one step ahead of it and in a thread; its result is Batch.draw. Other arguments are TrainLoader's.
     """
 
     def __init__(
         self,
         *,
         batch_size: int,
-        crop: int | list[int],
+        crop: int | Size | list[int | Size],
+        channels: int = 3,
+        depth: str = "uint8",
         count: int = 1_281_167,
         seed: int = 0,
         rank: int = 0,
@@ -33,11 +36,12 @@ class SyntheticLoader:
     ):
         generator = torch.Generator().manual_seed(seed * world_size + rank)
 
-        def images(side: int) -> torch.Tensor:
-            shape = (batch_size, side, side, 3)
-            return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device)
+        def images(side: int | Size) -> torch.Tensor:
+            shape = (batch_size, *size_of(side), channels)
+            drawn = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+            return {"uint8": drawn, "uint16": drawn.int().mul(257).to(torch.uint16)}.get(depth, drawn / 255).to(device)
 
-        self._images = images(crop) if isinstance(crop, int) else [images(side) for side in crop]
+        self._images = [images(side) for side in crop] if isinstance(crop, list) else images(crop)
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._draw = start_step, draw
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")

@@ -51,18 +51,17 @@ class IJEPA(Method[MaskDraw]):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        model, data, mask = setup.model, setup.data, asdict(setup.mask)
+        model, mask = setup.model, asdict(setup.mask)
         self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding")}
-        self.sampler = make_sampler(mask.pop("strategy"), (setup.side, setup.side), **mask)
-        sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
-        self.encoder = Encoder(*sizes, recompute=model.recompute)
+        self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
+        self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
             model.dim,
             model.predictor_dim,
             model.predictor_depth,
             model.heads,
-            out_dim=3 * model.patch**2 if self.options.target == "pixels" else None,
+            out_dim=setup.values if self.options.target == "pixels" else None,
             recompute=model.recompute,
         )
         self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8`
@@ -91,7 +90,7 @@ class IJEPA(Method[MaskDraw]):
         return pack(self.sampler(images, seed, step, rank), **self.policy)
 
     def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""
         return self.loss_of_patches(self.patchify(images), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
@@ -110,7 +109,7 @@ class IJEPA(Method[MaskDraw]):
     def targets(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
         if self.options.target == "pixels":
-            return patches[draw.union_index, : 3 * self.encoder.patch**2]
+            return patches[draw.union_index, : self.setup.values]
         features = self.target_encoder.targets(patches, draw, self.fp8_blocks)
         if self.watch is not None:
             self.watch(features, draw)
@@ -123,6 +122,7 @@ class IJEPA(Method[MaskDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             Transformer(model.predictor_dim, model.predictor_depth),
             patch=model.patch,
+            channels=self.setup.data.channels,
             patches=draw.patches,
             context=draw.context_lengths.tolist(),
             targets=draw.targets,
@@ -141,7 +141,7 @@ class IJEPA(Method[MaskDraw]):
         predictor = Transformer(model.predictor_dim, model.predictor_depth)
         stacks = encoder.saved_values(context, context, model.recompute)
         stacks += predictor.saved_values(tokens, rows, model.recompute)
-        width = -(-3 * model.patch**2 // 8) * 8
+        width = -(-self.setup.values // 8) * 8
         patches = draw.images * draw.patches * width + context * width  # all patches, and the embedding's input
         predictions = 2 * rows * model.dim  # and their gradient
         return stacks + patches + predictions
@@ -160,6 +160,7 @@ def step_work(
     unions: Sequence[int] | None = None,
     embed_all: bool = False,
     pixels: bool = False,
+    channels: int = 3,
 ) -> Work:
     """Work of an I-JEPA step.
 
@@ -176,8 +177,9 @@ def step_work(
             compute only the rows that are used, as this engine does; None counts the published computation.
         embed_all: the context side embeds all patches, as the published code does.
         pixels: they are predicted, so there is no target encoder.
+        channels: of an image.
     """
-    row, kept = 3 * patch**2, images * patches if embed_all else sum(context)
+    row, kept = channels * patch**2, images * patches if embed_all else sum(context)
     embedding = flops.linear(kept, row, encoder.dim)
     teacher = flops.linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
     sequences = targets * [length + target_size for length in context]

@@ -24,7 +24,6 @@ from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
 from ijepa_fast.data.crops import View
-from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
 from ijepa_fast.models.vit import Encoder
@@ -46,9 +45,23 @@ class Setup:
     steps_per_epoch: int = 1  # micro-batches of an epoch
 
     @property
-    def side(self) -> int:
-        """Patches along a crop."""
-        return self.data.crop // self.model.patch
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a crop."""
+        height, width = self.data.size
+        return (height // self.model.patch, width // self.model.patch)
+
+    @property
+    def values(self) -> int:
+        """Numbers in a patch."""
+        return self.data.channels * self.model.patch**2
+
+    @property
+    def encoder_sizes(self) -> dict[str, Any]:
+        """Arguments of an Encoder."""
+        model = self.model
+        sizes = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
+        sizes |= {"image_size": self.data.size, "channels": self.data.channels, "recompute": model.recompute}
+        return sizes | {"mlp_ratio": model.mlp_ratio}
 
 
 @dataclass
@@ -119,7 +132,7 @@ class Method(nn.Module, Generic[D]):
     def forward(self, images: Any, draw: D) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, an fp32 scalar, and its named terms for the log, detached; {} where there is but one.
 
-        images: uint8 (B, H, W, 3) on the device; of several views a list of them.
+        images: (B, H, W, C), uint8, uint16 or float32, on the device; of several views a list of them.
         """
         raise NotImplementedError
 
@@ -160,9 +173,8 @@ class Method(nn.Module, Generic[D]):
         self.averaged = {name: copy.deepcopy(getattr(self, name)).requires_grad_(False).eval() for name in names}
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
-        data, dtype = self.setup.data, self.encoder.norm.weight.dtype
-        return patchify(images, self.encoder.patch, tuple(data.mean), tuple(data.std), dtype=dtype)
+        """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) in the encoder's dtype."""
+        return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:

@@ -207,9 +207,9 @@ def _masks(config: Config, sample: pictures.Sample) -> list[tuple[str, str]]:
 
 def _source(config: Config, images: str | Path | None) -> Source:
     if images is not None:
-        return open_source(images)
+        return open_source(images, reading=config.data.reading)
     folders = probe_folders(config)
-    source = open_source(folders[1]) if folders else training_source(config)
+    source = open_source(folders[1], reading=config.data.reading) if folders else training_source(config)
     if source is None:
         raise ValueError(f"data.source={config.data.source} has no images to show; name some with --images FOLDER")
     return source

@@ -148,10 +148,11 @@ def build_loader(
         "draw": build_draw(config, method, device, rank, ranks),
     }
     if source is None:
-        sides = [view.crop for view in views] if views else data.crop
-        return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
+        sides = [view.crop for view in views] if views else data.size
+        depth = "uint8" if data.depth == "auto" else data.depth
+        return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, channels=data.channels, depth=depth, **common)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
+    make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.size)
     return make(
         source,
         scale=(data.scale[0], data.scale[1]),

@@ -101,7 +101,11 @@ def test_compiles_once(triton_everywhere):
         ("images", lambda x: x.double(), "images: expected dtype torch.uint8 or torch.uint16 or torch.float32"),
         ("images", lambda x: x[0], "images: expected shape"),
         ("images", lambda x: x.permute(0, 3, 1, 2).contiguous(), "multiples of patch=14, got 3 x 28"),
-        ("images", lambda x: x[..., :2].contiguous(), "mean, std: expected 2 values each, one per channel, got 3 and 3"),
+        (
+            "images",
+            lambda x: x[..., :2].contiguous(),
+            "expected 2 values each, one per channel, got 3 and 3",
+        ),
         ("images", lambda x: x.mT.contiguous().mT, "images: expected a contiguous"),
         ("patch", lambda x: 16, "multiples of patch=16, got 28 x 28"),
         ("patch", lambda x: 0, "multiples of patch=0"),
