@@ -25,14 +25,16 @@ import torch
 from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.crops import TRIES, Size, counter_bits, counter_uniform, random_resized_crop, size_of
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
+from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
-from ijepa_fast.data.reading import Reading
+from ijepa_fast.data.reading import Raster, Reading
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
 from ijepa_fast.data.sources import EIGHT_BITS, Source
 from ijepa_fast.data.storage import Patience
 
+_BATCH = 32  # images decoded at once where all are
 _READERS = 8  # threads that read files
 _REPLACEMENTS = 100  # samples tried in the place of a bad file
 _PATIENCE = 10  # seconds that `close` waits for a read to return
@@ -86,6 +88,16 @@ class _Reader:
                 self._cache[index] = row
         return row
 
+    def keep_all(self, threads: int, stop: threading.Event) -> None:
+        """Decode every sample that can be, and keep it as bytes that need no decoding."""
+        for index, raster in decoded(self.source, threads, self.max_pixels):
+            if stop.is_set():
+                return
+            if self.source.reading.plain:
+                self._cache[index] = np.frombuffer(as_ppm(raster), np.uint8), raster.height, raster.width
+            else:
+                self._cache[index] = raster, raster.height, raster.width
+
     def _name(self, index: int) -> Callable[[], str]:
         return lambda: self.source.name(index)
 
@@ -119,6 +131,7 @@ class TrainLoader:
         max_bad_share: the loader raises TooManyBadFiles when more than this share of the source is bad.
         max_pixels: an image that declares more counts as bad.
         cache_bytes: bytes of encoded samples that are kept in memory.
+        memory: decode all samples once, before the first step, and keep them; then `cache_bytes` is no bound.
         draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
 
     Attributes:
@@ -152,6 +165,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 1 << 30,
+        memory: bool = False,
         draw: Callable[[int], object] | None = None,
     ):
         global_batch = batch_size * world_size
@@ -174,7 +188,7 @@ class TrainLoader:
         self._stream = SampleStream(len(source), seed, source.groups)
         self._stop = threading.Event()
         self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
-        self._draw, self._prefetch = draw, prefetch
+        self._draw, self._prefetch, self._memory, self._count = draw, prefetch, memory, threads
         self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
@@ -220,6 +234,8 @@ class TrainLoader:
     def _work(self) -> None:
         draws: deque[Future | None] = deque()
         try:
+            if self._memory:
+                self._read.keep_all(self._count, self._stop)
             works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
@@ -303,6 +319,51 @@ class TrainLoader:
 def make_decoder(source: Source, **options: Any) -> Decoder | ArrayDecoder:
     """What decodes the images of `source`. options: of either."""
     return (Decoder if source.reading.plain else ArrayDecoder)(**options)
+
+
+class _WholeDecoder(Decoder):
+    """Decodes whole images: per work a list of rasters."""
+
+    def _graph(self, works: Iterable[tuple]) -> tuple:
+        return (self._decoded(works, 0)[0],)
+
+    def _collect(self, outputs: tuple) -> list[Raster]:
+        images = outputs[0]
+        return [Raster.of(np.array(images[row])) for row in range(len(images))]
+
+
+def decoded(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[int, Raster]]:
+    """(number, decoded image) of every sample that can be decoded, as training decodes it."""
+
+    def read_one(index: int) -> tuple | None:
+        try:
+            return index, *opened(source, index, max_pixels)[0]
+        except (BadImage, OSError):  # the loader meets it again, and lists it
+            return None
+
+    def works() -> Iterator[Work]:
+        for first in range(0, len(source), _BATCH):
+            rows = [row for row in readers.map(read_one, range(first, min(first + _BATCH, len(source)))) if row]
+            if rows:
+                sizes = np.array([row[2:] for row in rows], np.int32)
+                windows = np.concatenate([0 * sizes, sizes[:, ::-1]], axis=1)
+                yield Work(np.array([row[0] for row in rows]), sizes[:, 0], [row[1] for row in rows], windows)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        if not source.reading.plain:
+            for index in range(len(source)):
+                try:
+                    raster = opened(source, index, max_pixels)[0][0]
+                    yield index, Raster.of(raster.read(0, 0, raster.height, raster.width))
+                except (BadImage, OSError):
+                    continue
+            return
+        decoder = _WholeDecoder(crop=1, interpolation="bilinear", flip=False, device="cpu", threads=threads)
+        try:
+            for work, rasters in decode_all(decoder, works(), lambda work, bad: work.without(bad), _BATCH):
+                yield from zip(work.ids.tolist(), rasters)
+        finally:
+            decoder.close()
 
 
 def eval_batches(

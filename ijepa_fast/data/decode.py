@@ -151,8 +151,7 @@ class Decoder:
         return True
 
     def reason(self, error: RuntimeError, encoded: np.ndarray) -> str:
-        """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little; else in DALI's.
-        """
+        """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little."""
         text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
         return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]
 

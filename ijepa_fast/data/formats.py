@@ -147,7 +147,7 @@ def _tifffile() -> ModuleType:
 
 
 def _tiff(data: bytes | str, reading: Reading, page: int) -> Raster:
-    if isinstance(data, str) and os.path.getsize(data) > _WHOLE:
+    if isinstance(data, str) and (reading.window or os.path.getsize(data) > _WHOLE):
         return _large_tiff(data, reading, page)
     with _tifffile().TiffFile(io.BytesIO(data) if isinstance(data, bytes) else data) as tiff:
         pages, axes, shape = _pages(tiff, reading, page)

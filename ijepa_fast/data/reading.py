@@ -24,12 +24,12 @@ STRETCHES = ("none", "percentile", "asinh")
 class Reading:
     """How the files of a source become images.
 
-    channels: of an image; 0: as the first has them. depth: of DEPTHS; auto: as the first image has it, other numbers than bytes and 16-bit words
-    becoming float32. bands: the channels of the files to take, from 0; None: all. axes: of arrays, one letter each: N
-    images, H, W, C. key: the array in a file of several. page: of a TIFF file or a stack; "each": every page is an
-    image. nodata: pixels of this value, and not-a-number, are filled with `fill`; None: there are none. fill: of each
-    channel, in units of the depth's range. window: large images are read by squares of so many pixels; None: whole.
-    where: a map of where windows may lie, a file, or a folder with one for each image.
+    channels: of an image; 0: as the first has them. depth: of DEPTHS; auto: as the first image has it, other numbers
+    than bytes and 16-bit words becoming float32. bands: the channels of the files to take, from 0; None: all. axes: of
+    arrays, one letter each: N images, H, W, C. key: the array in a file of several. page: of a TIFF file or a stack;
+    "each": every page is an image. nodata: pixels of this value, and not-a-number, are filled with `fill`; None: there
+    are none. fill: of each channel, in units of the depth's range. window: large images are read by squares of so many
+    pixels; None: whole. where: a map of where windows may lie, a file, or a folder with one for each image.
     """
 
     channels: int = 3

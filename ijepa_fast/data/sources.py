@@ -14,6 +14,7 @@ from ijepa_fast.data.archives import find_shards, inflate
 from ijepa_fast.data.expand import expand, is_single
 from ijepa_fast.data.formats import EXTENSIONS, IN_PLACE, as_ppm, is_dali, open_image
 from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.index import Index, Names, cached, watch
 from ijepa_fast.data.kinds import printable
 from ijepa_fast.data.reading import Raster, Reading, fit
@@ -149,7 +150,8 @@ def open_source(
     tar
       files, .tar.gz and .zip;
     - one file with many images, or a large one: TIFF, NPY, NPZ, HDF5, Zarr;
-    - a text list of paths.
+    - a text list of paths;
+    - module:function, see datasets.py.
 
     label: the label column, by default the first. cache: a folder to keep the index in. reading: how files become
     images. Raises ValueError for a path that does not exist or holds no image, for a folder with tar shards and folders
@@ -157,6 +159,10 @@ def open_source(
     that cannot be used raise nothing unless `label` asks for them.
     """
     path = os.fspath(path)
+    if is_code(path):
+        from ijepa_fast.data.datasets import open_dataset  # which is made of sources
+
+        return open_dataset(path, reading)
     shards = find_shards(path)
     how = "" if reading == AS_THEY_ARE else repr(reading)
     kind, root = Source, path
@@ -186,13 +192,16 @@ def open_source(
         held = f"files named {', '.join('*' + extension for extension in EXTENSIONS)}, loose or in *.tar"
         found = f"; found {source.left_out}" if source.left_out else ""
         raise ValueError(f"data path {path!r} holds no image; expected {held}{found}")
-    source.reading = _settled(source, reading)
+    source.reading = settle(source, reading, rgb=is_dali(source.index.names[0]))
     return source
 
 
-def _settled(source: Source, reading: Reading) -> Reading:
-    """The reading with the depth of the first image that can be opened. Raises ValueError where it does not fit."""
-    if is_dali(source.index.names[0]) and (reading.plain or replace(reading, channels=3).plain and not reading.channels):
+def settle(source: Source, reading: Reading, rgb: bool = False) -> Reading:
+    """The reading with the depth of the first image that can be opened. Raises ValueError where it does not fit.
+
+    rgb: whether images are kept in a format that is decoded as RGB of eight bits, unless the reading says otherwise.
+    """
+    if rgb and replace(reading, channels=reading.channels or 3).plain:
         return replace(reading, depth="uint8", channels=3)
     source.reading = replace(reading, depth="float32") if reading.depth == "auto" else reading
     error: BadImage | OSError | None = None

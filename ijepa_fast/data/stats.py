@@ -85,9 +85,7 @@ def measure(source: Source, images: int = 1000, stretch: str = "none", seed: int
     if (flat := np.flatnonzero(std == 0)).size:
         raise ValueError(f"{source.root}: channel {flat[0]} is {mean[flat[0]]:g} everywhere; leave it out: --bands")
     low, high = (tuple(end.tolist()) for end in ends) if len(ends) else ((), ())
-    return Stats(
-        reading, len(drawn), mean, std, np.percentile(values, PERCENTILES, axis=0), low, high, f"{seen}"
-    )
+    return Stats(reading, len(drawn), mean, std, np.percentile(values, PERCENTILES, axis=0), low, high, f"{seen}")
 
 
 def _numbers(values: Sequence[float] | np.ndarray) -> str:

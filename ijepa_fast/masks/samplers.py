@@ -59,7 +59,8 @@ def make_sampler(strategy: str, grid: Size, **options: Any) -> Sampler:
 class MultiBlock:
     """`targets` blocks, and `contexts` large blocks less all targets (I-JEPA, section 3 and figure 4).
 
-    Scales are shares of the image's patches, aspects are height over width, both ranges. A context keeps more than
+    Scales are shares of the image's patches, aspects are height over width, both ranges; a context's aspect is in units
+    of the grid's, for it covers most of the image, whatever its shape. A context keeps more than
     `min_keep` patches; kernels.mask_sampler.sample_blocks says what happens when a draw does not. `published` gives the
     published code's distribution instead of the paper's.
     """
@@ -121,6 +122,8 @@ class MultiBlock:
         scale, aspect = (
             _between(getattr(self, f"{kind}_{what}"), u) for what, u in (("scale", for_scale), ("aspect", for_aspect))
         )
+        if kind == "context":
+            aspect *= self.grid[0] / self.grid[1]
         h, w = _block_size(self.grid, scale, aspect)
         if self.published:
             h, w = min(h, self.grid[0] - 1), min(w, self.grid[1] - 1)

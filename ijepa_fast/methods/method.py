@@ -9,14 +9,11 @@ in configs/ and a golden test; somebody else's stays where it is, and its import
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import os
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
-from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -24,6 +21,7 @@ from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
 from ijepa_fast.data.crops import View
+from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
 from ijepa_fast.models.vit import Encoder
@@ -188,7 +186,7 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
             f"objective.method={name}: only registered methods are imported here, which are {', '.join(METHODS)}"
         )
     try:
-        module = _import(f"ijepa_fast.methods.{name}" if name in METHODS else name)
+        module = import_module(f"ijepa_fast.methods.{name}" if name in METHODS else name)
     except Exception as error:  # whatever a module raises while it is imported
         raise ConfigError(
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
@@ -204,19 +202,6 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
         )
     _check_contract(name, found[0])
     return found[0]
-
-
-def _import(path: str) -> ModuleType:
-    """A module by its import path, from the working folder too, which a launcher leaves off the search path."""
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(path)
-    finally:
-        if added:
-            sys.path.remove(here)
 
 
 def _check_contract(name: str, method: type[Method]) -> None:

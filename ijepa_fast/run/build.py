@@ -165,5 +165,6 @@ def build_loader(
         bad_files=config.folder / "bad_files.txt",
         max_bad_share=data.max_bad_share,
         max_pixels=data.max_pixels,
+        memory=data.memory,
         **common,
     )
