@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "train": ("ijepa_fast.train", "train on a folder of images"),
     "probe": ("ijepa_fast.probe", "evaluate frozen features on labelled images"),
+    "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
     "report": ("ijepa_fast.report", "make one HTML page of a run"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),

@@ -9,11 +9,13 @@ The same command continues a run that was interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
@@ -174,6 +176,15 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
 
+
+class _Callable(ModuleType):
+    """This module, which is called as a function too: `ijepa_fast.train(...)` is what `ijepa_fast.api.train` does."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return importlib.import_module("ijepa_fast.api").train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -60,7 +60,8 @@ class Column:
 class HuggingFace:
     """What a datasets.Dataset is to a reader: a length, features, columns and rows."""
 
-    features = {"image": object(), "label": Column()}
+    def __init__(self):
+        self.features = {"image": object(), "label": Column()}
 
     def __len__(self):
         return COUNT

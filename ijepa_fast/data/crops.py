@@ -18,12 +18,12 @@ TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe use
 class View:
     """How one view is made.
 
-    crop: its side, or its height and width, pixels. scale: lowest and highest share of the image's area. blur,
+    crop: its side, pixels. scale: lowest and highest share of the image's area. blur,
     solarise: the chances of blur and of solarisation. sigma: range of the blur's standard deviation, pixels of the
     view.
     """
 
-    crop: int | Size
+    crop: int
     scale: tuple[float, float]
     blur: float
     solarise: float = 0.0

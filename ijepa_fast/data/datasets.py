@@ -88,7 +88,7 @@ class DatasetSource(Source):
 def open_dataset(name: str, reading: Reading) -> Source:
     """The source of what the function `name`, written module:function, gives. Raises ValueError."""
     made = import_function("data.source", name)
-    dataset = made() if isinstance(made, type) or not hasattr(made, "__getitem__") and callable(made) else made
+    dataset = made() if callable(made) and (isinstance(made, type) or not hasattr(made, "__getitem__")) else made
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or _is_stream(dataset):
         if not hasattr(dataset, "__iter__"):
             raise ValueError(

@@ -43,8 +43,8 @@ def expand(index: Index, root: str, reading: Reading) -> Index:
             index = _taken(index, rows)
             index.page = np.concatenate([np.arange(number) for number in counts])
             if not index.labels:
-                own = [labels(path, reading) for path in paths]
-                if all(part is not None for part in own):
+                own = [part for path in paths if (part := labels(path, reading)) is not None]
+                if len(own) == len(paths):
                     values = np.concatenate(own)
                     add_column(index.labels, index.classes, "class", [str(value) for value in values.tolist()])
     return index if reading.window is None else _windows(index, root, reading)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -149,7 +150,7 @@ def scan_list(path: str) -> Index:
     return index
 
 
-def scan_shards(shards: list[str], root: str | None = None, cache: str | os.PathLike | None = None) -> Index:
+def scan_shards(shards: list[str], root: str | None = None, cache: str | Path | None = None) -> Index:
     """The index of archives. Labels: WebDataset's `.cls` members, else the first folder of the names.
 
     A sample is a range of bytes inside its shard; only a .tar.gz is unpacked, in the folder `cache`. Links, devices and

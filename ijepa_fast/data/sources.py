@@ -158,14 +158,18 @@ def open_source(
     of images, for an archive that is damaged or cut short, and where the first image is not as `reading` says. Labels
     that cannot be used raise nothing unless `label` asks for them.
     """
-    path = os.fspath(path)
+    return _open(os.fspath(path), label, cache, reading)
+
+
+def _open(path: str, label: str | None, cache: str | Path | None, reading: Reading) -> Source:
     if is_code(path):
         from ijepa_fast.data.datasets import open_dataset  # which is made of sources
 
         return open_dataset(path, reading)
     shards = find_shards(path)
     how = "" if reading == AS_THEY_ARE else repr(reading)
-    kind, root = Source, path
+    kind: type[Source] = Source
+    root = path
 
     def build() -> Index:
         if shards:

@@ -73,7 +73,7 @@ def measure(source: Source, images: int = 1000, stretch: str = "none", seed: int
     if not drawn:
         raise ValueError(f"{source.root}: none of {len(rows)} images has pixels to measure; the last: {problem}")
     values = np.concatenate(drawn).astype(np.float64) / unit
-    ends: Sequence[np.ndarray] = ()
+    ends: np.ndarray | None = None
     if stretch != "none":
         ends = np.percentile(values, ENDS[stretch], axis=0)
         if (flat := np.flatnonzero(ends[0] >= ends[1])).size:
@@ -84,7 +84,7 @@ def measure(source: Source, images: int = 1000, stretch: str = "none", seed: int
     mean, std = values.mean(0), values.std(0)
     if (flat := np.flatnonzero(std == 0)).size:
         raise ValueError(f"{source.root}: channel {flat[0]} is {mean[flat[0]]:g} everywhere; leave it out: --bands")
-    low, high = (tuple(end.tolist()) for end in ends) if len(ends) else ((), ())
+    low, high = (tuple(end.tolist()) for end in ends) if ends is not None else ((), ())
     return Stats(reading, len(drawn), mean, std, np.percentile(values, PERCENTILES, axis=0), low, high, f"{seen}")
 
 

@@ -60,7 +60,7 @@ _V5 = {  # transformers 5's module names -> the Hub's
 
 def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
     """Published encoder state dict -> (config.json's content, state dict of IJepaModel or ViTModel)."""
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
         "model_type": "vit" if arch.class_token else "ijepa",
         "hidden_size": arch.dim,

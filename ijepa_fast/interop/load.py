@@ -132,7 +132,7 @@ class PretrainedEncoder(nn.Module):
         Raises ValueError naming the file that cannot be used, ImportError without DALI.
         """
         device = self.encoder.norm.weight.device
-        options = {"interpolation": self.arch.interpolation, "reading": self.arch.reading}
+        options: dict[str, Any] = {"interpolation": self.arch.interpolation, "reading": self.arch.reading}
         return read_images(paths, crop=self.crop, device=device, **options)
 
     def transform(self, image: Any) -> torch.Tensor:
@@ -141,7 +141,7 @@ class PretrainedEncoder(nn.Module):
 
         The centre, resized as in training: a transform of a torchvision data set. Raises ValueError for other channels.
         """
-        array = np.asarray(image.convert("RGB") if hasattr(image, "convert") and len(self.mean) == 3 else image)
+        array = np.array(image.convert("RGB") if hasattr(image, "convert") and len(self.mean) == 3 else image)
         reading = replace(self.arch.reading, depth=depth_of(array.dtype))
         raster = fit(Raster.of(array if array.ndim == 3 else array[..., None]), reading)
         pixels = centre(raster, self.arch.size, self.arch.interpolation)

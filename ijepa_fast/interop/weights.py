@@ -101,11 +101,12 @@ class Arch:
 
 def images_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Arch from JSON, lists as tuples and the reading as one."""
-    fields_ = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    if "reading" in fields_:
-        inner = {name: tuple(value) if isinstance(value, list) else value for name, value in fields_["reading"].items()}
-        fields_["reading"] = Reading(**inner)
-    return fields_
+
+    def tuples(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    known = tuples(values)
+    return known | ({"reading": Reading(**tuples(known["reading"]))} if "reading" in known else {})
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Setup:
     def encoder_sizes(self) -> dict[str, Any]:
         """Arguments of an Encoder."""
         model = self.model
-        sizes = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
+        sizes: dict[str, Any] = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
         sizes |= {"image_size": self.data.size, "channels": self.data.channels, "recompute": model.recompute}
         return sizes | {"mlp_ratio": model.mlp_ratio}
 

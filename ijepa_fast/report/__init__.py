@@ -212,9 +212,7 @@ def _source(config: Config, images: str | Path | None) -> Source:
     folders = probe_folders(config)
     named = folders[1] if folders else config.data.source
     if is_code(named):  # a run's folder from elsewhere must not run code
-        raise ValueError(
-            f"the images are those of {named}, which only training imports; name some with --images FOLDER"
-        )
+        raise ValueError(f"{named} is code, which only training imports; name images with --images FOLDER")
     source = open_source(folders[1], reading=config.data.reading) if folders else training_source(config)
     if source is None:
         raise ValueError(f"data.source={config.data.source} has no images to show; name some with --images FOLDER")
