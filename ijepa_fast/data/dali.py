@@ -103,7 +103,7 @@ class _Reader:
 
 
 def opened(source: Source, index: int, max_pixels: int) -> tuple[tuple[Any, int, int], int]:
-    """(encoded bytes uint8 (n,), or a raster, height, width) of a sample, and the bytes of memory that it holds.
+    """(encoded bytes uint8 (n,), or a raster in memory, height, width) of a sample, and the bytes that it holds.
 
     Raises OSError, and BadImage for what cannot be used.
     """
@@ -111,6 +111,8 @@ def opened(source: Source, index: int, max_pixels: int) -> tuple[tuple[Any, int,
         data = source.read(index)
         return (np.frombuffer(data, np.uint8), *screen(data, max_pixels)), len(data)
     raster = source.raster(index, max_pixels)
+    # All of it, and not what a window needs: else it would depend on the window whether the sample is bad.
+    raster = Raster.of(raster.read(0, 0, raster.height, raster.width))
     return (raster, raster.height, raster.width), raster.held
 
 
@@ -352,11 +354,8 @@ def decoded(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Itera
     with ThreadPoolExecutor(_READERS) as readers:
         if not source.reading.plain:
             for index in range(len(source)):
-                try:
-                    raster = opened(source, index, max_pixels)[0][0]
-                    yield index, Raster.of(raster.read(0, 0, raster.height, raster.width))
-                except (BadImage, OSError):
-                    continue
+                if row := read_one(index):
+                    yield index, row[1]
             return
         decoder = _WholeDecoder(crop=1, interpolation="bilinear", flip=False, device="cpu", threads=threads)
         try:

@@ -36,8 +36,7 @@ def expand(index: Index, root: str, reading: Reading) -> Index:
     paths = [os.path.join(root, name) for name in names]
     several = extension(names[0]) in STACKS or (extension(names[0]) in TIFF and reading.page == "each")
     if several:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            counts = list(pool.map(lambda path: count(path, reading), paths))
+        counts = _counts(paths, reading)
         if max(counts) > 1 or len(counts) == 1:
             rows = np.repeat(np.arange(len(names)), counts)
             index = _taken(index, rows)
@@ -48,6 +47,27 @@ def expand(index: Index, root: str, reading: Reading) -> Index:
                     values = np.concatenate(own)
                     add_column(index.labels, index.classes, "class", [str(value) for value in values.tolist()])
     return index if reading.window is None else _windows(index, root, reading)
+
+
+def _counts(paths: list[str], reading: Reading) -> list[int]:
+    """How many images each file holds. One among others that cannot be opened holds one, which is bad when it is read.
+
+    Raises ValueError, for the first, where none can be opened.
+    """
+    problems: list[ValueError | OSError] = []
+
+    def of(path: str) -> int:
+        try:
+            return count(path, reading)
+        except (ValueError, OSError) as error:
+            problems.append(error)
+            return 1
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        counts = list(pool.map(of, paths))
+    if len(problems) == len(paths):
+        raise problems[0]
+    return counts
 
 
 def _taken(index: Index, rows: np.ndarray) -> Index:
