@@ -31,10 +31,18 @@ inline void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Left), "i"(RightTile));
 }
 
+// The A of a product: tiles of 16 rows and 32 columns, whose rows are `row` values apart, and the next tiles `right` and
+// `below`.
+struct Left {
+  const Bf16* at;
+  int64_t row, right, below;
+};
+inline Left by_rows(const Bf16* at, int64_t row) { return {at, row, 32, 16 * row}; }
+inline Left by_tiles(const Bf16* at, int64_t depth) { return {at, 32, 512, 16 * depth}; }
+
 // C (16 M, 16 N) = A (16 M, depth) B (depth, 16 N), added to C if `accumulate`. Tiles: 0 to 3 C, 4 and 5 A, 6 and 7 B.
 template <int M, int N>
-inline void tiles(const Bf16* a, int64_t a_row, const Bf16* b, int64_t panel, float* c, int64_t c_row, int64_t depth,
-                  bool accumulate) {
+inline void tiles(Left a, const Bf16* b, int64_t panel, float* c, int64_t c_row, int64_t depth, bool accumulate) {
   if (accumulate) {
     tile_load<0>(c, c_row * 4);
     if constexpr (N > 1) tile_load<1>(c + 16, c_row * 4);
@@ -46,11 +54,12 @@ inline void tiles(const Bf16* a, int64_t a_row, const Bf16* b, int64_t panel, fl
     if constexpr (M > 1) tile_zero<2>();
     if constexpr (M > 1 && N > 1) tile_zero<3>();
   }
-  for (int64_t k = 0; k < depth; k += 32) {
-    tile_load<6>(b + k * 16, 64);
-    tile_load<4>(a + k, a_row * 2);
-    if constexpr (N > 1) tile_load<7>(b + panel + k * 16, 64);
-    if constexpr (M > 1) tile_load<5>(a + 16 * a_row + k, a_row * 2);
+  const Bf16* p = a.at;
+  for (int64_t k = 0; k < depth; k += 32, p += a.right, b += 512) {
+    tile_load<6>(b, 64);
+    tile_load<4>(p, a.row * 2);
+    if constexpr (N > 1) tile_load<7>(b + panel, 64);
+    if constexpr (M > 1) tile_load<5>(p + a.below, a.row * 2);
     tile_multiply<0, 4, 6>();
     if constexpr (N > 1) tile_multiply<1, 4, 7>();
     if constexpr (M > 1) tile_multiply<2, 5, 6>();
@@ -63,18 +72,19 @@ inline void tiles(const Bf16* a, int64_t a_row, const Bf16* b, int64_t panel, fl
 }
 
 // C (rows, columns) = A (rows, depth) B; see pair_loops.h.
-inline void product(const Bf16* a, int64_t a_row, const Bf16* b, int64_t panel, float* c, int64_t c_row, int64_t rows,
-                    int64_t columns, int64_t depth, bool accumulate = false) {
+inline void product(Left a, const Bf16* b, int64_t panel, float* c, int64_t c_row, int64_t rows, int64_t columns,
+                    int64_t depth, bool accumulate = false) {
   for (int64_t n = 0; n < columns; n += 32, b += 2 * panel, c += 32) {
     const bool wide = n + 32 <= columns;
+    Left block = a;
     int64_t m = 0;
-    for (; m + 32 <= rows; m += 32) {
+    for (; m + 32 <= rows; m += 32, block.at += 2 * a.below) {
       const auto multiply = wide ? tiles<2, 2> : tiles<2, 1>;
-      multiply(a + m * a_row, a_row, b, panel, c + m * c_row, c_row, depth, accumulate);
+      multiply(block, b, panel, c + m * c_row, c_row, depth, accumulate);
     }
     if (m < rows) {
       const auto multiply = wide ? tiles<1, 2> : tiles<1, 1>;
-      multiply(a + m * a_row, a_row, b, panel, c + m * c_row, c_row, depth, accumulate);
+      multiply(block, b, panel, c + m * c_row, c_row, depth, accumulate);
     }
   }
 }

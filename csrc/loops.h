@@ -81,6 +81,11 @@ struct WeightGradient {
   int64_t tokens, outputs, inputs;
 };
 
+// Rows [top, bottom) and columns [left, right) of a matrix.
+struct Block {
+  int64_t top, bottom, left, right;
+};
+
 // All on the calling thread.
 template <class T>
 struct Loops {
@@ -99,8 +104,8 @@ struct Loops {
   void (*layer_norm)(const LayerNorm<T>&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormGradient<T>&, int64_t begin, int64_t end, float* dparameters);
   void (*column_sums)(const T* x, int64_t width, int64_t begin, int64_t end, float* sums);
-  // Rows [begin, end) of dweight; `scratch` holds weight_gradient_scratch floats. Null where PyTorch's are as fast.
-  void (*weight_gradient)(const WeightGradient<T>&, int64_t begin, int64_t end, float* scratch);
+  // A block of dweight; `scratch` holds weight_gradient_scratch floats. Null where PyTorch's are as fast.
+  void (*weight_gradient)(const WeightGradient<T>&, Block, float* scratch);
   int64_t weight_gradient_scratch;
 };
 

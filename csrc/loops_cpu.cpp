@@ -2,6 +2,7 @@
 #include "loops.h"
 #include "processor.h"
 
+#include <algorithm>
 #include <utility>
 
 #ifdef IJEPA_FAST_X86

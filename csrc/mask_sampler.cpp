@@ -19,12 +19,12 @@ constexpr int64_t kTriesPerTarget = 20;
 
 struct Key {
   uint64_t seed;
-  uint32_t step, rank;
+  uint32_t step, first;  // the place of the batch's first image among all of the step
 };
 
 // Philox4x32-10 (Salmon et al., 2011).
 Words philox(const Key& key, uint32_t image, uint32_t draw) {
-  Words c = {draw, image, key.rank, key.step};
+  Words c = {draw, key.first + image, 0, key.step};
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * c[0], p1 = uint64_t{0xCD9E8D57} * c[2];
@@ -54,7 +54,7 @@ int64_t corner(const Words& words, const Blocks& blocks, int64_t width) {
   return below(words[0], blocks.rows) * width + below(words[1], blocks.columns);
 }
 
-void sample_blocks(const at::Tensor& context, const at::Tensor& target, int64_t seed, int64_t step, int64_t rank,
+void sample_blocks(const at::Tensor& context, const at::Tensor& target, int64_t seed, int64_t step, int64_t first,
                    at::IntArrayRef grid, at::IntArrayRef target_size, at::IntArrayRef context_size, int64_t min_keep,
                    bool skip_last) {
   const int64_t height = grid[0], width = grid[1], patches = height * width;
@@ -68,7 +68,7 @@ void sample_blocks(const at::Tensor& context, const at::Tensor& target, int64_t 
                     "sample_blocks: target: expected contiguous int32 (targets, images, ", targets.h * targets.w, ")");
   TORCH_CHECK_VALUE(contexts.h * contexts.w > min_keep, "sample_blocks: min_keep: expected less than ",
                     contexts.h * contexts.w, ", got ", min_keep);
-  const Key key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(rank)};
+  const Key key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(first)};
   const int64_t n_contexts = context.size(0), batch = context.size(1), n_targets = target.size(0);
   auto* kept_out = static_cast<uint8_t*>(context.data_ptr());
   int32_t* target_out = target.data_ptr<int32_t>();
@@ -107,14 +107,14 @@ void sample_blocks(const at::Tensor& context, const at::Tensor& target, int64_t 
 }
 
 void random_subset(const at::Tensor& subset, const at::Tensor& kept, const at::Tensor& count, int64_t seed,
-                   int64_t step, int64_t rank, int64_t draw) {
+                   int64_t step, int64_t first, int64_t draw) {
   TORCH_CHECK_VALUE(kept.dim() == 2 && kept.is_contiguous() && kept.scalar_type() == at::kBool &&
                         subset.sizes() == kept.sizes() && subset.is_contiguous() && subset.scalar_type() == at::kBool,
                     "random_subset: kept and subset: expected contiguous bool (images, patches)");
   TORCH_CHECK_VALUE(count.dim() == 1 && count.size(0) == kept.size(0) && count.is_contiguous() &&
                         count.scalar_type() == at::kInt,
                     "random_subset: count: expected contiguous int32 (images,)");
-  const Key key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(rank)};
+  const Key key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), static_cast<uint32_t>(first)};
   const int64_t batch = kept.size(0), patches = kept.size(1);
   const auto* from = static_cast<const uint8_t*>(kept.data_ptr());
   auto* to = static_cast<uint8_t*>(subset.data_ptr());

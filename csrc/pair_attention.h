@@ -72,13 +72,13 @@ inline void attention_head(const Head& h, Packed<const Bf16> q, Packed<const Bf1
   for (int64_t i = 0; i < h.queries; i += kScores) {
     const int64_t rows = h.queries - i < kScores ? h.queries - i : kScores, tall = up(rows, 16);
     copy(q.data + i * q.stride, q.stride, rows, h.dim, tall, deep, at.queries);
-    product(at.queries, deep, at.keys_t, 16 * deep, at.scores, wide, tall, places, deep);
+    product(by_rows(at.queries, deep), at.keys_t, 16 * deep, at.scores, wide, tall, places, deep);
     for (int64_t r = 0; r < rows; ++r) {
       largest[i + r] = share[i + r] = 0.0f;
       if (h.keys == 0) continue;
       softmax_row(at.scores + r * wide, h.keys, wide, h.scale * kLog2E, at.p + r * wide, largest[i + r], share[i + r]);
     }
-    product(at.p, wide, at.values, 16 * wide, at.out, deep, tall, columns, wide);
+    product(by_rows(at.p, wide), at.values, 16 * wide, at.out, deep, tall, columns, wide);
     narrow(at.out, deep, rows, h.dim, share + i, out.data + i * out.stride, out.stride);
   }
 }
@@ -138,16 +138,16 @@ inline void attention_head_backward(const Head& h, Packed<const Bf16> q, Packed<
       const int64_t left = rows - j < kScores ? rows - j : kScores, filled = up(left, 16);
       transposed_pairs(at.q + j * deep, filled, deep, at.q_t);
       transposed_pairs(at.g + j * deep, filled, deep, at.g_t);
-      product(at.k, deep, at.q_t, 16 * deep, at.s, kScores, places, filled, deep);
-      product(at.v, deep, at.g_t, 16 * deep, at.t, kScores, places, filled, deep);
+      product(by_rows(at.k, deep), at.q_t, 16 * deep, at.s, kScores, places, filled, deep);
+      product(by_rows(at.v, deep), at.g_t, 16 * deep, at.t, kScores, places, filled, deep);
       const auto softmax = filled == kScores ? softmax_backward<2> : softmax_backward<1>;
       softmax(h, at, wide, left, largest + i + j, share + i + j, at.p_t + j, at.ds_t + j);
       transposed(at.ds_t + j, kProbabilities, wide, wide, filled, at.ds, wide);
-      product(at.ds, wide, at.k_pairs, 16 * wide, at.dq, deep, filled, columns, wide);
+      product(by_rows(at.ds, wide), at.k_pairs, 16 * wide, at.dq, deep, filled, columns, wide);
       narrow(at.dq, deep, left, h.dim, nullptr, dq.data + (i + j) * dq.stride, dq.stride);
     }
-    product(at.p_t, kProbabilities, at.g_pairs, 16 * tall, at.dv, deep, places, columns, tall, i > 0);
-    product(at.ds_t, kProbabilities, at.q_pairs, 16 * tall, at.dk, deep, places, columns, tall, i > 0);
+    product(by_rows(at.p_t, kProbabilities), at.g_pairs, 16 * tall, at.dv, deep, places, columns, tall, i > 0);
+    product(by_rows(at.ds_t, kProbabilities), at.q_pairs, 16 * tall, at.dk, deep, places, columns, tall, i > 0);
   }
   narrow(at.dk, deep, h.keys, h.dim, nullptr, dk.data, dk.stride);
   narrow(at.dv, deep, h.keys, h.dim, nullptr, dv.data, dv.stride);

@@ -3,7 +3,7 @@
 //
 //   product: C (rows, columns) fp32 = A (rows, depth) B (depth, columns), added to C if asked
 //
-// A lies row by row; B in panels of 16 columns, two values of a column side by side: (columns / 16, depth / 2, 16, 2),
+// A lies row by row or tile by tile; B in panels of 16 columns, two values of a column side by side: (columns / 16, depth / 2, 16, 2),
 // panels `panel` values apart. Rows and columns are multiples of 16, depth of 32: zeros fill what is missing.
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -51,7 +51,8 @@ inline void transposed_pairs(const Bf16* from, int64_t rows, int64_t columns, Bf
 
 // Two rows of 16 as one vector of pairs.
 inline Vector pairs(const Bf16* first, const Bf16* second) {
-  return reinterpret_cast<Vector>(reinterpret_cast<Words>(load(first)) >> 16 | reinterpret_cast<Words>(load(second)));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+  return reinterpret_cast<Vector>(_mm512_or_si512(low, reinterpret_cast<__m512i>(load(second))));
 }
 
 // The B of A X: X (rows, columns), rows `stride` apart -> (columns / 16, tall / 2, 16, 2), zeros from `rows` on.
@@ -65,10 +66,11 @@ inline void pack(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, i
   }
 }
 
-// X (rows, columns), rows `stride` apart -> X^T (columns, tall), `wide` apart, zeros from `rows` on. tall is a multiple
-// of 32, columns of 16.
+// X (rows, columns), rows `stride` apart -> X^T (columns, tall), zeros from `rows` on: row by row, `wide` apart, or tile
+// by tile (a `wide` of 32). tall is a multiple of 32, columns of 16.
 inline void transposed(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, int64_t columns, Bf16* to,
                        int64_t wide) {
+  const int64_t right = wide == 32 ? 512 : 32, below = wide == 32 ? 16 * tall : 16 * wide;
   alignas(64) static constexpr Bf16 kZeros[16] = {};
   for (int64_t r = 0; r < tall; r += 32) {
     for (int64_t c = 0; c < columns; c += 16) {
@@ -81,7 +83,7 @@ inline void transposed(const Bf16* from, int64_t stride, int64_t rows, int64_t t
       }
       transpose(x);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + (c + i) * wide + r), x[i]);
+      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + c / 16 * below + r / 32 * right + i * wide), x[i]);
     }
   }
 }

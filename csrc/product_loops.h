@@ -64,10 +64,13 @@ inline void product(Left a, const float* b, int64_t b_row, float* c, int64_t c_r
 constexpr int64_t kGradientRows = 384, kGradientDepth = 128, kGradientWidth = 64;
 constexpr int64_t kGradientScratch = (kGradientRows + kGradientWidth) * kGradientDepth;
 
-// Rows [begin, end) of dweight (outputs, inputs) = dy^T x. Both factors lie as a product wants them, so nothing is
+// A block of dweight (outputs, inputs) = dy^T x. Both factors lie as a product wants them, so nothing is
 // transposed, but are copied block by block to where the cache keeps them.
-inline void weight_gradient(const WeightGradient<float>& x, int64_t begin, int64_t end, float* scratch) {
-  for (; end - begin > kGradientRows; begin += kGradientRows) weight_gradient(x, begin, begin + kGradientRows, scratch);
+inline void weight_gradient(const WeightGradient<float>& x, Block block, float* scratch) {
+  int64_t begin = block.top, end = block.bottom;
+  for (; end - begin > kGradientRows; begin += kGradientRows) {
+    weight_gradient(x, {begin, begin + kGradientRows, block.left, block.right}, scratch);
+  }
   constexpr int64_t kPanel = kVectors * kWidth;
   static_assert(kGradientRows % kRows == 0 && kPanel <= kGradientWidth, "the scratch memory's size follows from these");
   float* left = scratch;                                 // (row tiles, kGradientDepth, kRows)
@@ -82,8 +85,8 @@ inline void weight_gradient(const WeightGradient<float>& x, int64_t begin, int64
         for (int64_t r = 0; r < rows; ++r) to[r] = from[r];
       }
     }
-    for (int64_t n = 0; n < x.inputs; n += kPanel) {
-      const int64_t columns = x.inputs - n < kPanel ? x.inputs - n : kPanel;
+    for (int64_t n = block.left; n < block.right; n += kPanel) {
+      const int64_t columns = block.right - n < kPanel ? block.right - n : kPanel;
       for (int64_t k = 0; k < depth; ++k) {
         const float* from = x.x + (t + k) * x.inputs + n;
         for (int64_t c = 0; c < columns; c += kWidth) store(right + k * columns + c, load(from + c));

@@ -13,9 +13,7 @@ def __getattr__(name: str) -> object:
 
         return load
     if name == "embed":
-        from ijepa_fast.api import embed
-
-        return embed
+        return importlib.import_module("ijepa_fast.api").embed
     if name == "train":  # a module, which is called as the function of its name in api.py
         return importlib.import_module("ijepa_fast.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,35 +1,46 @@
 """The configuration of a run: typed sections, one YAML a run, dotted overrides.
 
-Every key is written here once, with its type, default, meaning, what it may be, and whether a run may be resumed with
-another value. An unknown key, a wrong type and a value out of its range are ConfigErrors that name the key and what to
-change. What a method's own options may be is the method's to say (methods/).
+Every key is written once, here or in data/settings.py, with its type, default, meaning, what it may be, and whether a
+run may be resumed with another value. An unknown key, a wrong type and a value out of its range are ConfigErrors that
+name the key and what to change. What a method's own options may be is the method's to say (methods/).
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
+import math
 import operator
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ijepa_fast import configs
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.data.crops import Size, size_of
-from ijepa_fast.data.reading import DEPTHS, STRETCHES, Pixels, Reading
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD, settings
+from ijepa_fast.data.settings import GREY_MEAN, GREY_STD, Data
+from ijepa_fast.given import (
+    MISSING,
+    RATIOS,
+    RENAMED,
+    RENAMED_METHODS,
+    SHARES,
+    UNREAD,
+    ConfigError,
+    check_keys,
+    fixed,
+    key,
+    keys,
+    read,
+    wrong_type,
+)
 
 BELOW_ONE = 0.9999999
-GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # the averages of ImageNet's over the channels
-MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself is imported where YAML is read
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key and what to change."""
+# The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
+STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random")
+IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 # name: (width, depth, heads, MLP ratio), as published
@@ -43,111 +54,22 @@ ARCHITECTURES = {
 }
 
 
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    choices: Sequence | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    length: int | None = None,
-    fixed: bool = False,
-) -> Any:
-    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
-
-    least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
-    """
-    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
-    metadata |= {"least": least, "above": above, "most": most, "length": length}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def fixed(default: Any, meaning: str, **limits: Any) -> Any:
-    """A key that is fixed: a run resumed with another value would not be the run that was begun."""
-    return key(default, meaning, fixed=True, **limits)
-
-
-@dataclass
-class Data:
-    source: str = fixed(
-        MISSING,
-        "a folder, archives, arrays, a text list of paths; module:function, which gives a data set of yours; "
-        '"scenes", the embedded data set; "synthetic", random images',
-    )
-    channels: int = fixed(3, "of an image", least=1)
-    depth: str = fixed("auto", "of a pixel; auto: as the first image has it", choices=("auto", *DEPTHS))
-    bands: list[int] | None = fixed(None, "channels of the files that are used, from 0, in this order; null: all")
-    channel_names: list[str] | None = fixed(None, "kept in checkpoints and exports")
-    axes: str | None = fixed(None, "of arrays, one letter each: N images, H, W, C; null: by the number of channels")
-    array: str | None = fixed(None, "the array in a file of several (HDF5, NPZ, Zarr)")
-    page: Any = fixed(None, 'of a TIFF file; "each": every page is an image; null: the first image, of all its pages')
-    nodata: float | None = fixed(None, "pixels of this value, and NaN, are filled with the mean; null: there are none")
-    window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1)
-    where: str | None = fixed(None, "a map of where windows may lie (not zero): a file, or a folder of one per image")
-    stretch: str = fixed("none", "of pixels, before mean and std", choices=STRETCHES)
-    low: list[float] | None = fixed(None, "of the stretch, for each channel")
-    high: list[float] | None = fixed(None, "of the stretch, for each channel")
-    memory: bool = key(False, "whether images are decoded once and kept in memory")
-    crop: Any = fixed(224, "side of the square crop, or [height, width], pixels", least=1)
-    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", length=2)
-    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", length=2)
-    interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
-    flip: bool = fixed(False, "whether half of the crops are mirrored")
-    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1; of floats as they are stored")
-    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, likewise", above=0)
-    threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
-    prefetch: int = key(2, "batches decoded ahead", least=1)
-    cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
-    scenes: int = fixed(4000, "images of the embedded data set", least=1)
-    scenes_size: int = fixed(64, "their side, pixels", least=1)
-    hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0, most=1)
-    changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
-    max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0, most=1)
-    max_pixels: int = fixed(
-        50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
-    )
-
-    @property
-    def size(self) -> Size:
-        """Height and width of a crop."""
-        return size_of(self.crop)
-
-    @property
-    def reading(self) -> Reading:
-        """How files become images."""
-        fill = self.mean if self.stretch == "none" else self.low or ()
-        bands = None if self.bands is None else tuple(self.bands)
-        where = (self.axes, self.array, self.page, self.nodata)
-        return Reading(self.channels, self.depth, bands, *where, self._fill(fill), self.window, self.where)
-
-    def _fill(self, values: Sequence[float]) -> tuple[float, ...]:
-        return () if self.nodata is None else tuple(values)
-
-    @property
-    def pixels(self) -> Pixels:
-        """What a model makes of pixels first."""
-        ends = tuple(self.low or ()), tuple(self.high or ())
-        return Pixels(tuple(self.mean), tuple(self.std), self.stretch, *ends, tuple(self.channel_names or ()))
-
-
 @dataclass
 class Mask:
     """Of I-JEPA's masks. None: the strategy's default, the published value."""
 
-    strategy: str = fixed("multiblock", "see masks/samplers.py")
+    strategy: str = fixed("multiblock", "see masks/samplers.py", choices=STRATEGIES)
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
+    group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
     padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
-    targets: int | None = fixed(None, "target blocks per image")
-    target_scale: list[float] | None = fixed(None, "range of a target block's share of the image")
-    target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width")
-    contexts: int | None = fixed(None, "context blocks per image")
-    context_scale: list[float] | None = fixed(None, "range of a context block's share of the image")
-    context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width")
-    min_keep: int | None = fixed(None, "a context keeps more patches than this")
+    targets: int | None = fixed(None, "target blocks per image", least=1)
+    target_scale: list[float] | None = fixed(None, "range of a target block's share of the image", **SHARES)
+    target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width", **RATIOS)
+    contexts: int | None = fixed(None, "context blocks per image", least=1)
+    context_scale: list[float] | None = fixed(None, "range of a context block's share of the image", **SHARES)
+    context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width", **RATIOS)
+    min_keep: int | None = fixed(None, "a context keeps more patches than this", least=0)
 
 
 @dataclass
@@ -215,6 +137,7 @@ class Log:
     keep_every: int = key(0, "checkpoints of a multiple of so many steps are kept for good; 0: none", least=0)
     tensorboard: bool = key(True, "whether to write TensorBoard events")
     wandb: str | None = key(None, "a W&B project to log to")
+    loggers: list[str] = key([], "others, as module:function: called with (folder, name, settings)")
 
 
 @dataclass
@@ -231,9 +154,10 @@ class Probe:
 class Config:
     name: str = key(MISSING, "the run's folder is runs/<name>")
     runs: str = key("runs", "the folder of all runs")
-    seed: int = fixed(0, "of weights, order, crops and masks")
+    seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
     batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
+    hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
     init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
@@ -251,19 +175,7 @@ class Config:
         return Path(self.runs) / self.name
 
 
-# Keys and values of earlier versions.
-RENAMED = {
-    "optim.momentum": "optim.ema",
-    "optim.final_momentum": "optim.final_ema",
-    "optim.momentum_shape": "optim.ema_shape",
-    "mask.ladder": "mask.padding",
-    "objective.loss": "objective.options.loss",
-    "objective.target": "objective.options.target",
-}
-RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
 FORMER_DEFAULTS = {"data.max_pixels": 178_956_970}  # fixed keys whose default was another: it refuses no resume
-OWN_METHODS = "ijepa_fast.methods."
-UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -274,24 +186,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         path = configs.find(path)
     except ValueError as error:
         raise ConfigError(f"--config: {error}") from None
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
+    given = {item.partition("=")[0]: item for item in overrides}  # the last one holds
     try:
-        merged = OmegaConf.merge(*map(_renamed, (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))))
-        _check_keys(OmegaConf.to_container(merged), Config)
-        given: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
-    except OmegaConfBaseException as error:
-        name = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{name}: {str(error).splitlines()[0]} ({path})") from None
-    except (YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
-    config = resolve(given)
-    check(config)
+        merged = read(path, overrides, Config)
+        plain = OmegaConf.to_container(merged)
+        try:
+            typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
+        except OmegaConfBaseException as error:
+            raise wrong_type(str(getattr(error, "full_key", None)), plain, Config) from None
+        config = resolve(typed)
+        check(config)
+    except ConfigError as error:
+        name = re.split("[:=]", str(error))[0]
+        in_file = ": expected" in str(error) and not name.startswith("override ")
+        item = next((item for key, item in given.items() if key == name or key.startswith(f"{name}.")), None)
+        where = f"override {item}" if item else str(path) if in_file else ""
+        raise ConfigError(f"{error} ({where})" if where and where not in str(error) else str(error)) from None
     return config
 
 
@@ -302,14 +215,22 @@ def save_config(config: Config, path: Path) -> None:
     OmegaConf.save(OmegaConf.structured(config), path)
 
 
-def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
-    """The dotted name and the field of every key of a section, or of its class."""
-    for f in fields(section):
-        inner = f.default_factory if is_dataclass(f.default_factory) else None
-        if inner is None:
-            yield prefix + f.name, f
-        else:
-            yield from keys(inner, f"{prefix}{f.name}.")
+def as_yaml(config: Config) -> str:
+    """Every key of `config` as YAML, with what it means behind it."""
+    import yaml
+
+    lines, section = [], ""
+    for name, f in keys(Config):
+        *above, last = name.split(".")
+        if above and above[0] != section:
+            section = above[0]
+            lines.append(f"{section}:")
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+        lines.append(f"{'  ' if above else ''}{last}: {text}".ljust(44) + f"  # {f.metadata['meaning']}")
+    return "\n".join(lines) + "\n"
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -362,14 +283,6 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def is_measured(data: Data) -> bool:
-    """Whether mean and std are somebody's, and not those of photographs of eight bits, which are the defaults."""
-    return (data.mean, data.std) not in [
-        (list(IMAGENET_MEAN), list(IMAGENET_STD)),
-        (list(GREY_MEAN), list(GREY_STD)),
-    ]
-
-
 def check(config: Config) -> None:
     """Check what each key may be, and what keys must agree on. Raises ConfigError."""
     flat = flatten(config)
@@ -379,10 +292,15 @@ def check(config: Config) -> None:
     folder = Path(config.name)
     if folder.is_absolute() or ".." in folder.parts or not folder.parts:
         raise ConfigError(f"name={config.name!r}: expected the name of a folder inside {config.runs}; choose another")
+    if not isinstance(config.kernels, dict) and config.kernels not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"kernels: expected one of {', '.join(IMPLEMENTATIONS)}, or a mapping such as {{layer_norm: reference}}, "
+            f"got {config.kernels!r}"
+        )
     if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
         raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
     _check_model(config.model)
-    _check_data(config.data, config.model.patch)
+    settings.check(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
@@ -417,11 +335,12 @@ def parse_options(given: Any, kind: type) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     prefix = "objective.options."
-    _check_keys(given, kind, prefix)
+    check_keys(given, kind, prefix)
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from None
+    except OmegaConfBaseException as failed:
+        error = wrong_type(str(failed.full_key), given, kind)
+        raise ConfigError(f"{prefix}{error}") from None
     for name, f in keys(kind, prefix):
         _check_value(name, f, getattr(options, f.name))
     return options
@@ -432,9 +351,11 @@ def _check_value(name: str, f: Field, value: Any) -> None:
     if choices is not None and value not in choices:
         names = ", ".join("null" if choice is None else str(choice) for choice in choices)
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
-    if length is not None and len(value) != length:
+    if length is not None and value is not None and len(value) != length:
         raise ConfigError(f"{name}: expected {NUMBERS[length]} numbers, got {value}")
     for number in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{name}: expected finite numbers, got {value}")
         for limit, words, holds in LIMITS:
             bound = f.metadata.get(limit)
             if bound is not None and number is not None and not holds(number, bound):
@@ -447,56 +368,6 @@ LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
     ("above", "more than", operator.gt),
     ("most", "at most", operator.le),
 )
-
-
-def _check_data(data: Data, patch: int) -> None:
-    sides = data.crop if isinstance(data.crop, list | tuple) else [data.crop]
-    if len(sides) not in (1, 2) or not all(type(side) is int for side in sides) or sides == [data.crop] * 2:
-        raise ConfigError(f"data.crop: expected a number of pixels, or [height, width], got {data.crop!r}")
-    if any(side % patch for side in sides):
-        whole = [max(1, side // patch) * patch for side in sides]
-        raise ConfigError(
-            f"data.crop={data.crop} is not divisible by model.patch={patch}; "
-            f"set data.crop to {whole[0] if len(whole) == 1 else whole}"
-        )
-    _check_channels(data)
-    for name in ("scale", "ratio"):
-        ends = getattr(data, name)
-        if not 0 < ends[0] <= ends[1]:
-            raise ConfigError(f"data.{name}: expected two numbers, 0 < first <= second, got {ends}")
-    if data.scale[1] > 1:
-        raise ConfigError(f"data.scale: expected shares of the image's area, at most 1, got {data.scale}")
-
-
-def _check_channels(data: Data) -> None:
-    count = data.channels
-    if data.bands is not None and len(data.bands) != count:
-        raise ConfigError(
-            f"data.bands: expected {count} bands, as data.channels says, got {len(data.bands)}; set "
-            f"data.channels={len(data.bands)}"
-        )
-    if not (data.page is None or data.page == "each" or type(data.page) is int):
-        raise ConfigError(f'data.page: expected a number, "each" or null, got {data.page!r}')
-    if data.axes is not None and (
-        not {"H", "W"} <= set(data.axes) <= set("NHWC") or len(set(data.axes)) < len(data.axes)
-    ):
-        raise ConfigError(f"data.axes: expected letters of NHWC, H and W among them, got {data.axes!r}")
-    lists = {"mean": data.mean, "std": data.std}
-    if data.stretch != "none":
-        lists |= {"low": data.low or [], "high": data.high or []}
-    for name, values in lists.items():
-        if len(values) != count:
-            raise ConfigError(
-                f"data.{name}: expected {count} numbers, one for each of data.channels, got {len(values)}; "
-                f"{STATS.format(data.source, count)}"
-            )
-    if data.stretch != "none" and any(low >= high for low, high in zip(data.low or [], data.high or [])):
-        raise ConfigError(f"data.low, data.high: expected low < high in each channel, got {data.low} and {data.high}")
-    if data.channel_names is not None and len(data.channel_names) != count:
-        raise ConfigError(f"data.channel_names: expected {count} names, got {len(data.channel_names)}")
-
-
-STATS = "python -m ijepa_fast stats {} --channels {} measures them and prints the lines"
 
 
 def _check_engine(engine: Engine, mask: Mask) -> None:
@@ -530,43 +401,3 @@ def check_width(name: str, model: Model) -> None:
             f"model.{name}={width} must be divisible by 4 and by model.heads={model.heads}; "
             f"change model.{name} or model.heads"
         )
-
-
-def _renamed(given: Any) -> Any:
-    """A loaded YAML or the overrides by today's keys; says which ones have another name now."""
-    from omegaconf import DictConfig, OmegaConf
-
-    method = OmegaConf.select(given, "objective.method")
-    if isinstance(method, str) and method.startswith(OWN_METHODS):
-        given.objective.method = method = method.removeprefix(OWN_METHODS)
-    if isinstance(method, str) and method in RENAMED_METHODS:
-        given.objective.method = RENAMED_METHODS[method]
-        for old in UNREAD:
-            given.objective.pop(old.removeprefix("objective."), None)
-        _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
-    for old, new in RENAMED.items():
-        section, _, name = old.rpartition(".")
-        holder = OmegaConf.select(given, section)
-        if isinstance(holder, DictConfig) and name in holder:
-            OmegaConf.update(given, new, holder.pop(name), force_add=True)
-            _say(f"config: {old} is called {new} now")
-    return given
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
-
-
-def _check_keys(given: Any, section: type, prefix: str = "") -> None:
-    known = {f.name: f for f in fields(section)}
-    for key, value in given.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"the keys are {', '.join(known)}"
-            raise ConfigError(f"{prefix}{key}: there is no such key; {hint}")
-        factory = known[key].default_factory
-        if isinstance(factory, type) and is_dataclass(factory):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key}: expected a section with keys, got {value!r}")
-            _check_keys(value, factory, f"{prefix}{key}.")

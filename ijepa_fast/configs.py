@@ -6,7 +6,9 @@ Their YAML files stand in the checkout's folder `configs/`; an installed package
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import sys
 from pathlib import Path
 
 _INSTALLED = Path(__file__).with_suffix("")
@@ -33,3 +35,22 @@ def find(config: str | Path) -> Path:
     close, ready = difflib.get_close_matches(name, names(), n=1), ", ".join(names())
     hint = f"did you mean {close[0]}, of the ready ones {ready}?" if close else f"the ready ones are {ready}"
     raise ValueError(f"there is no file {config}; {hint}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`ijepa-fast configs [NAME]`: what each ready configuration is for, or the YAML of one."""
+    parser = argparse.ArgumentParser(prog="ijepa-fast configs", description="List the ready configurations.")
+    parser.add_argument("name", nargs="?", help="print this one")
+    args = parser.parse_args(argv)
+    if args.name is None:
+        width = max(map(len, names()))
+        for name in names():
+            first = (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+            print(f"{name:<{width}}  {first.removeprefix('# ').rstrip(':.')}")
+        return 0
+    try:
+        print(find(args.name).read_text(), end="")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

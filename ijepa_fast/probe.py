@@ -114,7 +114,7 @@ def _among(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m ijepa_fast probe", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="ijepa-fast probe", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--checkpoint", required=True, help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
     add("--data", help="labelled images to train heads on: folders, shards, a list, labels.csv, Clevr's images/train")

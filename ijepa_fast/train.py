@@ -1,6 +1,7 @@
 """Train I-JEPA, or another method, on a folder of images.
 
-    deepspeed ijepa_fast/train.py --config configs/quickstart.yaml key=value ...
+    ijepa-fast train --config quickstart key=value ...          one rank, or --ranks 2
+    deepspeed ijepa_fast/train.py --config quickstart key=value ...
 
 Results are in runs/<name>/: config.yaml, log.jsonl, checkpoints/, summary.json, loss.png, masks.png, tensorboard/.
 The same command continues a run that was interrupted.
@@ -8,39 +9,47 @@ The same command continues a run that was interrupted.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+if __name__ == "__main__":
+    # Started as a file by a launcher: this folder must not be on the path, where its modules would hide others. The
+    # command says what is wrong with the configuration before it imports this file again, and with it torch.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.exit(importlib.import_module("ijepa_fast.front").main())
 # On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if __package__ in (None, ""):
-    # Started as a file by the launcher: this folder must not be on the path, where its modules would hide others.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from ijepa_fast import kernels
-from ijepa_fast.config import Config, flatten, load_config, save_config
+from ijepa_fast.config import Config, flatten, save_config
 from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
+from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint, lock
-from ijepa_fast.run import forecast as planning
+from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
+from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
+from ijepa_fast.run.saver import Saver
 from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
-from ijepa_fast.run.stop import Stop, Stopped, follow_launcher
-from ijepa_fast.run.together import on_first, sentence
+from ijepa_fast.run.speed import Speed
+from ijepa_fast.run.stop import Stop, Stopped
+from ijepa_fast.run.together import on_first
+
+__all__ = ["main", "train"]
 
 
 def train(config: Config) -> None:
@@ -52,6 +61,7 @@ def train(config: Config) -> None:
     source, folders = training_source(config), probe_folders(config)
     config = with_depth(config, source)
     length = Length.of(config, None if source is None else len(source))
+    hooks = functions("hooks", config.hooks)
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
     method = build_method(config, length.steps_per_epoch)
     config = with_options(config, method)
@@ -72,9 +82,13 @@ def train(config: Config) -> None:
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
     if changed:
         log.write(step, {"changed": changed})
+    speed = Speed(method, device, precision.name, total, config.batch_size, ranks)
+    log.say(banner(config, method, source, device, ranks, length, speed))
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
-    with Stop(config.log.checkpoint_minutes, config.engine.timeout) as stop, closing(log), closing(loader):
+    stopping = Stop(config.log.checkpoint_minutes, config.engine.timeout)
+    saving = Saver(engine, partial(save, config, engine, data), config.engine.timeout)
+    with stopping as stop, saving as saver, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
             for _ in range(micro_steps):
@@ -88,30 +102,38 @@ def train(config: Config) -> None:
                 online.add(batch.indices)
             step += 1
             log.advance()
-            signal, due = stop.after(step)
-            saving = signal or due or step % config.log.checkpoint_every == 0 or step == total
-            if saving or step % config.log.every == 0:
+            signal, due, failed = stop.after(step, saver.failed)
+            if failed:
+                saver.wait()  # which raises
+            to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
+            if to_save or step % config.log.every == 0:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped)
-                log.write(step, window | record | online.read(step))
+                record = window | record | speed.record(step, batch.draw, window) | online.read(step)
+                if to_save:
+                    stop.saving()
+                    record["saving_blocked"] = saver.save(step)
+                    stop.saved()
+                log.write(step, record)
+                for hook in hooks:
+                    hook(step, record, method)
                 logged = step
-            if saving:
-                save(config, engine, data, step)
-                stop.saved()
+            if to_save:
                 meter.restart()
             if signal and step < total:
+                saver.wait()
                 raise Stopped(signal, step)
     if rank == 0:
         finish(config, method, source, folders, device, began, precision)
     torch.distributed.barrier()
 
 
-def save(config: Config, engine: Engine, data: dict[str, Any] | None, step: int) -> None:
-    """Write a checkpoint of the run. Called by every rank."""
-    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, step)
+def save(config: Config, engine: Engine, data: dict[str, Any] | None, taken: checkpoint.Snapshot, group: Any) -> None:
+    """Write a checkpoint of the run. Called by every rank, in a thread."""
+    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, taken.step)
     keep, keep_every = config.log.keep, config.log.keep_every
-    checkpoint.save(config.folder, engine, flatten(config), arch, step, keep, keep_every, data)
+    checkpoint.write(config.folder, taken, flatten(config), arch, keep, keep_every, data, group)
 
 
 def resume(
@@ -141,42 +163,6 @@ def resume(
     return step, changed
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and train. Returns the exit status; what a user can mend ends in one sentence."""
-    usage = "%(prog)s --config FILE [key=value ...]"
-    parser = argparse.ArgumentParser(description="Train I-JEPA, or another method.", usage=usage)
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of a ready one such as quickstart")
-    parser.add_argument("--plan", action="store_true", help="print memory, work and hours; start nothing")
-    parser.add_argument("--gpu", default="H200", help="of --plan: the GPU its hours are for")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8], help="of --plan: numbers of ranks")
-    parser.add_argument("--images", type=int, help="of --plan: images of an epoch; default ImageNet-1k's number")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
-    args = parser.parse_intermixed_args(argv)
-    follow_launcher()
-    try:
-        config = load_config(args.config, args.overrides)
-        if args.plan:
-            print(planning.report(config, planning.make(config, args.images, args.gpu, tuple(args.ranks)), args.gpu))
-        else:
-            train(config)
-        return 0
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.status
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
-        text = sentence(error)
-        if text is None or os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
-            raise
-        if text:
-            print(text, file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
-
-
 class _Callable(ModuleType):
     """This module, which is called as a function too: `ijepa_fast.train(...)` is what `ijepa_fast.api.train` does."""
 
@@ -185,6 +171,3 @@ class _Callable(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
-
-if __name__ == "__main__":
-    sys.exit(main())

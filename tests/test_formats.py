@@ -21,7 +21,8 @@ from ijepa_fast.data.check import check
 from ijepa_fast.data.check import main as check_main
 from ijepa_fast.data.dali import TrainLoader, eval_batches
 from ijepa_fast.data.headers import BadImage
-from ijepa_fast.data.reading import Pixels, Reading
+from ijepa_fast.data.pixels import Pixels
+from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.recover import TooManyBadFiles
 from ijepa_fast.data.sources import open_source
 from tests.image_sets import bands

@@ -33,9 +33,17 @@ def state(folder, step):
 
 @pytest.fixture(scope="module")
 def stage0(tmp_path_factory):
-    """Stage 0 on one and on two ranks: they draw other masks, so each is compared with its own."""
+    """Stage 0 on one and on two ranks."""
     options = ("engine.zero=0", "optim.steps=4", "optim.clip=0.1")
     return {n: run(tmp_path_factory.mktemp("stage0"), *options, ranks=n) for n in (1, 2)}
+
+
+@pytest.mark.multi_rank
+def test_two_ranks_give_the_trajectory_of_one(stage0):
+    assert losses(stage0[2]) == pytest.approx(losses(stage0[1]), rel=1e-5)
+    expected, found = (state(stage0[ranks], 4) for ranks in (1, 2))
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-6, msg=str(key))
 
 
 @pytest.mark.multi_rank
@@ -99,12 +107,18 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, how):
 
 
 @pytest.mark.multi_rank
-def test_resume_under_another_stage_and_number_of_ranks(tmp_path):
-    run(tmp_path, "optim.steps=3", "engine.zero=1", ranks=2)
-    before = state(tmp_path / "quickstart", 3)
-    folder = run(tmp_path, "optim.steps=4", "engine.zero=3", "log.keep=5")
-    assert len(losses(folder)) == 4
-    assert before.keys() == state(folder, 4).keys()
+def test_other_ranks_stages_and_micro_batches_are_the_same_run(tmp_path, photos):
+    """One rank, then two, then one again, each with its own stage and number of micro-batches, against one rank."""
+    options = (f"data.source={photos}", "optim.epochs=5", "mask.policy=truncate", "log.keep=9")
+    unbroken = run(tmp_path, "name=unbroken", "optim.steps=9", *options)
+    run(tmp_path, "name=broken", "optim.steps=3", *options)
+    run(tmp_path, "name=broken", "optim.steps=6", "engine.zero=3", *options, ranks=2)
+    broken = run(tmp_path, "name=broken", "optim.steps=9", "engine.accumulation=2", "engine.zero=0", *options)
+    assert losses(broken) == pytest.approx(losses(unbroken), rel=1e-5)
+    expected, found = state(unbroken, 9), state(broken, 9)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=str(key))
 
 
 def test_accumulation_counts_steps(tmp_path):

@@ -47,10 +47,11 @@ class Toy(Method[ToyDraw]):
         self.keep_average("encoder")
         self.carried = {"seen": torch.zeros(())}
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> ToyDraw:
-        """Noise by (seed, step, rank)."""
-        generator = torch.Generator().manual_seed(hash((seed, step, rank)))
-        return ToyDraw(images, torch.randn(images, self.encoder.patches, 1, generator=generator))
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> ToyDraw:
+        """Noise by (seed, step, place of the image)."""
+        places = range(first, first + images)
+        generators = [torch.Generator().manual_seed(hash((seed, step, place))) for place in places]
+        return ToyDraw(images, torch.stack([torch.randn(self.encoder.patches, 1, generator=g) for g in generators]))
 
     def forward(self, images: torch.Tensor, draw: ToyDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Squared error of the mean, and that of the average's encoder as a term."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ijepa_fast.data.reading import DEPTHS, Reading
+from ijepa_fast.data import DEPTHS
+from ijepa_fast.data.reading import Reading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.data.crops import Size, View, size_of
+from ijepa_fast.data import Size, size_of
+from ijepa_fast.data.crops import View
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.reading import Raster
 from ijepa_fast.data.resize import resize_

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ijepa_fast.command import one_sentence
+from ijepa_fast.cores import cores
 from ijepa_fast.data.arguments import add_arguments, reading_of
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.formats import extension
@@ -138,7 +138,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS,
     """
     source = open_source(path, reading=reading)
     bad, seen = 0, Seen()
-    results = find_bad_files(source, processes or os.cpu_count() or 1, max_pixels, seen)
+    results = find_bad_files(source, processes or cores(), max_pixels, seen)
     with tqdm(results, total=len(source), desc="checking", unit=" files", mininterval=1, disable=None) as bar:
         for result in bar:
             if result is not None:
@@ -154,7 +154,7 @@ def check(path: str, processes: int | None = None, max_pixels: int = MAX_PIXELS,
 @one_sentence(status=2)
 def main(argv: list[str] | None = None) -> int:
     """The command line. Return the exit status: 0 all files are good, 1 some are bad, 2 the path cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast check-data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ijepa-fast check-data", description=__doc__)
     parser.add_argument("path", help="a folder, archives, a file of arrays, a text list: whatever data.source takes")
     parser.add_argument("--processes", type=int, help="files to decode at a time (default: one per core)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image that declares more counts as bad")

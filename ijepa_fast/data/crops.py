@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Size = tuple[int, int]  # height, width
 TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe uses
 
 
@@ -28,11 +27,6 @@ class View:
     blur: float
     solarise: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
-
-
-def size_of(crop: int | Size) -> Size:
-    """Height and width of a crop that is given by them, or by the side of a square."""
-    return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

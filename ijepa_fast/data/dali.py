@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import ArrayDecoder
-from ijepa_fast.data.crops import TRIES, Size, counter_bits, counter_uniform, random_resized_crop, size_of
+from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import INTERPOLATIONS as FILTERS
 from ijepa_fast.data.arrays import ArrayDecoder
-from ijepa_fast.data.crops import Size, size_of
 from ijepa_fast.data.headers import pillow_complaint
 from ijepa_fast.data.resize import resize_
 

@@ -9,15 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data import DEPTHS
 from ijepa_fast.data.headers import BadImage
-from ijepa_fast.kernels.patchify import patchify
-
-# What each depth is divided by before mean and std: integers are shares of their range, floats are as they are stored.
-DEPTHS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
-STRETCHES = ("none", "percentile", "asinh")
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ def _filled(pixels: np.ndarray, reading: Reading) -> np.ndarray:
         if lost is not None and lost.any():
             raise BadImage(
                 f"expected finite pixels, found {int(lost.sum())} of {lost.size} that are NaN or infinite; set "
-                "data.nodata (.nan will do) to fill them with data.mean"
+                "data.nodata, to a value that does not occur, to fill them with data.mean"
             )
         return pixels
     empty = pixels == reading.nodata
@@ -157,38 +151,3 @@ def _filled(pixels: np.ndarray, reading: Reading) -> np.ndarray:
         fill = np.asarray(reading.fill or [0.0] * pixels.shape[-1]) * DEPTHS[reading.depth]
         pixels = np.where(lost, (fill if pixels.dtype.kind == "f" else np.rint(fill)).astype(pixels.dtype), pixels)
     return pixels
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What a model makes of the pixels of its images before anything else.
-
-    mean, std: of each channel; in units of the depth's range, of stretched values where there is a
-    stretch. stretch, with low and high of each channel in the same units: percentile: (x - low) / (high - low), cut
-    off at 0 and 1; asinh: asinh((x - low) / (high - low)). names: of the channels, () where they have none.
-    """
-
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    stretch: str = "none"
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    names: tuple[str, ...] = ()
-
-    @property
-    def channels(self) -> int:
-        """Of an image."""
-        return len(self.mean)
-
-    def stretched(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` (B, H, W, C) as they are; where there is a stretch, fp32 and stretched."""
-        if self.stretch == "none":
-            return images
-        unit = DEPTHS[str(images.dtype).removeprefix("torch.")]
-        low, high = (torch.tensor(ends, device=images.device) for ends in (self.low, self.high))
-        values = (images.float() / unit - low) / (high - low)
-        return values.clamp_(0, 1) if self.stretch == "percentile" else values.asinh_()
-
-    def patches(self, images: torch.Tensor, patch: int, dtype: torch.dtype) -> torch.Tensor:
-        """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) of `dtype`."""
-        return patchify(self.stretched(images).contiguous(), patch, self.mean, self.std, dtype=dtype)

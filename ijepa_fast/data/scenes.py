@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ijepa_fast.cores import cores
 from ijepa_fast.files import publish
 
 KINDS = ("cone", "cube", "cylinder", "sphere")
@@ -332,7 +333,7 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
         raise ValueError(f"scenes: expected count >= 1 and size >= 16, got count={count}, size={size}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    processes = max(1, min(processes or os.cpu_count() or 1, count))
+    processes = max(1, min(processes or cores(), count))
     # Plain child processes: to fork is unsafe beside the caller's threads, and multiprocessing's spawn would import the
     # caller's main module.
     bounds = np.linspace(0, count, processes + 1).astype(int)

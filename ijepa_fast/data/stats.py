@@ -11,10 +11,12 @@ import torch
 from tqdm import tqdm
 
 from ijepa_fast.command import one_sentence
+from ijepa_fast.data import DEPTHS, STRETCHES
 from ijepa_fast.data.arguments import add_arguments, reading_of
 from ijepa_fast.data.check import Seen, describe
 from ijepa_fast.data.headers import BadImage
-from ijepa_fast.data.reading import DEPTHS, STRETCHES, Pixels, Reading
+from ijepa_fast.data.pixels import Pixels
+from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import Source, open_source
 
 _PIXELS = 20_000  # of an image that percentiles are taken of

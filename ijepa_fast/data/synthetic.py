@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
-from ijepa_fast.data.crops import Size, size_of
+from ijepa_fast.data import Size, size_of
+from ijepa_fast.data.crops import counter_bits
 from ijepa_fast.data.dali import Batch
 
 
@@ -34,14 +36,19 @@ class SyntheticLoader:
         start_step: int = 0,
         draw: Callable[[int], object] | None = None,
     ):
-        generator = torch.Generator().manual_seed(seed * world_size + rank)
+        places = np.arange(batch_size) + rank * batch_size  # so that another number of ranks sees the same images
 
-        def images(side: int | Size) -> torch.Tensor:
-            shape = (batch_size, *size_of(side), channels)
-            drawn = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-            return {"uint8": drawn, "uint16": drawn.int().mul(257).to(torch.uint16)}.get(depth, drawn / 255).to(device)
+        def images(side: int | Size, view: int = 0) -> torch.Tensor:
+            size = (*size_of(side), channels)
+            values = size[0] * size[1] * size[2]
+            words = counter_bits(seed, places, -(-values // 8), view)
+            drawn = torch.from_numpy(words.view(np.uint8)[:, :values].reshape(batch_size, *size))
+            if depth != "uint8":
+                drawn = drawn / 255 if depth == "float32" else drawn.int().mul(257).to(torch.uint16)
+            return drawn.to(device)
 
-        self._images = [images(side) for side in crop] if isinstance(crop, list) else images(crop)
+        several = isinstance(crop, list)
+        self._images = [images(side, v) for v, side in enumerate(crop)] if several else images(crop)
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._draw = start_step, draw
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")

@@ -12,6 +12,7 @@ import torch
 
 from ijepa_fast import config
 from ijepa_fast.config import ConfigError
+from ijepa_fast.cores import threads
 from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS
@@ -35,7 +36,13 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device, there = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), torch.cuda.device_count()
+    if device.index >= there:
+        error = ConfigError(
+            f"local rank {device.index} has no GPU: torch sees {there}; start at most {there} ranks here"
+        )
+        vars(error)["of_this_rank"] = True
+        raise error
     torch.cuda.set_device(device)
     return device
 
@@ -56,15 +63,23 @@ def start(device: torch.device, timeout: int) -> tuple[int, int]:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # A shared-memory all-reduce for the CPU, compiled on first use: half a minute and a compiler for nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
-        auto_mpi_discovery=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
+            auto_mpi_discovery=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        raise ConfigError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: another program has this port; start with another one "
+            f"(deepspeed --master_port, torchrun --master-port), or with train --ranks, which finds a free one"
+        ) from None
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(threads(local))
         keep_freed_memory()
     return rank, ranks
 

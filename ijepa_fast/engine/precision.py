@@ -60,6 +60,12 @@ def bf16_gain() -> float:
     return times[0] / times[1]
 
 
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the same product in `dtype` on this CPU, on the threads in force; takes SECONDS / 2."""
+    x, weight = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(HIDDEN, WIDTH).to(dtype)
+    return 2 * ROWS * WIDTH * HIDDEN / _fastest(partial(F.linear, x, weight))
+
+
 def _fastest(run: Callable[[], object]) -> float:
     run()
     best, end = float("inf"), time.perf_counter() + SECONDS / 2

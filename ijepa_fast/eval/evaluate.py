@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ijepa_fast.data.crops import Size
+from ijepa_fast.data import Size
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.eval.attentive import DenseFeatures, attentive_scores, fit_attentive
 from ijepa_fast.eval.features import Encode, Standardiser, network, pooled_features

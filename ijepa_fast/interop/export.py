@@ -50,7 +50,7 @@ def export(weights: Weights, form: str, out: str | Path, network: str | None = N
 @one_sentence()
 def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast export", description="Write weights for other tools.")
+    parser = argparse.ArgumentParser(prog="ijepa-fast export", description="Write weights for other tools.")
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
     parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
     parser.add_argument("--out", required=True, metavar="PATH", help="folder (hf, timm) or file, not there yet")

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.data.reading import DEPTHS
+from ijepa_fast.data import DEPTHS, IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.interop.reference import load_tensors
 from ijepa_fast.interop.weights import (
     Arch,

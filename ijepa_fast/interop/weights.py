@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.config import ARCHITECTURES
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.data.crops import Size, size_of
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD, Size, size_of
 from ijepa_fast.data.kinds import kind_of_file
-from ijepa_fast.data.reading import Pixels, Reading
+from ijepa_fast.data.pixels import Pixels
+from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import EIGHT_BITS
 from ijepa_fast.models.positions import sincos_2d
 

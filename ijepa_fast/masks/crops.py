@@ -95,7 +95,7 @@ def _int32(values: np.ndarray) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CropSampler:
-    """Draws a batch's masks and dropped branches, a function of (seed, step, rank), and the step's settings.
+    """Draws masks and dropped branches, of each image by (seed, step, its place), and the step's settings.
 
     side, small_side: patches along a large and a small crop. small: small crops per image. depth: blocks.
     warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
@@ -110,13 +110,17 @@ class CropSampler:
     warmup_steps: int = 0
     frozen_steps: int = 0
 
-    def __call__(self, images: int, seed: int, step: int, rank: int = 0) -> CropDraw:
-        """The batch of `images` images."""
-        rng = np.random.default_rng([seed, step, rank])
-        mask = draw_masks(rng, LARGE * images, self.side).reshape(LARGE, images, -1)
-        chance = rng.random((self.depth, 2, (LARGE + self.small) * images), dtype=np.float32)
+    def __call__(self, images: int, seed: int, step: int, first: int = 0) -> CropDraw:
+        """The images that have the places `first` to `first + images` among all of the step."""
+        mask = np.empty((LARGE, images, self.side**2), dtype=bool)
+        chance = np.empty((self.depth, 2, LARGE + self.small, images), dtype=np.float32)
+        for image in range(images):
+            rng = np.random.default_rng([seed, step, first + image])
+            mask[:, image] = draw_masks(rng, LARGE, self.side)
+            chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
-        return lay_out(mask, self.small, self.small_side, temperature, step < self.frozen_steps, chance)
+        frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)
+        return lay_out(mask, self.small, self.small_side, temperature, frozen, by_sequence)
 
 
 def teacher_temperature(step: int, warmup: int, temperatures: tuple[float, float]) -> float:

@@ -5,7 +5,9 @@ All index arithmetic of a step is done here, on the host, ahead of the step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,21 +70,41 @@ class MaskDraw(Draw):
         return self.images * self.patches + (1 + self.targets) * self.context_tokens + masked
 
 
-def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding: bool = False) -> MaskDraw:
-    """Pack a batch's masks under a context policy.
+def whole_groups(first: int, last: int, batch: int, group: int | None) -> tuple[int, int]:
+    """The places of the groups that the images `first` to `last` of `batch` are in: from the first's to the last's end.
+
+    group: images of a group, counted from place 0; None: all images of the step are one.
+    """
+    group = group or batch
+    return first // group * group, min(batch, -(-last // group) * group)
+
+
+def pack(
+    masks: Masks,
+    policy: str = "full",
+    budget: int | None = None,
+    padding: bool = False,
+    group: int | None = None,
+    part: slice = slice(None),  # noqa: B008 (immutable)
+) -> MaskDraw:
+    """Pack masks under a context policy.
 
     full      every context patch is kept
-    truncate  each context keeps its first patches, as many as the batch's shortest context has (the published collator)
+    truncate  each context keeps its first patches, as many as the group's shortest context has (the published collator,
+              whose group is a rank's batch)
     budget    each context keeps `budget` patches chosen at random. A context that has fewer keeps all it has, and what
-              is missing goes to contexts with patches to spare, so the batch always has C * B * budget context tokens:
-              static shapes (K still takes the few sizes of the sampler). The choice is a function of the masks' key, so
-              a resumed run makes it again.
+              is missing goes to contexts of the group with patches to spare, so a group always has budget tokens a
+              context: static shapes (K still takes the few sizes of the sampler) where groups divide a micro-batch. The
+              choice is a function of the masks' key, so a resumed run makes it again.
+
+    group: images that are compared with each other, None: all of `masks`, which begin with a group. part: the images
+    that are packed. So a rank's part of a step is the same whatever the number of ranks (see whole_groups).
 
     With `padding` token counts are rounded up to padding buckets, at most by 0.8 % where they cost much, and greatest
     lengths to a multiple of LENGTHS. Few different shapes occur then: a caching allocator finds every size again after
     the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes.
 
-    Raises ValueError for an unknown policy, a missing budget, and a batch of fewer than C * B * budget context patches.
+    Raises ValueError for an unknown policy, a missing budget, and a group of fewer than `budget` patches a context.
     """
     if policy not in POLICIES:
         raise ValueError(f"mask.policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
@@ -92,18 +114,22 @@ def pack(masks: Masks, policy: str = "full", budget: int | None = None, padding:
             f"got {budget} with mask.policy={policy}"
         )
     context = masks.context.numpy()
+    lengths = np.count_nonzero(context, axis=-1)
     if policy == "truncate":
-        context = context & (np.cumsum(context, axis=-1, dtype=np.int32) <= context.sum(-1).min())
+        shortest = _by_group(lambda lengths: np.full_like(lengths, lengths.min()), lengths, group)
+        context = context & (np.cumsum(context, axis=-1, dtype=np.int32) <= shortest[..., None])
     elif budget is not None:
-        context = _budget(masks, context, budget)
+        context = _choose(masks, _by_group(partial(_shares, budget=budget), lengths, group))
+    context = context[:, part]
     contexts, images, patches = context.shape
     rows = np.flatnonzero(context).astype(np.int32)
     if contexts > 1:
         rows %= images * patches
     bits = None
     if padding:
-        bits = TOKEN_BITS if budget is None else 0, UNION_BITS
-    return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy(), patches, bits)
+        static = budget is not None and len(rows) == contexts * images * budget
+        bits = 0 if static else TOKEN_BITS, UNION_BITS
+    return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy()[:, part], patches, bits)
 
 
 # Padding buckets: significant bits of the context's and the union's size. The target encoder's last block alone sees
@@ -121,21 +147,32 @@ def _step(tokens: int, bits: int) -> int:
     return 1 << max(0, tokens.bit_length() - bits) if bits else 1
 
 
-def _budget(masks: Masks, context: np.ndarray, budget: int) -> np.ndarray:
-    """Context (C, B, N) bool -> the same with C * B * budget patches kept, `budget` in each context that has them."""
-    contexts, images, _ = context.shape
-    available = np.count_nonzero(context, axis=-1).ravel()
+def _by_group(rule: Callable[[np.ndarray], np.ndarray], lengths: np.ndarray, group: int | None) -> np.ndarray:
+    """What `rule` makes of the lengths (C, G) of the contexts of each group, side by side again: (C, B)."""
+    group = group or lengths.shape[1]
+    starts = range(0, lengths.shape[1], group)
+    return np.concatenate([rule(lengths[:, start : start + group]) for start in starts], axis=1)
+
+
+def _shares(available: np.ndarray, budget: int) -> np.ndarray:
+    """Patches to keep of those `available` (C, G): `budget` in each context that has them, C * G * budget in all."""
     if budget < 1 or available.sum() < budget * available.size:
         raise ValueError(
-            f"mask.budget: expected between 1 and the batch's {available.mean():.1f} context patches per image, got "
+            f"mask.budget: expected between 1 and the group's {available.mean():.1f} context patches per image, got "
             f"{budget}; lower mask.budget"
         )
     count = np.minimum(available, budget)
     while missing := budget * count.size - count.sum():
         spare = np.flatnonzero(available > count)[:missing]
-        count[spare] += 1
-    counts = torch.from_numpy(count.astype(np.int32)).view(contexts, images)
-    return np.stack([random_subset(masks.key, masks.context[c], counts[c], c).numpy() for c in range(contexts)])
+        count.flat[spare] += 1
+    return count
+
+
+def _choose(masks: Masks, count: np.ndarray) -> np.ndarray:
+    """(C, B, N) bool: `count` (C, B) of each context's patches, at random."""
+    counts = torch.from_numpy(count.astype(np.int32))
+    chosen = [random_subset(masks.key, of, counts[c], c).numpy() for c, of in enumerate(masks.context)]
+    return np.stack(chosen)
 
 
 def assemble(

@@ -1,19 +1,21 @@
 """Mask strategies: which patches of an image are context and which are target blocks.
 
-`make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, rank)` gives the masks of a
-batch, a pure function of its arguments. One target size is drawn per batch, so that targets are a rectangular array.
+`make_sampler(strategy, grid, **options)` gives a sampler; `sampler(batch, seed, step, first)` gives the masks of the
+images that have the places `first` to `first + batch` among all images of a step, over all ranks and micro-batches. The
+masks of an image are a function of (seed, step, its place); sizes of blocks of (seed, step), as the published collator
+draws the same on all ranks, so that targets are a rectangular array.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ijepa_fast.kernels.mask_sampler import BATCH, Key, below, philox, random_subset, sample_blocks
+from ijepa_fast.kernels.mask_sampler import BATCH, Key, below, random_subset, sample_blocks, words
 
 Range = tuple[float, float]
 Size = tuple[int, int]
@@ -98,9 +100,9 @@ class MultiBlock:
         """Every (height, width) a target block can have."""
         return self._sizes("target")
 
-    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+    def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images."""
-        key = _key(batch, seed, step, rank)
+        key = _key(batch, seed, step, first)
         numbers = _batch_numbers(key)
         context, target = sample_blocks(
             key,
@@ -168,9 +170,9 @@ class Block:
             }
         )
 
-    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+    def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = C = 1."""
-        key = _key(batch, seed, step, rank)
+        key = _key(batch, seed, step, first)
         numbers = _batch_numbers(key)
         size = _block_size(self.grid, _between(self.target_scale, numbers[0]), _between(self.target_aspect, numbers[1]))
         context, target = sample_blocks(key, batch, self.grid, 1, size, 1, self.grid, 0, False)
@@ -191,13 +193,13 @@ class Rasterized:
                 f"{_name(self.grid)} grid; change data.crop or the patch size"
             )
 
-    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+    def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = 3, C = 1, a quarter of the patches each."""
-        key = _key(batch, seed, step, rank)
+        key = _key(batch, seed, step, first)
         height, width = self.grid
         patch = np.arange(height * width, dtype=np.int32).reshape(2, height // 2, 2, width // 2)
         quadrants = patch.transpose(0, 2, 1, 3).reshape(4, -1)
-        chosen = below(philox(key, np.arange(batch), 0)[0], 4)
+        chosen = below(words(key, np.arange(batch), 0)[0], 4)
         context = np.zeros((1, batch, height * width), dtype=bool)
         context[0, np.arange(batch)[:, None], quadrants[chosen]] = True
         return Masks(
@@ -224,9 +226,9 @@ class Random:
     def _count(self) -> int:
         return round(self.grid[0] * self.grid[1] * self.target_scale)
 
-    def __call__(self, batch: int, seed: int, step: int, rank: int = 0) -> Masks:
+    def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = C = 1."""
-        key = _key(batch, seed, step, rank)
+        key = _key(batch, seed, step, first)
         patches = self.grid[0] * self.grid[1]
         everything = torch.ones(batch, patches, dtype=torch.bool)
         target = random_subset(key, everything, torch.full((batch,), self._count, dtype=torch.int32))
@@ -244,18 +246,18 @@ STRATEGIES: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
 }
 
 
-def _key(batch: int, seed: int, step: int, rank: int) -> Key:
-    for name, value, bits in (("seed", seed, 63), ("step", step, 32), ("rank", rank, 32)):
+def _key(batch: int, seed: int, step: int, first: int) -> Key:
+    for name, value, bits in (("seed", seed, 63), ("step", step, 32), ("first", first, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: expected an integer of {bits} bits, not negative, got {value}")
     if batch < 1:
         raise ValueError(f"batch: expected at least one image, got {batch}")
-    return Key(int(seed), int(step), int(rank))
+    return Key(int(seed), int(step), int(first))
 
 
 def _batch_numbers(key: Key) -> list[float]:
-    """Four numbers in [0, 1) shared by the images of the batch."""
-    return [int(word) / 2**32 for word in philox(key, 0, BATCH)]
+    """Four numbers in [0, 1) shared by all images of the step."""
+    return [int(word) / 2**32 for word in words(replace(key, first=0), 0, BATCH)]
 
 
 def _between(ends: Range, u: float) -> float:

@@ -131,9 +131,9 @@ class IBOT(Method[CropDraw]):
         data, small_crops = self.setup.data, self.options.small_crops
         return views_of(data.size[0], self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> CropDraw:
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> CropDraw:
         """Masks, dropped branches and the step's settings."""
-        return self.sampler(images, seed, step, rank)
+        return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: CropDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images`: 2 large, then L small crops of every image, (B, side, side, C) each -> scalar fp32 loss."""

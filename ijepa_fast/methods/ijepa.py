@@ -14,7 +14,7 @@ from torch import nn
 
 from ijepa_fast.config import check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import MaskDraw, pack
+from ijepa_fast.masks.packing import MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -52,7 +52,7 @@ class IJEPA(Method[MaskDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
-        self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding")}
+        self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
         self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
         self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
@@ -85,9 +85,14 @@ class IJEPA(Method[MaskDraw]):
         for block in self.fp8_blocks or ():
             block.refresh()
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MaskDraw:
-        """The masks of a micro-batch of `images`, packed."""
-        return pack(self.sampler(images, seed, step, rank), **self.policy)
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> MaskDraw:
+        """The masks of a micro-batch, packed. Those are drawn, too, that a policy compares its contexts with."""
+        start, last = first, first + images
+        stop = last
+        if self.policy["policy"] != "full":
+            start, stop = whole_groups(first, last, batch or last, self.policy["group"])
+        masks = self.sampler(stop - start, seed, step, start)
+        return pack(masks, **self.policy, part=slice(first - start, last - start))
 
     def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""

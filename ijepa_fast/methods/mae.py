@@ -39,7 +39,7 @@ VIEW = {"scale": (0.2, 1.0), "interpolation": "bicubic", "flip": True}  # the pu
 class Options:
     """MAE's options; the values here are the published ones. The decoder has predictor_dim and predictor_depth."""
 
-    masked: float = key(MASKED_SHARE, "share of the patches")
+    masked: float = key(MASKED_SHARE, "share of the patches", above=0, most=1)
     normalise: bool = key(True, "compare with pixels normalised patch by patch (norm_pix_loss), the better target")
 
 
@@ -120,9 +120,9 @@ class MAE(Method[MAEDraw]):
         nn.init.normal_(self.get_parameter("encoder.cls_token"), std=INIT_STD)
         nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> MAEDraw:
-        """The masks of a micro-batch of `images`, packed."""
-        return pack_visible(self.sampler(images, seed, step, rank))
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> MAEDraw:
+        """The masks of a micro-batch, packed."""
+        return pack_visible(self.sampler(images, seed, step, first))
 
     def forward(self, images: torch.Tensor, draw: MAEDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""

@@ -40,7 +40,7 @@ class Setup:
     data: Data
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
-    steps_per_epoch: int = 1  # micro-batches of an epoch
+    steps_per_epoch: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -120,10 +120,13 @@ class Method(nn.Module, Generic[D]):
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
         return []
 
-    def draw(self, images: int, seed: int, step: int, rank: int = 0) -> D:
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> D:
         """What a micro-batch of `images` needs beside them, on the host: a function of the arguments alone.
 
-        step: counts micro-batches. Called ahead of the step, in another thread.
+        Its images have the places `first` to `first + images` among all of the step, `batch` of them over all ranks and
+        micro-batches (None: no more). What is drawn for an image must follow from (seed, step, its place), and what is
+        drawn once from (seed, step): then the run is the same on any number of ranks.
+        Called ahead of the step, in another thread.
         """
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ijepa_fast.data.crops import Size, size_of
+from ijepa_fast.data import Size, size_of
 from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu

@@ -222,7 +222,7 @@ def _source(config: Config, images: str | Path | None) -> Source:
 @one_sentence()
 def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast report", description="Make one HTML page of a run.")
+    parser = argparse.ArgumentParser(prog="ijepa-fast report", description="Make one HTML page of a run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--images", metavar="FOLDER", help="images to show (default: the probes', or the training's)")
     parser.add_argument("--sample", type=int, default=400, metavar="N", help="how many to encode (default %(default)s)")

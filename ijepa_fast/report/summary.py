@@ -43,6 +43,8 @@ def finish(
     records = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
     plot_loss(records, folder / "loss.png")
     _plot_masks(config, method, source)
+    if config.log.tensorboard:
+        _board(folder)
     figures = [] if folders is None else _evaluate(config, method, folders, device)
     summary = provenance(device) | {
         "wall_seconds": time.perf_counter() - began,  # of this launch, with what follows the last step
@@ -111,6 +113,18 @@ def _evaluate(config: Config, method: Method, folders: tuple[str, str], device: 
     data = evaluation(config, folders, device)
     before, after = (evaluate(encode, *data) for encode in (untrained(config, device), encode_with(method)))
     return against(after, before)
+
+
+def _board(folder: Path) -> None:
+    """Show masks.png in TensorBoard too."""
+    if not (folder / "masks.png").is_file():
+        return
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as board, Image.open(folder / "masks.png") as picture:
+        board.add_image("masks", np.asarray(picture.convert("RGB")), dataformats="HWC")
 
 
 def _plot_masks(config: Config, method: Method, source: Source | None) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
+from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
 from ijepa_fast.masks.draw import Draw
@@ -51,13 +53,12 @@ class Length:
 def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True) -> Method:
     """The method with its networks in fp32 on the CPU, initialised from `seed`.
 
-    steps_per_epoch: counts whole steps. foreign: see method_class. Raises ConfigError for what does not go together.
+    foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
     _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
-    micro_steps = steps_per_epoch * config.engine.accumulation
-    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, micro_steps))
+    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch))
     if not isinstance(getattr(method, "encoder", None), Encoder):
         raise ConfigError(
             f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
@@ -112,19 +113,23 @@ def micro_batch(config: Config, ranks: int) -> int:
 
 
 def build_engine(config: Config, method: Method, device: torch.device, ranks: int) -> Engine:
-    """The method on DeepSpeed."""
+    """The method on DeepSpeed. Raises ConfigError where a compiler is wanted and there is none."""
+    check_compiler(config.engine.compile, device)
     return Engine(method, config.engine, config.optim, micro_batch(config, ranks), device)
 
 
 def build_draw(config: Config, method: Method, device: torch.device, rank: int, ranks: int) -> Callable[[int], Draw]:
     """The draw of this rank's micro-batch as a function of the micro-step alone, so that a resumed run draws the same.
 
+    It follows from the places of the images in the step's batch, so that another number of ranks draws the same, too.
     It lies in host memory, pinned where `device` is a GPU.
     """
     images = micro_batch(config, ranks)
 
-    def draw(step: int) -> Draw:
-        drawn = method.draw(images, config.seed, step, rank)
+    def draw(micro_step: int) -> Draw:
+        step, number = divmod(micro_step, config.engine.accumulation)
+        first = (number * ranks + rank) * images
+        drawn = method.draw(images, config.seed, step, first, config.batch_size)
         return drawn.pin_memory() if device.type == "cuda" else drawn
 
     return draw
@@ -151,7 +156,7 @@ def build_loader(
         sides = [view.crop for view in views] if views else data.size
         depth = "uint8" if data.depth == "auto" else data.depth
         return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, channels=data.channels, depth=depth, **common)
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.size)
     return make(
         source,
@@ -159,7 +164,7 @@ def build_loader(
         ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
-        threads=data.threads or max(1, cores),
+        threads=data.threads or max(1, share),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
         bad_files=config.folder / "bad_files.txt",

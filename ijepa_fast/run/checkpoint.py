@@ -12,22 +12,23 @@ run/recover.py chooses the one to go on from, and verifies it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ijepa_fast import config
 from ijepa_fast.config import is_fixed, present
-from ijepa_fast.data.crops import Size
+from ijepa_fast.data import Size
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.optim import STATES
 from ijepa_fast.engine.partitions import Partition
@@ -45,8 +46,9 @@ from ijepa_fast.interop.weights import (
 from ijepa_fast.run.digests import is_sealed, seal, write_tensors
 from ijepa_fast.run.together import on_first, together
 
-FORMAT = 2
-FORMATS = (1, 2)  # that are read; the first had no digests
+T = TypeVar("T")
+FORMAT = 3
+FORMATS = (1, 2, 3)  # that are read; the first had no digests, the first two were of runs that drew masks by rank
 KEYS = {"step", "shapes", "config"}  # of every state.json
 WHOLE = "weights.safetensors"
 
@@ -59,45 +61,103 @@ class Damaged(CheckpointError):
     """A checkpoint that is not what was written."""
 
 
-def save(
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank has to write of the state after `step` steps, in host memory that nothing else changes."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]  # of this rank's file, flat; none where it has no file
+    positions: dict[str, torch.Tensor]  # position tables (1, N, width) by name; of rank 0
+    shapes: dict[str, tuple[int, ...]]  # of all parameters
+    averaged: frozenset[str]  # networks that have an average
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole checkpoint, but for headers: fragments and whole weights, all in fp32."""
+        sizes = {name: 4 * torch.Size(shape).numel() for name, shape in self.shapes.items()}
+        return sum(size * (6 if name.partition(".")[0] in self.averaged else 4) for name, size in sizes.items())
+
+
+def snapshot(engine: Engine, step: int) -> Snapshot:
+    """Copy this rank's share of the state to host memory, and what the method carries on rank 0."""
+    rank, tensors = torch.distributed.get_rank(), {}
+    for partition in engine.layout.partitions if rank == 0 or not engine.layout.replicated else ():
+        engine.optimizer.init_state(partition.master, partition.ema)
+        for key in _keys(partition):
+            flat = _copy(_tensor(engine, partition, key).reshape(-1))
+            for f in partition.fragments:
+                tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start]
+    positions = {}
+    if rank == 0:
+        tensors |= {f"{name}|carried|0": _copy(tensor.reshape(-1)) for name, tensor in engine.method.carried.items()}
+        tables = engine.positions.items()
+        positions = {f"{name}.{position_key(name)}": _copy(table)[None] for name, table in tables}
+    return Snapshot(step, tensors, positions, engine.shapes, frozenset(engine.method.averaged))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def write(
     folder: Path,
-    engine: Engine,
+    taken: Snapshot,
     settings: Mapping[str, Any],
     arch: Arch,
-    step: int,
     keep: int,
     keep_every: int = 0,
     data: Mapping[str, Any] | None = None,
+    group: Any = None,
 ) -> Path:
-    """Write the state after `step` steps and remove old checkpoints. Called by every rank.
+    """Write a checkpoint and remove old ones. Called by every rank.
 
-    folder: the run's. settings: its flattened configuration. arch: of its encoder. keep: the newest that stay.
-    keep_every: every checkpoint of a multiple of so many steps stays too; 0: none. data: what the run trains on
-    (run/sources.py). Raises CheckpointError on all ranks where one cannot write; earlier checkpoints stay as they are.
+    folder: the run's. taken: by each rank, after the same step. settings: the run's flattened configuration. arch: of
+    its encoder. keep: the newest that stay. keep_every: every checkpoint of a multiple of so many steps stays too; 0:
+    none. data: what the run trains on (run/sources.py). group: of all ranks, on the host, where the default one is in
+    use meanwhile. Raises CheckpointError on all ranks where one cannot write; earlier checkpoints stay as they are.
     """
-    final = folder / "checkpoints" / f"step-{step:08d}"
-    draft, needed = draft_of(final), _size(engine)
-    try:
-        with ExitStack() as stack:
-            on_first(lambda: _check_room(folder, needed))
-            on_first(lambda: stack.enter_context(publish(final, durable=True)).mkdir())
-            written = together(lambda: _write_fragments(draft, engine, step))
-            files = {name: known for ranks in written for name, known in ranks.items()}
-            state = {"format": FORMAT, "step": step, "shapes": engine.shapes, "config": dict(settings), "data": data}
+    final = folder / "checkpoints" / f"step-{taken.step:08d}"
+    draft = draft_of(final)
+    with ExitStack() as stack:
 
-            def finish() -> None:
-                files[WHOLE] = write_tensors(draft / WHOLE, _whole_weights(draft, engine), header(arch))
-                (draft / "state.json").write_text(seal(state | {"files": files}))
-                stack.close()  # flushed and renamed
-                prune(folder, keep, keep_every)
+        def begin() -> None:
+            _check_room(folder, taken.size)
+            stack.enter_context(publish(final, durable=True)).mkdir()
 
-            on_first(finish)
-    except OSError as error:
-        raise CheckpointError(
-            f"{final} cannot be written: {error.strerror} ({needed:,} bytes needed, {_free(folder):,} free); earlier "
-            f"checkpoints are intact: make room there, and start the same command again"
-        ) from None
+        def finish() -> None:
+            files[WHOLE] = write_tensors(draft / WHOLE, _whole_weights(draft, taken), header(arch))
+            state = {"format": FORMAT, "step": taken.step, "shapes": taken.shapes, "config": dict(settings)}
+            (draft / "state.json").write_text(seal(state | {"data": data, "files": files}))
+            stack.close()  # flushed and renamed
+            prune(folder, keep, keep_every)
+
+        def mended(work: Callable[[], T]) -> Callable[[], T]:
+            return lambda: _said(work, folder, final, taken.size)
+
+        on_first(mended(begin), group)
+        written = together(mended(lambda: _write_fragments(draft, taken)), group)
+        files = {name: known for ranks in written for name, known in ranks.items()}
+        on_first(mended(finish), group)
     return final
+
+
+def _said(work: Callable[[], T], folder: Path, final: Path, needed: int) -> T:
+    """What `work` returns. What it raises, whatever that is, becomes a CheckpointError that all ranks can be given."""
+    try:
+        return work()
+    except Exception as error:
+        why, full = f"{type(error).__name__}: {error}", False
+        if isinstance(error, OSError):
+            why, full = error.strerror or why, error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        by = f" by rank {torch.distributed.get_rank()}" if torch.distributed.get_world_size() > 1 else ""
+        try:
+            free = f"{_free(folder):,} free"
+        except OSError:
+            free = "how many are free cannot be told"
+        raise CheckpointError(
+            f"{final} cannot be written{by}: {why} ({needed:,} bytes needed, {free}); earlier checkpoints are "
+            f"intact: {'make room there' if full else 'see that it can be written'}, and start the same command again"
+        ) from None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -113,33 +173,36 @@ def step_of(path: Path) -> int:
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those of a multiple of `keep_every` steps."""
-    for old in (folder / "checkpoints").glob(".step-*.removed"):  # by a process that was killed over it
-        shutil.rmtree(old)
     for path in checkpoints(folder)[:-keep]:
         if not keep_every or step_of(path) % keep_every:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
-def _size(engine: Engine) -> int:
-    """Bytes of a checkpoint, but for headers: fragments and whole weights of all parameters, all in fp32."""
-    total = 0
-    for name, shape in engine.shapes.items():
-        averaged = name.partition(".")[0] in engine.method.averaged
-        total += 4 * torch.Size(shape).numel() * (6 if averaged else 4)
-    return total
+def clear(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for path in (folder / "checkpoints").glob(".step-*"):
+        if re.fullmatch(r"\.step-\d{8,}\.(draft|removed)", path.name):
+            shutil.rmtree(path)
 
 
 def _free(folder: Path) -> int:
-    """Bytes free for this user on the file system of `folder`, or of the first folder above it that exists."""
+    """Bytes free for this user on the file system of `folder`."""
+    status = _file_system(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _file_system(folder: Path) -> os.statvfs_result:
     while not folder.exists():
         folder = folder.parent
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return os.statvfs(folder)
 
 
 def _check_room(folder: Path, needed: int) -> None:
     if _free(folder) < needed:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    status, files = _file_system(folder), torch.distributed.get_world_size() + 3
+    if status.f_files and status.f_favail < files:  # some file systems count none
+        raise OSError(errno.ENOSPC, f"No inodes left on device ({files} needed, {status.f_favail} free)")
 
 
 def load(
@@ -327,31 +390,23 @@ def _tensor(engine: Engine, partition: Partition, key: str) -> torch.Tensor:
     return partition.master.data if key == "weight" else engine.optimizer.state[partition.master][key]
 
 
-def _write_fragments(draft: Path, engine: Engine, step: int) -> dict[str, dict[str, Any]]:
+def _write_fragments(draft: Path, taken: Snapshot) -> dict[str, dict[str, Any]]:
     """Write this rank's file, where it has one: {its name: size and digest}."""
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if rank and engine.layout.replicated:
+    if not taken.tensors:
         return {}
-    tensors = {}
-    for partition in engine.layout.partitions:
-        engine.optimizer.init_state(partition.master, partition.ema)
-        for key in _keys(partition):
-            flat = _tensor(engine, partition, key).detach().reshape(-1)
-            for f in partition.fragments:
-                tensors[f"{f.name}|{key}|{f.start}"] = flat[f.offset : f.offset + f.stop - f.start]
-    if rank == 0:
-        tensors |= {f"{name}|carried|0": tensor.reshape(-1) for name, tensor in engine.method.carried.items()}
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     name = f"rank-{rank:05d}.safetensors"
-    return {name: write_tensors(draft / name, tensors, {"step": str(step), "rank": f"{rank} of {ranks}"})}
+    metadata = {"step": str(taken.step), "rank": f"{rank} of {ranks}"}
+    return {name: write_tensors(draft / name, taken.tensors, metadata)}
 
 
-def _whole_weights(folder: Path, engine: Engine) -> dict[str, torch.Tensor]:
+def _whole_weights(folder: Path, taken: Snapshot) -> dict[str, torch.Tensor]:
     reader, out = _Reader(folder), {}
-    for name, shape in engine.shapes.items():
+    for name, shape in taken.shapes.items():
         out[name] = reader.read(name, "weight", shape)
-        if name.partition(".")[0] in engine.method.averaged:
+        if name.partition(".")[0] in taken.averaged:
             out["target_" + name] = reader.read(name, "ema", shape)
-    return out | {f"{name}.{position_key(name)}": table.cpu()[None] for name, table in engine.positions.items()}
+    return out | taken.positions
 
 
 def _positions(path: Path, engine: Engine) -> dict[str, torch.Tensor]:

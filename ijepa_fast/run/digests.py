@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -44,6 +45,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             file.write(part)
             digest.update(part)
             size += len(part)
+        file.flush()
+        os.fsync(file.fileno())  # here, as another machine's flush does not reach what this one holds
     return {"size": size, "sha256": digest.hexdigest()}
 
 

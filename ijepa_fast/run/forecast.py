@@ -85,7 +85,7 @@ class Plan:
     images: int  # of an epoch
     steps: int
     gflop_per_image: float
-    tokens_per_image: dict[int, float]  # by number of ranks: `truncate` keeps fewer in a larger batch
+    tokens_per_image: dict[int, float]  # by number of ranks
     hours: dict[float, float]  # of one GPU, by utilisation
 
 
@@ -116,7 +116,9 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
     tokens: dict[int, float] = {}
     table: dict[tuple[int, int], Memory] = {}
     for n in fitting:
-        batches = [method.draw(micro_batch(config, n), config.seed, step) for step in range(DRAWS)]
+        batches = [
+            method.draw(micro_batch(config, n), config.seed, step, 0, config.batch_size) for step in range(DRAWS)
+        ]
         kept = VALUE_BYTES[config.engine.precision] * max(method.saved_values(batch) for batch in batches)
         tokens[n] = float(np.mean([batch.tokens / batch.images for batch in batches]))
         flop = float(np.mean([method.work(batch).total / batch.images for batch in batches]))

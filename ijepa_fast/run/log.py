@@ -1,4 +1,4 @@
-"""What a run measures and where it is written: a progress bar, log.jsonl, TensorBoard, W&B.
+"""What a run measures and where it is written: the terminal, log.jsonl, TensorBoard, W&B, a user's own loggers.
 
 Losses stay on the device between logging steps; a window's mean and its finiteness are read in one transfer.
 """
@@ -20,6 +20,8 @@ from tqdm import tqdm
 from ijepa_fast import config
 from ijepa_fast.files import publish
 from ijepa_fast.masks.draw import Draw
+from ijepa_fast.run.imported import functions
+from ijepa_fast.run.speed import duration
 
 SKIPPED = 3  # steps that may be skipped between two log lines
 
@@ -115,12 +117,13 @@ class Meter:
 
 
 def check_loggers(log: config.Log) -> None:
-    """Raises ImportError, naming the package and the key, where a logger was asked for that is not installed."""
+    """Raises ImportError or ConfigError, naming the key, where a logger was asked for that cannot be had."""
     for key, wanted, package in (("tensorboard", log.tensorboard, "tensorboard"), ("wandb", log.wandb, "wandb")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"log.{key}: the package {package} is not installed; install it, or set log.{key} to false or null"
             )
+    functions("log.loggers", log.loggers)
 
 
 class RunLog:
@@ -139,26 +142,23 @@ class RunLog:
         self, folder: Path, name: str, log: config.Log, settings: dict[str, Any], rank: int, step: int, total: int
     ):
         self._bar = self._file = self._board = self._wandb = None
+        self._others: list[Any] = []
+        self._total = total
         if rank:
             return
         self._file = _reopen(folder / "log.jsonl", step)
-        interval = 0.5 if sys.stderr.isatty() else 30
-        self._bar = tqdm(
-            total=total,
-            initial=step,
-            desc=name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=interval,
-        )
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=0.5)
         if log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+            self._board.add_text("config", "\n".join(f"    {key}: {value}" for key, value in settings.items()), step)
         if log.wandb:
             import wandb
 
             self._wandb = wandb.init(project=log.wandb, name=name, dir=folder, config=settings, resume="allow")
+        self._others = [make(folder, name, settings) for make in functions("log.loggers", log.loggers)]
 
     def advance(self) -> None:
         """One step is done."""
@@ -177,27 +177,48 @@ class RunLog:
         if skipped := record.get("skipped"):
             self.say(f"{skipped} of the steps up to {step} were skipped: their gradient was not finite")
         numbers = dict(_numbers(record))
-        if "loss" in record and self._bar is not None:
-            ema = f"ema {record['ema']:.4f}, " if "ema" in record else ""
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.4f}, lr {record['lr']:.1e}, {ema}"
-                f"{record['images_per_second']:.0f} images/s, data wait {record['data_wait']:.0%}",
-                refresh=False,
-            )
+        if "loss" in record:
+            self._show(step, record)
         if self._board is not None:
             for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
+                self._board.add_scalar(tag(key), value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+        for other in self._others:
+            other.write(step, numbers)
+
+    def _show(self, step: int, record: dict) -> None:
+        """The bar's words; where stderr is no terminal, a line of its own, of words that grep finds."""
+        share = next(((name, record[name]) for name in ("mfu", "of_product") if name in record), None)
+        words = {
+            "loss": f"{record['loss']:.4f}",
+            **{name: f"{value:.4f}" for name, value in record.get("loss_terms", {}).items()},
+            **({"gradient_norm": f"{record['gradient_norm']:.3g}"} if "gradient_norm" in record else {}),
+            "lr": f"{record['lr']:.1e}",
+            **({"ema": f"{record['ema']:.4f}"} if "ema" in record else {}),
+            "images/s": f"{record['images_per_second']:.0f}",
+            "tokens/s": f"{record['tokens_per_second']:.0f}",
+            **({share[0]: f"{share[1]:.0%}"} if share else {}),
+            **({"memory": f"{record['peak_memory_gb']:.1f}GB"} if "peak_memory_gb" in record else {}),
+            "data_wait": f"{record['data_wait']:.0%}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(f"{name} {value}" for name, value in words.items()), refresh=False)
+            return
+        head = {"step": f"{step}/{self._total}", "epoch": record.get("epoch", 0)}
+        tail = {"left": duration(record["seconds_left"]).replace(" ", "")} if "seconds_left" in record else {}
+        print(" ".join(f"{name}={value}" for name, value in (head | words | tail).items()), file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+        """Print lines, above the progress bar where there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
+        elif self._file is not None:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Finish all of it."""
-        for sink in (self._bar, self._file, self._board):
+        for sink in (self._bar, self._file, self._board, *self._others):
             if sink is not None:
                 sink.close()
         if self._wandb is not None:
@@ -219,6 +240,20 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+SPEED = (
+    *("images_per_second", "tokens_per_second", "data_wait", "mfu", "of_product", "work_tflops", "peak_memory_gb"),
+    *("seconds_left", "saving_blocked", "graphs/"),
+)
+
+
+def tag(key: str) -> str:
+    """The TensorBoard tag of a number of the log: grouped as train/, speed/ or probe/."""
+    if key.startswith("probe/"):
+        return key
+    group = "speed" if key.startswith(SPEED) else "train"
+    return f"{group}/{key.replace('/', '_')}"
 
 
 def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ijepa_fast.run.checkpoint import CheckpointError, Damaged, checkpoints, read_state, step_of
+from ijepa_fast.run.checkpoint import CheckpointError, Damaged, checkpoints, clear, read_state, step_of
 from ijepa_fast.run.digests import damage
 from ijepa_fast.run.together import on_first, together
 
@@ -18,6 +18,7 @@ def choose(folder: Path, resume: bool | str) -> Path | None:
     resume: true: the newest that verifies, and what is wrong with newer ones is said; "step-<number>": that one; false:
     the run must be a new one. Every rank reads its share of the files. Raises CheckpointError on all ranks.
     """
+    on_first(lambda: clear(folder))
     found = on_first(lambda: checkpoints(folder))
     if not found:
         if isinstance(resume, str):
@@ -53,6 +54,11 @@ def wrong_with(path: Path) -> str | None:
         state = on_first(lambda: read_state(path))
     except Damaged as error:
         return str(error)
+    if state["format"] < 3:
+        _say(
+            f"{path} was written by an earlier version, which drew masks by rank and micro-batch: from here they are "
+            f"drawn by an image's place in the batch, of the same distribution"
+        )
     if state["format"] == 1:
         _say(f"{path} was written by an earlier version, which kept no digests: it cannot be verified")
         return None

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.config import STATS, Config, ConfigError, is_measured
+from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.scenes import ensure_scenes
+from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
@@ -59,6 +60,7 @@ def with_depth(config: Config, source: Source | None) -> Config:
             f"data.mean, data.std: the defaults are those of photographs of 8 bits, and do not go with {what}; "
             f"{STATS.format(data.source, data.channels)}"
         )
+    check_shares(data, depth)
     return config if data.depth == depth else replace(config, data=replace(data, depth=depth))
 
 

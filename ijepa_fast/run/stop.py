@@ -1,4 +1,5 @@
-"""When a run saves or ends before its time: signals, a launcher that is gone, the clock. All ranks decide alike.
+"""When a run saves or ends before its time: signals, a launcher that is gone, the clock, a checkpoint that cannot be
+written. All ranks decide alike.
 
 A signal sets a flag. After each step the ranks exchange their flags, on the host, while the device goes on: what they
 agreed on is read a step later, when it has long arrived. So all of them save after the same step. A thread does the
@@ -18,6 +19,8 @@ import time
 from types import TracebackType
 
 import torch
+
+from ijepa_fast.ranks import STARTED_BY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME = 2.0  # seconds in which further signals are the first again: a launcher passes on what its ranks already got
@@ -41,7 +44,8 @@ def follow_launcher() -> None:
 
 
 class Stop:
-    """What `after(step)` says once a step is done: which signal ends the run there, and whether a checkpoint is due.
+    """What `after(step)` says once a step is done: which signal ends the run there, whether a checkpoint is due, and
+    whether one could not be written.
 
     A context; inside of it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP do no more than set the flag, but a second one (after
     two seconds) ends the process at once. One that was ignored before stays so.
@@ -51,7 +55,7 @@ class Stop:
 
     def __init__(self, minutes: float, timeout: int):
         self._period, self._saved = 60 * minutes, time.monotonic()
-        self._signal, self._came, self._noticed = 0, 0.0, False
+        self._signal, self._came, self._noticed, self._saving = 0, 0.0, False, False
         self._step_ended, self._longest = time.monotonic(), 0.0
         alone = torch.distributed.get_world_size() == 1
         bound = datetime.timedelta(seconds=timeout)
@@ -82,15 +86,17 @@ class Stop:
         os.close(self._reader)
         os.close(self._writer)
 
-    def after(self, step: int) -> tuple[int, bool]:
-        """(number of the signal to end by, or 0; whether a checkpoint is due), the same on all ranks.
+    def after(self, step: int, failed: bool) -> tuple[int, bool, bool]:
+        """(number of the signal to end by, or 0; whether a checkpoint is due; whether any rank's writer failed), the
+        same on all ranks.
 
-        Called by every rank when step `step` is done. With several ranks it is what they had to say a step ago.
+        failed: whether this rank's did. Called by every rank when step `step` is done. With several ranks it is what
+        they had to say a step ago.
         """
         now = time.monotonic()
         self._longest, self._step_ended = max(self._longest, now - self._step_ended), now
         due = self._period > 0 and now - self._saved >= self._period
-        mine = torch.tensor([self._signal, due], dtype=torch.int32)
+        mine = torch.tensor([self._signal, due, failed], dtype=torch.int32)
         if self._group is None:
             agreed = mine
         else:
@@ -98,10 +104,15 @@ class Stop:
             work = torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
             self._asked = work, mine
         self._noticed = bool(agreed[0])
-        return int(agreed[0]), bool(agreed[1])
+        return int(agreed[0]), bool(agreed[1]), bool(agreed[2])
+
+    def saving(self) -> None:
+        """A checkpoint is begun, which may wait for the last one: no step has to end until `saved`."""
+        self._saving = True
 
     def saved(self) -> None:
-        """A checkpoint was written: the clock starts again. Called by every rank."""
+        """The state was copied: the clock starts again. Called by every rank."""
+        self._saving = False
         if self._asked is not None:
             _answer(*self._asked)[1] = 0
         self._saved = self._step_ended = time.monotonic()
@@ -117,7 +128,7 @@ class Stop:
             elif not self._signal and _launcher() != self._launcher:
                 self._hear(signal.SIGTERM)
             patience = max(PATIENCE, 3 * self._longest)
-            if self._signal and not self._noticed and time.monotonic() - self._came > patience:
+            if self._signal and not (self._noticed or self._saving) and time.monotonic() - self._came > patience:
                 self._end(self._signal, f"no step ended for {patience:.0f} s after {_name(self._signal)}")
 
     def _hear(self, number: int) -> None:
@@ -161,6 +172,8 @@ def _launcher() -> tuple[int, int]:
 
 
 def _launched(parent: int) -> bool:
+    if os.environ.get(STARTED_BY) == str(parent):
+        return True
     try:
         with open(f"/proc/{parent}/cmdline", "rb") as file:
             command = file.read()

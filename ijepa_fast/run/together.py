@@ -14,10 +14,11 @@ LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe"
 HEAD_START = 2.0  # seconds in which the rank that met an error says it, before those that lost it do
 
 
-def together(work: Callable[[], T]) -> list[T]:
+def together(work: Callable[[], T], group: Any = None) -> list[T]:
     """What `work` returns on each rank, in their order. Called by every rank, and done on all of them when it returns.
 
     Where it raises ValueError or OSError on any rank, all raise the first one's. Results are small: they are pickled.
+    group: of all ranks, by which they are told; None: the default one.
     """
     mine: tuple[Any, Any]  # what `work` returned, or the error
     try:
@@ -25,7 +26,7 @@ def together(work: Callable[[], T]) -> list[T]:
     except (ValueError, OSError) as error:
         mine = None, error
     everyone: list[tuple[Any, Any]] = [mine] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
+    torch.distributed.all_gather_object(everyone, mine, group)
     for _, met in everyone:
         if met is not None:
             met.met_by_all = True
@@ -33,9 +34,9 @@ def together(work: Callable[[], T]) -> list[T]:
     return [result for result, _ in everyone]
 
 
-def on_first(work: Callable[[], T]) -> T:
+def on_first(work: Callable[[], T], group: Any = None) -> T:
     """What `work` returns on rank 0, where alone it is called; if it raises ValueError or OSError, all ranks do."""
-    results: list[Any] = together(lambda: work() if torch.distributed.get_rank() == 0 else None)
+    results: list[Any] = together(lambda: work() if torch.distributed.get_rank() == 0 else None, group)
     return results[0]
 
 
@@ -49,6 +50,9 @@ def sentence(error: Exception) -> str | None:
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     if isinstance(error, RuntimeError) and not lost:
         return None
+    alike = isinstance(error, ValueError) and not torch.distributed.is_initialized()  # all of a machine read the same
+    if alike and os.environ.get("LOCAL_RANK", "0") != "0" and not getattr(error, "of_this_rank", False):
+        return ""
     if rank != "0" and getattr(error, "met_by_all", False):
         return ""
     if lost:

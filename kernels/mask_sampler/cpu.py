@@ -13,7 +13,7 @@ def sample_blocks_(
     target: torch.Tensor,
     seed: int,
     step: int,
-    rank: int,
+    first: int,
     grid: Size,
     target_size: Size,
     context_size: Size,
@@ -22,7 +22,7 @@ def sample_blocks_(
 ) -> None:
     """Fill context (C, B, N) bool and target (M, B, K) int32; see ops.sample_blocks."""
     drawn = reference.sample_blocks(
-        Key(seed, step, rank),
+        Key(seed, step, first),
         context.shape[1],
         (grid[0], grid[1]),  # the dispatcher makes lists of them
         target.shape[0],
@@ -37,7 +37,7 @@ def sample_blocks_(
 
 
 def random_subset_(
-    subset: torch.Tensor, kept: torch.Tensor, count: torch.Tensor, seed: int, step: int, rank: int, draw: int
+    subset: torch.Tensor, kept: torch.Tensor, count: torch.Tensor, seed: int, step: int, first: int, draw: int
 ) -> None:
     """Fill subset (B, N) bool; see ops.random_subset."""
-    subset.copy_(torch.from_numpy(reference.random_subset(Key(seed, step, rank), kept.numpy(), count.numpy(), draw)))
+    subset.copy_(torch.from_numpy(reference.random_subset(Key(seed, step, first), kept.numpy(), count.numpy(), draw)))

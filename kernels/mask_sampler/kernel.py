@@ -22,9 +22,9 @@ def _launch_sizes(patches: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _corner(seed, step, rank, image, draw, rows, columns):
+def _corner(seed, step, place, draw, rows, columns):
     """Row and column of a block that has `rows` x `columns` places to be."""
-    row_word, column_word, _c, _d = tl.philox(seed, draw, image, rank, step)
+    row_word, column_word, _c, _d = tl.philox(seed, draw, place, 0, step)
     row = tl.umulhi(row_word, tl.cast(rows, tl.uint32)).to(tl.int32)
     column = tl.umulhi(column_word, tl.cast(columns, tl.uint32)).to(tl.int32)
     return row, column
@@ -38,7 +38,7 @@ def _covers(row, column, patch_row, patch_column, height, width):
 
 
 _SIZES = ["height", "width", "targets", "target_h", "target_w", "contexts", "context_h", "context_w", "min_keep"]
-_KEY = ["seed", "step", "rank"]
+_KEY = ["seed", "step", "first"]
 
 
 @triton.jit(do_not_specialize=[*_KEY, *_SIZES, "skip_last"])
@@ -47,7 +47,7 @@ def _sample_blocks_kernel(
     target_ptr,  # (targets, B, K) int32
     seed,
     step,
-    rank,
+    first,
     height,  # of the grid, as is width
     width,
     targets,
@@ -64,6 +64,7 @@ def _sample_blocks_kernel(
     BLOCK: tl.constexpr,
 ):
     image, batch = tl.program_id(0), tl.num_programs(0)
+    place = first + image
     patch = tl.arange(0, BLOCK)
     patch_row, patch_column = patch // width, patch % width
     in_grid = patch < height * width
@@ -71,24 +72,24 @@ def _sample_blocks_kernel(
     context_rows, context_columns = height - context_h + 1 - skip_last, width - context_w + 1 - skip_last
 
     for m in range(targets):
-        row, column = _corner(seed, step, rank, image, TARGET + m, target_rows, target_columns)
-        first = (tl.cast(m, tl.int64) * batch + image) * target_h * target_w
+        row, column = _corner(seed, step, place, TARGET + m, target_rows, target_columns)
+        begin = (tl.cast(m, tl.int64) * batch + image) * target_h * target_w
         number = (row + patch // target_w) * width + column + patch % target_w
-        tl.store(target_ptr + first + patch, number, mask=patch < target_h * target_w)
+        tl.store(target_ptr + begin + patch, number, mask=patch < target_h * target_w)
 
     for c in range(contexts):
         kept, count, tries = tl.zeros((BLOCK,), tl.int32), -1, 0
         while count <= min_keep:
-            row, column = _corner(seed, step, rank, image, CONTEXT + (c << 16) + tries, context_rows, context_columns)
+            row, column = _corner(seed, step, place, CONTEXT + (c << 16) + tries, context_rows, context_columns)
             inside = in_grid & _covers(row, column, patch_row, patch_column, context_h, context_w)
             for m in range(targets - tries // TRIES_PER_TARGET):
-                row, column = _corner(seed, step, rank, image, TARGET + m, target_rows, target_columns)
+                row, column = _corner(seed, step, place, TARGET + m, target_rows, target_columns)
                 inside = inside & (_covers(row, column, patch_row, patch_column, target_h, target_w) == 0)
             kept = inside.to(tl.int32)
             count = tl.sum(kept)
             tries += 1
-        first = (tl.cast(c, tl.int64) * batch + image) * height * width
-        tl.store(context_ptr + first + patch, kept.to(tl.uint8), mask=in_grid)
+        begin = (tl.cast(c, tl.int64) * batch + image) * height * width
+        tl.store(context_ptr + begin + patch, kept.to(tl.uint8), mask=in_grid)
 
 
 @triton.jit(do_not_specialize=[*_KEY, "draw", "patches"])
@@ -98,7 +99,7 @@ def _random_subset_kernel(
     count_ptr,  # (B,) int32
     seed,
     step,
-    rank,
+    first,
     draw,
     patches,
     SUBSET: tl.constexpr,
@@ -112,7 +113,7 @@ def _random_subset_kernel(
     kept = tl.load(kept_ptr + offsets, mask=in_grid, other=0) != 0
     count = tl.load(count_ptr + image)
 
-    w0, w1, w2, w3 = tl.philox(seed, SUBSET + (draw << 16) + patch // 4, image, rank, step)
+    w0, w1, w2, w3 = tl.philox(seed, SUBSET + (draw << 16) + patch // 4, first + image, 0, step)
     word = tl.where(patch % 4 < 2, tl.where(patch % 4 == 0, w0, w1), tl.where(patch % 4 == 2, w2, w3))
     key = word.to(tl.int64) * BLOCK + patch
 
@@ -127,19 +128,19 @@ def _random_subset_kernel(
     tl.store(subset_ptr + offsets, subset.to(tl.uint8), mask=in_grid)
 
 
-def _key(seed: int, step: int, rank: int) -> tuple[int, int, int]:
-    """Step and rank as signed 32-bit numbers of the same bits."""
-    return seed, *((number + 2**31) % 2**32 - 2**31 for number in (step, rank))
+def _key(seed: int, step: int, first: int) -> tuple[int, int, int]:
+    """Step and place as signed 32-bit numbers of the same bits."""
+    return seed, *((number + 2**31) % 2**32 - 2**31 for number in (step, first))
 
 
-def sample_blocks_(context, target, seed, step, rank, grid, target_size, context_size, min_keep, skip_last):
+def sample_blocks_(context, target, seed, step, first, grid, target_size, context_size, min_keep, skip_last):
     """Fill context (C, B, N) bool and target (M, B, K) int32; see ops.sample_blocks."""
     contexts, batch, patches = context.shape
     block, warps = _launch_sizes(patches)
     _sample_blocks_kernel[(batch,)](
         context.view(torch.uint8),
         target,
-        *_key(seed, step, rank),
+        *_key(seed, step, first),
         *grid,
         target.shape[0],
         *target_size,
@@ -155,7 +156,7 @@ def sample_blocks_(context, target, seed, step, rank, grid, target_size, context
     )
 
 
-def random_subset_(subset, kept, count, seed, step, rank, draw):
+def random_subset_(subset, kept, count, seed, step, first, draw):
     """Fill subset (B, N) bool; see ops.random_subset."""
     batch, patches = kept.shape
     block, warps = _launch_sizes(patches)
@@ -163,7 +164,7 @@ def random_subset_(subset, kept, count, seed, step, rank, draw):
         subset.view(torch.uint8),
         kept.view(torch.uint8),
         count,
-        *_key(seed, step, rank),
+        *_key(seed, step, first),
         draw,
         patches,
         SUBSET,

@@ -13,7 +13,7 @@ from ijepa_fast.kernels.common.library import triton_launcher
 from ijepa_fast.kernels.mask_sampler import cpu
 from ijepa_fast.kernels.mask_sampler.reference import Key, Size
 
-_KEY = "int seed, int step, int rank"
+_KEY = "int seed, int step, int first"
 native.register(
     f"sample_blocks_(Tensor(a!) context, Tensor(b!) target, {_KEY}, int[] grid, int[] target_size, int[] context_size, "
     "int min_keep, bool skip_last) -> ()",
@@ -40,7 +40,7 @@ def sample_blocks(
     """Target blocks, and context blocks minus the union of the targets, for a batch of images (I-JEPA, section 3).
 
     Args:
-        key: seed, step and rank, of which the masks are a function: the same on every device, bit for bit.
+        key: seed, step and first place, of which the masks are a function: the same on every device, bit for bit.
         batch: images, B.
         grid: patches of an image, (rows, columns).
         targets: target blocks per image, M.
@@ -70,7 +70,7 @@ def sample_blocks(
     context = torch.empty(contexts, batch, grid[0] * grid[1], dtype=torch.bool, device=device)
     target = torch.empty(targets, batch, target_size[0] * target_size[1], dtype=torch.int32, device=device)
     _choose("sample_blocks_", context)(
-        context, target, key.seed, key.step, key.rank, grid, target_size, context_size, min_keep, skip_last
+        context, target, key.seed, key.step, key.first, grid, target_size, context_size, min_keep, skip_last
     )
     return context, target
 
@@ -79,7 +79,7 @@ def random_subset(key: Key, kept: torch.Tensor, count: torch.Tensor, draw: int =
     """A random choice of each image's patches, all choices equally likely.
 
     Args:
-        key: seed, step and rank, as for sample_blocks.
+        key: seed, step and first place, as for sample_blocks.
         kept: (B, N) bool, the patches to choose from.
         count: (B,) int32, how many of them, at most as many as there are.
         draw: numbers the independent choices of one batch.
@@ -95,7 +95,7 @@ def random_subset(key: Key, kept: torch.Tensor, count: torch.Tensor, draw: int =
     check_tensor("random_subset", "count", count, (kept.shape[0],), torch.int32, kept.device)
     _check_count(kept, count)
     subset = torch.empty_like(kept)
-    _choose("random_subset_", kept)(subset, kept, count, key.seed, key.step, key.rank, draw)
+    _choose("random_subset_", kept)(subset, kept, count, key.seed, key.step, key.first, draw)
     return subset
 
 

@@ -1,7 +1,7 @@
 """The meaning of the mask sampler, in NumPy: rectangles at random corners and random subsets.
 
-Every number is Philox4x32-10 of (seed; step, rank, image, purpose and index), turned into an integer below n by a
-multiplication, so the C++ and the Triton sampler draw the same masks bit for bit, in any order and on any thread.
+Every number is Philox4x32-10 of (seed; step, place of the image, purpose and index), turned into an integer below n by
+a multiplication, so the C++ and the Triton sampler draw the same masks bit for bit, in any order and on any thread.
 """
 
 from __future__ import annotations
@@ -23,22 +23,32 @@ _LOW = 2**32 - 1
 
 @dataclass(frozen=True)
 class Key:
-    """What a batch's masks are a function of: the run's seed (63 bits), the step and the rank (32 bits each)."""
+    """What a batch's masks are a function of: the run's seed (63 bits), the step and the place of the batch's first
+    image among all images of the step (32 bits each).
+    """
 
     seed: int
     step: int
-    rank: int
+    first: int = 0
 
 
-def philox(key: Key, image: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al., 2011) of the counter (draw, image, rank, step); image and draw broadcast.
+def words(key: Key, image: np.ndarray | int, draw: np.ndarray | int) -> np.ndarray:
+    """The four random words of the batch's `image`, by its place, for the purpose and index `draw`; both broadcast.
+
+    -> (4, ...) uint64, below 2**32.
+    """
+    draw, image = (x if isinstance(x, int) else np.asarray(x, np.uint64) for x in (draw, image))
+    return philox(key.seed, (draw, key.first + image & _LOW, 0, key.step))
+
+
+def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al., 2011) of a counter of four words; integers or uint64 arrays, which broadcast.
 
     -> (4, ...) uint64: four words below 2**32 a counter.
     """
     # Numbers stay Python's, which one counter by itself is several times faster in.
-    draw, image = (x if isinstance(x, int) else np.asarray(x, np.uint64) for x in (draw, image))
-    words: tuple[Any, ...] = (draw, image, key.rank, key.step)
-    k0, k1 = key.seed & _LOW, key.seed >> 32 & _LOW
+    words = counter
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
         product0, product1 = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = (product1 >> 32 ^ words[1] ^ k0, product1 & _LOW, product0 >> 32 ^ words[3] ^ k1, product0 & _LOW)
@@ -80,9 +90,9 @@ def sample_blocks(
     """
     (height, width), (h, w) = grid, target_size
     image = np.arange(batch)
-    words = philox(key, image, TARGET + np.arange(targets)[:, None])
-    top = below(words[0], height - h + 1 - skip_last)
-    left = below(words[1], width - w + 1 - skip_last)
+    drawn = words(key, image, TARGET + np.arange(targets)[:, None])
+    top = below(drawn[0], height - h + 1 - skip_last)
+    left = below(drawn[1], width - w + 1 - skip_last)
     offsets = (np.arange(h)[:, None] * width + np.arange(w)).ravel()
     target = ((top * width + left)[..., None] + offsets).astype(np.int32)
     covered = _rectangles(top, left, target_size, grid)
@@ -92,9 +102,9 @@ def sample_blocks(
     for c in range(contexts):
         image, cut, tries = np.arange(batch), union, 0
         while image.size:
-            words = philox(key, image, CONTEXT + (c << 16) + tries)
-            top = below(words[0], height - context_size[0] + 1 - skip_last)
-            left = below(words[1], width - context_size[1] + 1 - skip_last)
+            drawn = words(key, image, CONTEXT + (c << 16) + tries)
+            top = below(drawn[0], height - context_size[0] + 1 - skip_last)
+            left = below(drawn[1], width - context_size[1] + 1 - skip_last)
             kept = (_rectangles(top, left, context_size, grid) & ~cut).reshape(image.size, -1)
             context[c, image] = kept
             image = image[np.count_nonzero(kept, axis=1) <= min_keep]
@@ -111,9 +121,9 @@ def random_subset(key: Key, kept: np.ndarray, count: np.ndarray, draw: int = 0) 
     """
     batch, patches = kept.shape
     blocks = -(-patches // 4)
-    words = philox(key, np.arange(batch)[:, None], SUBSET + (draw << 16) + np.arange(blocks))
-    words = np.moveaxis(words, 0, -1).reshape(batch, -1)[:, :patches]
-    order = np.where(kept, words << np.uint64(32) | np.arange(patches, dtype=np.uint64), np.uint64(2**64 - 1))
+    drawn = words(key, np.arange(batch)[:, None], SUBSET + (draw << 16) + np.arange(blocks))
+    drawn = np.moveaxis(drawn, 0, -1).reshape(batch, -1)[:, :patches]
+    order = np.where(kept, drawn << np.uint64(32) | np.arange(patches, dtype=np.uint64), np.uint64(2**64 - 1))
     ranked = np.sort(order, axis=1)
     highest = np.where(count > 0, ranked[np.arange(batch), np.maximum(count, 1) - 1], 0)
     return kept & (order <= highest[:, None]) & (count > 0)[:, None]

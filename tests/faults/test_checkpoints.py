@@ -124,6 +124,7 @@ def test_a_checkpoint_of_the_first_format_is_read(trained, tmp_path):
     statuses, errors = finish(start(tmp_path, *STEPS, "optim.steps=4"))
     assert statuses == [0], errors
     assert errors.count("cannot be verified") == 1
+    assert errors.count("drew masks by rank") == 1
     assert losses(folder) == losses(trained)
 
 
