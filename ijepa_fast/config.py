@@ -39,7 +39,7 @@ BELOW_ONE = 0.9999999
 
 
 # The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
-STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random")
+STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random", "channels")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -58,7 +58,10 @@ ARCHITECTURES = {
 class Mask:
     """Of I-JEPA's masks. None: the strategy's default, the published value."""
 
-    strategy: str = fixed("multiblock", "see masks/samplers.py", choices=STRATEGIES)
+    strategy: str = fixed("multiblock", "see masks/samplers.py; module:function: see masks/foreign.py")
+    hidden_channels: float | None = fixed(
+        None, "share of an image's channels that its contexts do not see, under strategy=channels", above=0, most=1
+    )
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
     group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
@@ -306,6 +309,9 @@ def check(config: Config) -> None:
             f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
             f"set batch_size to a multiple of it"
         )
+    if config.mask.strategy not in STRATEGIES and ":" not in config.mask.strategy:
+        names = ", ".join(STRATEGIES)
+        raise ConfigError(f"mask.strategy: expected one of {names}, or module:function, got {config.mask.strategy!r}")
     if (config.mask.budget is None) != (config.mask.policy != "budget"):
         raise ConfigError(
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "

@@ -41,6 +41,7 @@ class Setup:
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
     steps_per_epoch: int = 1
+    foreign: bool = True  # whether masks of somebody else's module may be imported
 
     @property
     def grid(self) -> tuple[int, int]:
