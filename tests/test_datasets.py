@@ -7,10 +7,12 @@ import torch
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("sklearn")
 
+from ijepa_fast.config import ConfigError, load_config
 from ijepa_fast.data.dali import TrainLoader, eval_batches
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.eval.labels import open_labelled
+from ijepa_fast.front import check_early
 from tests import image_sets, my_data
 from tests.data_images import write_photos
 
@@ -70,6 +72,13 @@ def test_labels_are_those_of_the_data_set(name):
 def test_what_is_no_data_set_is_named(name, words):
     with pytest.raises((ValueError, TypeError), match=words):
         open_source(f"tests.my_data:{name}")
+
+
+def test_a_function_is_no_missing_path(tmp_path):
+    """To the command, which looks before torch is imported."""
+    check_early(load_config("quickstart", ["data.source=tests.my_data:pictures"]))
+    with pytest.raises(ConfigError, match="does not exist; expected a folder of images, archives, arrays or a list"):
+        check_early(load_config("quickstart", [f"data.source={tmp_path}/none"]))
 
 
 def test_a_set_in_memory_gives_the_same_batches(tmp_path):

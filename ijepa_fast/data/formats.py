@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,8 @@ def _pillow(data: bytes | str, reading: Reading) -> Raster:
         warnings.catch_warnings(action="ignore"),
         Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image,
     ):
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            _say_frames_once()
         height, width = image.height, image.width
         turned = ImageOps.exif_transpose(image)
         mode = turned.mode
@@ -123,6 +126,11 @@ def _pillow(data: bytes | str, reading: Reading) -> Raster:
         array = array.astype(np.uint16) if array.min() >= 0 and array.max() < 1 << 16 else array
     assert array.size >= height * width
     return Raster.of(array if array.ndim == 3 else array[..., None])
+
+
+@functools.cache
+def _say_frames_once() -> None:
+    print("of images of several frames the first is read", file=sys.stderr)
 
 
 def _is_deep_png(data: bytes | str) -> bool:

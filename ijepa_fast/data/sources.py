@@ -190,7 +190,7 @@ def _open(path: str, label: str | None, cache: str | Path | None, reading: Readi
         root = os.path.dirname(path)
     elif not os.path.isdir(path):
         found = "is neither a folder nor a file" if os.path.exists(path) else "does not exist"
-        raise ValueError(f"data path {path!r} {found}; expected a folder of images, archives, arrays or a text list")
+        raise ValueError(f"data path {path!r} {found}; expected a folder of images, archives, arrays or a list")
     source = kind(root, cached(path, cache, build, how), label)
     if not len(source):
         held = f"files named {', '.join('*' + extension for extension in EXTENSIONS)}, loose or in *.tar"
