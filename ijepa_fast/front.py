@@ -98,6 +98,7 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
+    from ijepa_fast.run import lock, pulse
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
@@ -118,6 +119,9 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
+    finally:
+        pulse.end()
+        lock.release()
 
 
 def _interrupted(first: bool) -> int:

@@ -37,7 +37,7 @@ from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint, lock
+from ijepa_fast.run import checkpoint, lock, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.imported import functions
@@ -66,7 +66,8 @@ def train(config: Config) -> None:
     method = build_method(config, length.steps_per_epoch)
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
-    _held = lock.hold(config.folder)
+    pulse.begin(rank, ranks)
+    lock.hold(config.folder)
     last = choose(config.folder, config.resume)
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
@@ -93,7 +94,9 @@ def train(config: Config) -> None:
             lr, weight_decay, ema = schedule.at(step)
             for _ in range(micro_steps):
                 begin = time.perf_counter()
+                pulse.at(step, "waiting for images")
                 batch = next(loader)
+                pulse.at(step, "computing")
                 wait = time.perf_counter() - begin
                 draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
@@ -102,9 +105,10 @@ def train(config: Config) -> None:
                 online.add(batch.indices)
             step += 1
             log.advance()
-            signal, due, failed = stop.after(step, saver.failed)
+            signal, due, failed = stop.after(step, saver.failed or lock.lost())
             if failed:
-                saver.wait()  # which raises
+                on_first(lock.check)
+                saver.wait()
             to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
             if to_save or step % config.log.every == 0:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
@@ -113,6 +117,7 @@ def train(config: Config) -> None:
                 record = window | record | speed.record(step, batch.draw, window) | online.read(step)
                 if to_save:
                     stop.saving()
+                    pulse.at(step, "saving")
                     record["saving_blocked"] = saver.save(step)
                     stop.saved()
                 log.write(step, record)

@@ -49,7 +49,7 @@ from ijepa_fast.run.together import on_first, together
 T = TypeVar("T")
 FORMAT = 3
 FORMATS = (1, 2, 3)  # that are read; the first had no digests, the first two were of runs that drew masks by rank
-KEYS = {"step", "shapes", "config"}  # of every state.json
+KEYS = {"step": int, "shapes": dict, "config": dict}  # of every state.json
 WHOLE = "weights.safetensors"
 
 
@@ -162,8 +162,8 @@ def _said(work: Callable[[], T], folder: Path, final: Path, needed: int) -> T:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of the run in `folder`, oldest first: step-00000500, and nothing of another name."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=step_of)
+    named = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    return sorted((path for path in named if path.name == f"step-{step_of(path):08d}" and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -174,14 +174,14 @@ def step_of(path: Path) -> int:
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those of a multiple of `keep_every` steps."""
     for path in checkpoints(folder)[:-keep]:
-        if not keep_every or step_of(path) % keep_every:
+        if not (path.is_symlink() or (keep_every and step_of(path) % keep_every == 0)):
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
 def clear(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote or removed a checkpoint."""
     for path in (folder / "checkpoints").glob(".step-*"):
-        if re.fullmatch(r"\.step-\d{8,}\.(draft|removed)", path.name):
+        if re.fullmatch(r"\.step-[0-9]{8,}\.(draft|removed)", path.name):
             shutil.rmtree(path)
 
 
@@ -338,16 +338,18 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path}: no readable state.json ({error}); is it a checkpoint folder?") from None
     if not isinstance(state, dict) or "format" not in state:
         raise Damaged(f"{path}: state.json does not say its format")
+    # First of all, as what says that there are no digests may itself be damaged.
+    if (state["format"] != 1 or "sha256" in state) and not is_sealed(state):
+        raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
     if state["format"] not in FORMATS:
         raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMATS}")
-    if missing := sorted((KEYS if state["format"] == 1 else KEYS | {"files"}) - state.keys()):
+    needed = KEYS if state["format"] == 1 else KEYS | {"files": dict}
+    if missing := sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind)):
         raise Damaged(f"{path}: state.json has no {', '.join(missing)}")
-    if state["format"] > 1 and not is_sealed(state):
-        raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
     if path.name.startswith("step-") and path.name != f"step-{state['step']:08d}":
         raise Damaged(f"{path}: state.json is of step {state['step']}")
     return state
@@ -427,6 +429,8 @@ class _Reader:
         self._folder = folder
         self._files = []
         for path in sorted(folder.glob("rank-*.safetensors")):
+            if not re.fullmatch(r"rank-[0-9]{5,}\.safetensors", path.name):  # somebody's copy
+                continue
             try:
                 self._files.append(safe_open(path, "pt"))
             except (SafetensorError, OSError) as error:
