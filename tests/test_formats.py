@@ -1,5 +1,6 @@
 """Every format gives the pixels that were written, whole and by windows; what does not fit is one sentence."""
 
+import json
 import sys
 
 import numpy as np
@@ -322,3 +323,15 @@ def test_rasters_say_what_they_cannot_give(tmp_path):
     source = open_source(tmp_path / "a.npy", reading=Reading(channels=5))
     with pytest.raises(BadImage, match=r"declares 44 x 40 pixels, over the bound of 100; raise data\.max_pixels"):
         source.raster(0, 100)
+
+
+@pytest.mark.slow
+def test_the_bench_of_formats_runs(tmp_path):
+    pytest.importorskip("sklearn")
+    from bench import formats
+
+    sizes = ["--count", "8", "--size", "64", "--large", "256", "--crop", "32", "--batch-size", "4", "--threads", "1"]
+    formats.main([*sizes, "--seconds", "0.05", "--rounds", "1", "--json", str(tmp_path / "x.json")])
+    rows = json.loads((tmp_path / "x.json").read_text())["formats"]
+    assert [row["format"] for row in rows] == ["jpg", "png", "tif", "npy", "h5", "zarr", "windows of a large tif"]
+    assert all(rate > 0 for row in rows for rate in row["images_per_second"].values())
