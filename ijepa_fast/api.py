@@ -128,7 +128,7 @@ def vectors(
 def _source(data: Any, encoder: PretrainedEncoder) -> Source:
     reading = encoder.arch.reading
     if isinstance(data, str | os.PathLike):
-        return open_source(data, reading=reading)
+        return open_source(os.fspath(data), reading=reading)
     if isinstance(data, np.ndarray | torch.Tensor):
         return DatasetSource("array", Arrays(data), reading)
     if isinstance(data, Sequence) and all(isinstance(item, str | os.PathLike) for item in data):

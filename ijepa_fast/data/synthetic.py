@@ -47,8 +47,9 @@ class SyntheticLoader:
                 drawn = drawn / 255 if depth == "float32" else drawn.int().mul(257).to(torch.uint16)
             return drawn.to(device)
 
-        several = isinstance(crop, list)
-        self._images = [images(side, v) for v, side in enumerate(crop)] if several else images(crop)
+        sides = crop if isinstance(crop, list) else [crop]
+        made = [images(side, view) for view, side in enumerate(sides)]
+        self._images = made if isinstance(crop, list) else made[0]
         self._indices = torch.arange(batch_size) + rank * batch_size
         self._step, self._draw = start_step, draw
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draw")

@@ -153,7 +153,7 @@ def build_loader(
         "draw": build_draw(config, method, device, rank, ranks),
     }
     if source is None:
-        sides = [view.crop for view in views] if views else data.size
+        sides: Any = [view.crop for view in views] if views else data.size
         depth = "uint8" if data.depth == "auto" else data.depth
         return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, channels=data.channels, depth=depth, **common)
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
