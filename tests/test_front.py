@@ -114,6 +114,13 @@ def test_help_is_no_error(capsys):
     assert command_line(["--version"]) == 0
 
 
+def test_a_reader_that_has_had_enough():
+    words = f"{sys.executable} -m ijepa_fast train --config quickstart --print-config | true; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, env=unlaunched(), capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip() in ("0", "141")
+
+
 def test_configs_are_listed_and_printed(capsys):
     assert command_line(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
