@@ -133,7 +133,7 @@ def test_the_images_of_the_source_are_counted(red_and_blue, capsys):
     [
         (141e9, "fits on 8 x X"),
         (40e9, "does not fit as it is: set model.recompute=true engine.zero=1, on 8 x X"),
-        (12e9, "does not fit as it is: set engine.accumulation=2 model.recompute=true engine.zero=1, on 8 x X"),
+        (12e9, "does not fit as it is: set engine.accumulation=2 model.recompute=true engine.zero=3, on 8 x X"),
         (3e9, "does not fit on X, whatever is set: name more ranks, or a smaller model"),
     ],
 )
@@ -203,3 +203,16 @@ def test_what_cannot_be_planned_is_said(arguments, words, capsys):
 def test_a_gpu_unknown_raises():
     with pytest.raises(ConfigError):
         forecast.make(config(), gpu="none")
+
+
+def test_the_plan_counts_what_graphs_hold():
+    """As the engine's buffers are: a copy of the gradient, one to add up in, and no gradient shared out at stage 2."""
+    one, off = (forecast.make(config("engine.accumulation=2", f"engine.cuda_graphs={x}")) for x in ("auto", "off"))
+    total = 4 * sum(one.parameters)
+    assert {memory.graphs for memory in off.memory.values()} == {0}
+    assert [one.memory[stage, 1].graphs for stage in (0, 1, 2, 3)] == [2 * total, 2 * total, 2 * total, 0]
+    assert one.memory[2, 2].graphs == 2.5 * total
+    assert one.memory[2, 2].gradients + one.memory[2, 2].graphs == 3 * total
+    assert one.memory[1, 1].total == off.memory[1, 1].total + 2 * total
+    clipped = forecast.make(config("optim.clip=1"))
+    assert clipped.memory[1, 1].graphs == 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.engine.engine import wants_graphs
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.flops import MEMORIES, PEAKS
 from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_batch
@@ -41,6 +42,7 @@ class Memory:
     ema: int  # fp32, where the averages do not hold it
     averages: int  # I-JEPA's target encoder
     activations: int  # kept for the backward pass
+    graphs: int = 0  # what CUDA graphs hold besides: see `graph_bytes`
 
     @property
     def total(self) -> int:
@@ -78,6 +80,16 @@ def memory(precision: str, sizes: tuple[int, int], stage: int, ranks: int, activ
         averages=averages,
         activations=activations,
     )
+
+
+def graph_bytes(precision: str, total: int, stage: int, ranks: int, accumulation: int) -> int:
+    """Bytes that CUDA graphs hold on each rank beside a step's own; the pool is as large as the largest batch's.
+
+    The first graph is verified beside a copy of the gradient; micro-batches are added up in another one; and at stage 2
+    the gradient is not shared out before it is whole.
+    """
+    copies = 1 + (accumulation > 1) + (1 - 1 / ranks if stage == 2 else 0)
+    return int(VALUE_BYTES[precision] * total * copies)
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,14 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
         )
         tokens[n] = float(np.mean([batch.tokens / batch.images for batch in batches]))
         flop = float(np.mean([method.work(batch).total / batch.images for batch in batches]))
-        table |= {(stage, n): memory(config.engine.precision, sizes, stage, n, kept) for stage in STAGES}
+        for stage in STAGES:
+            needed = memory(config.engine.precision, sizes, stage, n, kept)
+            graphs = "off" if config.engine.cuda_graphs == "off" else "auto"
+            engine = replace(config.engine, zero=stage, cuda_graphs=graphs)
+            if wants_graphs(method, engine, config.optim, torch.device("cuda")):
+                held = graph_bytes(config.engine.precision, sum(sizes), stage, n, config.engine.accumulation)
+                needed = replace(needed, graphs=held)
+            table[stage, n] = needed
     seconds = flop * config.batch_size * length.steps / PEAKS[gpu]
     hours = {share: seconds / share / 3600 for share in UTILISATIONS}
     return Plan(table, sizes, images, length.steps, flop / 1e9, tokens, hours, not own)
