@@ -115,7 +115,8 @@ def test_help_is_no_error(capsys):
 
 
 def test_a_reader_that_has_had_enough():
-    words = f"{sys.executable} -m ijepa_fast train --config quickstart --print-config | true; echo ${PIPESTATUS[0]}"
+    command = f"{sys.executable} -m ijepa_fast train --config quickstart --print-config"
+    words = command + " | true; echo ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", words], cwd=ROOT, env=unlaunched(), capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert done.stdout.strip() in ("0", "141")
