@@ -25,6 +25,7 @@ from ijepa_fast.given import (
     RENAMED,
     RENAMED_METHODS,
     SHARES,
+    SWITCH,
     UNREAD,
     ConfigError,
     check_keys,
@@ -126,7 +127,7 @@ class Engine:
     accumulation: int = key(1, "micro-batches of a step", least=1)
     bucket: int = key(50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1)
     compile: bool | None = key(None, "torch.compile by block; None: on a GPU, below ZeRO 3")
-    cuda_graphs: bool = key(False, "forward and backward as CUDA graphs, one for every shape of batch")
+    cuda_graphs: str = key("auto", "steps as CUDA graphs, one for every shape of batch", choices=("auto", "on", "off"))
     target_stream: bool = key(False, "the target encoder on a CUDA stream of its own, beside the context encoder")
     timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1)
 
@@ -269,6 +270,8 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
     flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
+    if isinstance(graphs := flat.get("engine.cuda_graphs"), bool):
+        flat["engine.cuda_graphs"] = SWITCH[graphs]
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -317,7 +320,7 @@ def check(config: Config) -> None:
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
         )
-    _check_engine(config.engine, config.mask)
+    _check_engine(config.engine)
     if config.engine.target_precision == "fp8" and config.model.dim % 16:
         raise ConfigError(
             f"engine.target_precision=fp8 needs a model.dim that is a multiple of 16, got {config.model.dim}; "
@@ -376,7 +379,7 @@ LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
 )
 
 
-def _check_engine(engine: Engine, mask: Mask) -> None:
+def _check_engine(engine: Engine) -> None:
     if engine.compile and engine.zero == 3:
         raise ConfigError(
             "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
@@ -384,12 +387,6 @@ def _check_engine(engine: Engine, mask: Mask) -> None:
         )
     if engine.target_stream and engine.device == "cpu":
         raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if engine.cuda_graphs and (engine.zero == 3 or not mask.padding):
-        raise ConfigError(
-            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
-            f"{engine.zero} and mask.padding={str(mask.padding).lower()}; set engine.zero to at most 2 and "
-            f"mask.padding=true, or engine.cuda_graphs=false"
-        )
 
 
 def _check_model(model: Model) -> None:

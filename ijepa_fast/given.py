@@ -62,6 +62,7 @@ RENAMED = {
     "objective.loss": "objective.options.loss",
     "objective.target": "objective.options.target",
 }
+SWITCH = {True: "on", False: "off"}  # what YAML reads on and off as, and once the values of engine.cuda_graphs
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
 OWN_METHODS = "ijepa_fast.methods."
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
@@ -162,6 +163,9 @@ def _renamed(given: Any) -> Any:
         for old in UNREAD:
             given.objective.pop(old.removeprefix("objective."), None)
         _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
+    graphs = OmegaConf.select(given, "engine.cuda_graphs")
+    if isinstance(graphs, bool):
+        given.engine.cuda_graphs = SWITCH[graphs]
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
         holder = OmegaConf.select(given, section)

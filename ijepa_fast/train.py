@@ -92,6 +92,7 @@ def train(config: Config) -> None:
     with stopping as stop, saving as saver, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
+            logging = (step + 1) % config.log.every == 0
             for _ in range(micro_steps):
                 begin = time.perf_counter()
                 pulse.at(step, "waiting for images")
@@ -100,7 +101,7 @@ def train(config: Config) -> None:
                 wait = time.perf_counter() - begin
                 draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
-                engine.step(lr, weight_decay, ema)
+                engine.step(lr, weight_decay, ema, norm=logging)
                 meter.add(loss, terms, draw, wait)
                 online.add(batch.indices)
             step += 1
@@ -110,11 +111,13 @@ def train(config: Config) -> None:
                 on_first(lock.check)
                 saver.wait()
             to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
-            if to_save or step % config.log.every == 0:
+            if to_save or logging:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
-                window = meter.read((logged + 1, step), engine.health(), engine.skipped)
+                window = meter.read((logged + 1, step), engine.health(), engine.skipped, engine.gradient_squares())
                 record = window | record | speed.record(step, batch.draw, window) | online.read(step)
+                if graphs := engine.graphs():
+                    record["graphs"] = graphs
                 if to_save:
                     stop.saving()
                     pulse.at(step, "saving")

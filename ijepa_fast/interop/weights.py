@@ -24,6 +24,7 @@ from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.data.pixels import Pixels
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import EIGHT_BITS
+from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.models.positions import sincos_2d
 
 State = dict[str, torch.Tensor]
@@ -264,14 +265,12 @@ def header(arch: Arch) -> dict[str, str]:
 
 def save_weights(path: str | Path, weights: Weights) -> None:
     """Write all networks as one safetensors file, fp32, with the Arch in its header."""
-    from safetensors.torch import save_file
-
     tensors = {
-        f"{network}.{key}": value.detach().to("cpu", torch.float32).contiguous().clone()
+        f"{network}.{key}": value.detach().to("cpu", torch.float32)
         for network, state in weights.networks.items()
         for key, value in state.items()
     }
-    save_file(tensors, path, metadata=header(weights.arch))
+    write_tensors(Path(path), tensors, header(weights.arch))
 
 
 def load_weights(path: str | Path) -> Weights:

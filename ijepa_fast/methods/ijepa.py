@@ -17,7 +17,7 @@ from torch import nn
 from ijepa_fast.config import ConfigError, check_width, key
 from ijepa_fast.data.crops import counter_uniform
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import MaskDraw, pack, whole_groups
+from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -26,6 +26,7 @@ from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
+TRIED = 64  # draws among which the largest is looked for
 HIDDEN_SHARE = 0.5  # of the channels, under mask.strategy=channels
 _CHANNELS = 1 << 40  # stream of random numbers, see data.crops.counter_bits
 
@@ -58,7 +59,7 @@ class IJEPA(Method[MaskDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
-        self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
+        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
         self.hidden = _hidden(mask, setup)
         self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
         self.encoder = Encoder(**setup.encoder_sizes)
@@ -86,6 +87,14 @@ class IJEPA(Method[MaskDraw]):
     def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
         self.fp8_blocks = [FP8Block(block) for block in self.averaged["encoder"].blocks[:-1]]
+
+    def use_graphs(self) -> None:
+        """Draw masks of few sizes from now on."""
+        self.policy["padding"] = GRAPH_BITS
+
+    def largest(self, draw: MaskDraw) -> MaskDraw:
+        """Of some draws the one that keeps most for the backward pass."""
+        return max((self.draw(draw.images, 0, step) for step in range(TRIED)), key=self.saved_values)
 
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written."""

@@ -77,7 +77,8 @@ class Method(nn.Module, Generic[D]):
 
     Attributes:
         Options: a dataclass of the method's own settings, published values as defaults; `check` says what they may be.
-        capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs. fp8:
+        capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs, as they
+            read nothing from the device and change nothing that stays; `use_graphs` and `largest` may be of use. fp8:
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
@@ -150,6 +151,16 @@ class Method(nn.Module, Generic[D]):
         """Run what needs no gradient in fp8 from now on (capability "fp8"); its weights lie where they will."""
         raise NotImplementedError
 
+    def use_graphs(self) -> None:
+        """Draw batches of few shapes from now on, as each one takes a CUDA graph (capability "graphs")."""
+
+    def largest(self, draw: D) -> D | None:
+        """A draw like `draw` that no later one of this run exceeds by much, in host memory (capability "graphs").
+
+        None where all are of one size.
+        """
+        return None
+
     def average_changed(self) -> None:
         """Called whenever the weights of `averaged` were written."""
 
@@ -213,6 +224,13 @@ def _check_contract(name: str, method: type[Method]) -> None:
     needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
     if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
         raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    try:
+        inspect.signature(method.draw).bind(None, 1, 0, 0, 0, 1)
+    except TypeError:
+        raise ConfigError(
+            f"objective.method={name}: {method.__name__}.draw: expected (images, seed, step, first, batch), got "
+            f"{inspect.signature(method.draw)}"
+        ) from None
     if not (inspect.isclass(method.Options) and is_dataclass(method.Options)):
         raise ConfigError(f"objective.method={name}: {method.__name__}.Options: expected a dataclass")
     if unknown := set(method.capabilities) - set(CAPABILITIES):

@@ -75,7 +75,7 @@ def with_options(config: Config, method: Method) -> Config:
 def _check_capabilities(config: Config, method: type[Method]) -> None:
     engine = config.engine
     wanted = {
-        "graphs": ("engine.cuda_graphs=true", engine.cuda_graphs),
+        "graphs": ("engine.cuda_graphs=on", engine.cuda_graphs == "on"),
         "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
         "target_stream": ("engine.target_stream=true", engine.target_stream),
     }

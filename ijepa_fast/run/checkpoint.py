@@ -33,6 +33,7 @@ from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.optim import STATES
 from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
+from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.interop.weights import (
     Arch,
     State,
@@ -43,7 +44,7 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
-from ijepa_fast.run.digests import is_sealed, seal, write_tensors
+from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
 
 T = TypeVar("T")
