@@ -18,7 +18,10 @@ from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS, Sharded
 from ijepa_fast.engine.update import GraphStep
+from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.memory import keep_freed_memory
+from ijepa_fast.kernels.varlen_attention import measure_dense_attention
+from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
 
@@ -122,6 +125,8 @@ class Engine:
             method.carried[name] = tensor.to(device)
         if settings.target_stream and device.type == "cuda":
             method.target_stream = torch.cuda.Stream(device)
+        if device.type == "cuda":
+            measure_target(method, micro_batch, dtype, device)
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values())
@@ -262,6 +267,22 @@ def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, d
     if reason and settings.cuda_graphs == "on":
         raise ConfigError(f"engine.cuda_graphs=on: {reason}, or set engine.cuda_graphs=auto")
     return reason is None
+
+
+def measure_target(method: Method, images: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the averaged encoder attend by the fastest backend at `images` whole images, and say which that is."""
+    encoder = method.averaged.get("encoder")
+    if encoder is None or choice("varlen_attention") != "auto":
+        return
+    heads = encoder.blocks[0].attn.heads
+    tokens = encoder.patches + (encoder.cls_token is not None)
+    found = measure_dense_attention(images, tokens, heads, encoder.dim // heads, dtype, device)
+    if torch.distributed.get_rank() == 0:
+        taken = FASTEST[heads, encoder.dim // heads]
+        print(
+            f"target attention: {taken}; " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in found.items()),
+            file=sys.stderr,
+        )
 
 
 def _say_of_rank(text: str) -> None:
