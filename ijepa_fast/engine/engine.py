@@ -29,6 +29,7 @@ from ijepa_fast.models.vit import compile_blocks
 CPU_BUCKET = 8_000_000
 RENDEZVOUS = 600  # seconds, at least, for all ranks to start
 AFTER = 60  # seconds that NCCL waits longer than the host, which can say what is wrong; NCCL aborts the process
+FP8 = (8, 9)  # compute capability of the first GPUs with fp8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -152,7 +153,7 @@ class Engine:
         self.layout = LAYOUTS[settings.zero](self._engine, self.optimizer, groups)
         averages = method.averaged.items()
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
-        if settings.target_precision == "fp8":
+        if settings.target_precision == "fp8" and has_fp8(device):
             method.use_fp8()
         self._graphs: GraphStep | None = None
         possible = device if recorder is None else torch.device("cuda")
@@ -267,6 +268,19 @@ def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, d
     if reason and settings.cuda_graphs == "on":
         raise ConfigError(f"engine.cuda_graphs=on: {reason}, or set engine.cuda_graphs=auto")
     return reason is None
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies fp8; says so where not. A CPU does it by way of fp32, for tests."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8:
+        return True
+    if torch.distributed.get_rank() == 0:
+        print(
+            f"engine.target_precision=fp8: {torch.cuda.get_device_name(device)} has no fp8; the target encoder runs in "
+            f"engine.precision",
+            file=sys.stderr,
+        )
+    return False
 
 
 def measure_target(method: Method, images: int, dtype: torch.dtype, device: torch.device) -> None:
