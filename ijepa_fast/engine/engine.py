@@ -161,7 +161,7 @@ class Engine:
             method.use_graphs()
             recorder = recorder or CUDARecorder(device)
             parts = (method, self.optimizer, self.layout, settings.accumulation)
-            self._graphs = GraphStep(*parts, _say_of_rank, recorder)
+            self._graphs = GraphStep(*parts, _say_of_rank, recorder, settings.target_precision == "fp8")
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""

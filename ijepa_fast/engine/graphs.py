@@ -233,7 +233,7 @@ class Graphs:
     def _difference(self, launched: list[torch.Tensor], replayed: list[torch.Tensor]) -> str | None:
         """What differs by more than rounding, or None. Waits for the device."""
         bounds = BOUNDS[self.params[0].dtype]
-        apart = torch._foreach_norm(torch._foreach_sub(launched, replayed), dtype=torch.float32)
+        apart = [torch.linalg.vector_norm(a - b, dtype=torch.float32) for a, b in zip(launched, replayed, strict=True)]
         sizes = torch._foreach_norm(launched, dtype=torch.float32)
         loss, *others = (torch.stack(apart) / torch.stack(sizes).clamp_min(1e-30)).tolist()
         if not loss <= bounds[0]:

@@ -113,7 +113,7 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     if backend == "auto" and choice("varlen_attention") == "auto" and native.unsupported(qkv, 1.0) is None:
         backend = "native"
     if backend == "auto" and not (qkv.requires_grad and torch.is_grad_enabled()):
-        backend = dense.FASTEST.get((qkv.shape[3], qkv.shape[4]), "auto")
+        backend = dense.FASTEST.get((int(qkv.shape[3]), int(qkv.shape[4])), "auto")
     if backend in ("auto", "sdpa", "default", *dense.SDPA):
         return dense.attend(qkv, backend if backend in dense.SDPA else "default")
     images, tokens = qkv.shape[:2]
