@@ -11,9 +11,11 @@ COMMANDS = {
     "train": ("ijepa_fast.front", "train on a folder of images"),
     "plan": ("ijepa_fast.plan", "memory, work and hours of a run, before anything runs"),
     "probe": ("ijepa_fast.probe", "evaluate frozen features on labelled images"),
+    "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
     "report": ("ijepa_fast.report", "make one HTML page of a run"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
+    "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),
     "configs": ("ijepa_fast.configs", "list the ready configurations, or print one"),
     "doctor": ("ijepa_fast.doctor", "say what this machine has, and try it"),
 }

@@ -5,11 +5,12 @@ Nothing here knows a key by its meaning; ijepa_fast/config.py has them.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,36 @@ MISSING = "???"  # OmegaConf's mark of a key without a default; OmegaConf itself
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and what to change."""
 
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    length: int | None = None,
+    fixed: bool = False,
+) -> Any:
+    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
+
+    least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
+    """
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
+    metadata |= {"least": least, "above": above, "most": most, "length": length}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def fixed(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key that is fixed: a run resumed with another value would not be the run that was begun."""
+    return key(default, meaning, fixed=True, **limits)
+
+
+SHARES: dict[str, Any] = {"above": 0, "most": 1, "length": 2}
+RATIOS: dict[str, Any] = {"above": 0, "length": 2}
 
 # Keys and values of earlier versions.
 RENAMED = {

@@ -16,6 +16,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 if __name__ == "__main__":
@@ -43,7 +44,7 @@ from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
+from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
@@ -58,6 +59,7 @@ def train(config: Config) -> None:
     check_loggers(config.log)
     device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
+    config = with_depth(config, source)
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
@@ -167,3 +169,13 @@ def resume(
             print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
     on_first(lambda: save_config(config, config.folder / "config.yaml"))
     return step, changed
+
+
+class _Callable(ModuleType):
+    """This module, which is called as a function too: `ijepa_fast.train(...)` is what `ijepa_fast.api.train` does."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return importlib.import_module("ijepa_fast.api").train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

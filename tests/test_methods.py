@@ -272,6 +272,11 @@ BROKEN = {
     "capability": ("    Options = Options", "    capabilities = frozenset({'speed'})", "got speed"),
     "promise": ("    Options = Options", "    capabilities = frozenset({'forecast'})", "lacks saved_values"),
     "two": ("class Toy(", "class First(Method):\n    pass\n\n\nclass Toy(", "found 2"),
+    "draw": (
+        "step: int, first: int = 0, batch: int | None = None)",
+        "step: int, rank: int = 0)",
+        "Toy.draw: expected (images, seed, step, first, batch)",
+    ),
     "options": ("    Options = Options", "    Options = dict", "Toy.Options: expected a dataclass"),
     "syntax": ("class Toy(", "class Toy)(", "objective.method"),
 }

@@ -17,8 +17,9 @@ TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe use
 class View:
     """How one view is made.
 
-    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise: the chances of blur and
-    of solarisation. sigma: range of the blur's standard deviation, pixels of the view.
+    crop: its side, pixels. scale: lowest and highest share of the image's area. blur,
+    solarise: the chances of blur and of solarisation. sigma: range of the blur's standard deviation, pixels of the
+    view.
     """
 
     crop: int

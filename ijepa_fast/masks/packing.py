@@ -52,6 +52,7 @@ class MaskDraw(Draw):
     predictor_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,)
     predictor_max_seqlen: int
     predictor_query_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,) of the mask tokens alone: K a sequence, 0 of padding
+    channels: torch.Tensor | None = field(default=None, kw_only=True)  # (B, channels) bool, those that contexts see
 
     @property
     def sequences(self) -> int:

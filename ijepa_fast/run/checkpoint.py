@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +28,12 @@ from safetensors import SafetensorError, safe_open
 
 from ijepa_fast import config
 from ijepa_fast.config import is_fixed, present
+from ijepa_fast.data import Size
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.optim import STATES
 from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
+from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.interop.weights import (
     Arch,
     State,
@@ -42,7 +44,7 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
-from ijepa_fast.run.digests import is_sealed, seal, write_tensors
+from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
 
 T = TypeVar("T")
@@ -287,7 +289,7 @@ def _check_settings(
     }
 
 
-def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
+def begin(weights: Weights, engine: Engine, heads: int, crop: int | Size) -> None:
     """Bring `engine` to the networks of `weights`, averages to theirs; moments and step stay at zero.
 
     Fixed positions are resampled where the crop is another. A network that `weights` lacks, a predictor say, stays as
@@ -358,7 +360,7 @@ def architecture(engine: Engine, model: config.Model, data: config.Data, method:
     """What is needed to rebuild the encoders of a run from weights.safetensors. method: objective.method."""
     encoder = engine.method.encoder
     return Arch(
-        image_size=data.crop,
+        image_size=data.crop if isinstance(data.crop, int) else data.size,
         patch=model.patch,
         dim=model.dim,
         depth=model.depth,
@@ -375,6 +377,11 @@ def architecture(engine: Engine, model: config.Model, data: config.Data, method:
         learned_positions=encoder.pos_embed is not None,
         mask_token=encoder.masked_embed is not None,
         readout=encoder.readout,
+        stretch=data.stretch,
+        low=data.pixels.low,
+        high=data.pixels.high,
+        channel_names=data.pixels.names,
+        reading=replace(data.reading, where=None, depth="uint8" if data.depth == "auto" else data.depth),
     )
 
 
