@@ -143,6 +143,7 @@ class Optim:
     start_lr: float = key(2e-4, "learning rate at the start of the warm-up", least=0)
     lr: float = key(1e-3, "learning rate at its end", least=0)
     final_lr: float = key(1e-6, "learning rate at the end of the run", least=0)
+    drop_epochs: list[float] = key([], "epochs at which it falls to a tenth; none: it falls as a cosine", least=0)
     weight_decay: float = key(0.04, "at the start", least=0)
     final_weight_decay: float = key(0.4, "at the end of the run", least=0)
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))

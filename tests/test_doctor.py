@@ -110,9 +110,7 @@ def test_an_extension_of_another_torch_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(native.importlib, "import_module", fails)
-    with pytest.warns(
-        RuntimeWarning, match=r"_C does not load \(undefined symbol.*build it again for torch"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"_C does not load \(undefined symbol.*build it again for torch"):
         assert not native.available.__wrapped__()
 
 

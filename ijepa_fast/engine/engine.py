@@ -114,7 +114,7 @@ class Engine:
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values())
-        groups = parameter_groups(method.trained, method.averaged)
+        groups = parameter_groups(method.trained, method.averaged, method.undecayed)
         self.optimizer = AdamWEMA(
             [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
             betas=(optim.betas[0], optim.betas[1]),

@@ -97,10 +97,13 @@ class AdamWEMA(torch.optim.Optimizer):
         return loss
 
 
-def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = ()) -> list[dict]:
+def parameter_groups(
+    trained: dict[str, nn.Module], averaged: Collection[str] = (), undecayed: Collection[str] = ()
+) -> list[dict]:
     """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an EMA.
 
-    trained: the networks by name. Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
+    trained: the networks by name. undecayed: names of other parameters that are not decayed.
+    Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
     (whether weight decay applies).
     """
     groups = []
@@ -108,8 +111,13 @@ def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = 
         networks = {name: network for name, network in trained.items() if (name in averaged) is ema}
         named = [(f"{name}.{key}", p) for name, network in networks.items() for key, p in network.named_parameters()]
         for decay in (True, False):
-            chosen = [(n, p) for n, p in named if (p.ndim > 1 and not n.endswith("bias")) is decay]
+            chosen = [(n, p) for n, p in named if decays(n, p, undecayed) is decay]
             if chosen:
                 names, params = zip(*chosen)
                 groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay})
     return groups
+
+
+def decays(name: str, param: torch.Tensor, undecayed: Collection[str] = ()) -> bool:
+    """Whether weight decay applies to the parameter `name`; see `parameter_groups`."""
+    return param.ndim > 1 and not name.endswith("bias") and name not in undecayed

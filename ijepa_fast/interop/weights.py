@@ -22,10 +22,12 @@ from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.models.positions import sincos_2d
+from ijepa_fast.models.relative import resample_table
 
 State = dict[str, torch.Tensor]
 HEADS = {dim: heads for dim, _, heads, _ in ARCHITECTURES.values()}  # the published width -> heads
 MAX_HEADER = 1 << 24  # bytes of a safetensors header; its JSON takes some hundred times as many in memory
+TABLE = "rel_pos_bias.relative_position_bias_table"  # of relative positions
 HEADER = "ijepa_fast"  # key of the header's metadata
 
 
@@ -40,7 +42,7 @@ class Arch:
     """What a state dict alone does not say. image_size, patch: pixels; mean, std: the training's, in units of 0..1.
 
     interpolation: of the training's resizing, bilinear or bicubic. step: of the training, where it is known. method:
-    that trained it. The last four are models.vit.Encoder's.
+    that trained it. The last seven are models.vit.Encoder's, of layer_scale whether it is 0.
     """
 
     image_size: int
@@ -60,6 +62,9 @@ class Arch:
     learned_positions: bool = False
     mask_token: bool = False
     readout: str = "patches"
+    relative_positions: bool = False
+    layer_scale: float = 0.0
+    key_bias: bool = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -69,8 +74,8 @@ class Arch:
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
         sizes = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
-        parts = ("class_token", "learned_positions", "mask_token", "readout")
-        return {name: getattr(self, name) for name in sizes + parts}
+        parts = ("class_token", "learned_positions", "mask_token", "readout", "relative_positions", "layer_scale")
+        return {name: getattr(self, name) for name in (*sizes, *parts, "key_bias")}
 
 
 @dataclass
@@ -247,6 +252,8 @@ def load_weights(path: str | Path) -> Weights:
     if arch.predictor_dim is not None:
         widths["predictor"] = arch.predictor_dim
     for name in widths.keys() & networks.keys():  # a file of the first version has no tables, which were the usual ones
+        if arch.relative_positions and not name.startswith("predictor"):
+            continue
         networks[name].setdefault(position_key(name), sincos_2d(widths[name], arch.grid)[None])
     return Weights(arch, networks)
 
@@ -290,6 +297,9 @@ def with_image_size(weights: Weights, image_size: int) -> Weights:
         networks[name], key = dict(state), position_key(name)
         if key in state:
             networks[name][key] = resample_positions(state[key], arch.grid, arch.learned_positions and arch.class_token)
+        if TABLE in state:
+            sides = (weights.arch.grid[0], arch.grid[0])
+            networks[name][TABLE] = resample_table(state[TABLE], *sides)
     return Weights(arch, networks)
 
 

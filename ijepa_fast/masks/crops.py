@@ -5,12 +5,12 @@ Shapes: B images, L small crops per image, N and n patches of a large and a smal
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ijepa_fast.masks.blocks import fill
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
@@ -142,18 +142,5 @@ def _block_mask(rng: np.random.Generator, side: int) -> np.ndarray:
     mask = np.zeros((side, side), dtype=bool)
     left = round(rng.uniform(0.1, 0.5) * side**2) if rng.random() < 0.5 else 0
     smallest = min((side // 3) ** 2, left)
-    failures = 0
-    while left > 0 and failures < 10:
-        area, aspect = rng.uniform(smallest, left), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        failures += 1
-        if not (0 < height < side and 0 < width < side):
-            continue
-        top, first = rng.integers(side - height + 1), rng.integers(side - width + 1)
-        block = mask[top : top + height, first : first + width]
-        added = block.size - int(np.count_nonzero(block))
-        if 0 < added <= left:
-            block[:] = True
-            left -= added
-            smallest, failures = min(smallest, left), 0
+    fill(rng, mask, left, lambda left: (min(smallest, left), left))
     return mask

@@ -26,7 +26,8 @@ from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.vit import INIT_STD, Dense, Encoder, LinearGELU, Packed, Rows, init_weights, run_blocks
+from ijepa_fast.models.layouts import Dense, Packed, Rows
+from ijepa_fast.models.vit import INIT_STD, Encoder, LinearGELU, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
@@ -258,18 +259,19 @@ def step_work(
     """Work of an iBOT step on `globals_` large and `locals_` small crops per image.
 
     masked: masked patches of the batch. None: every token of every crop goes through the whole head, as published.
-    A number: the student's head sees class tokens and masked patches alone; so does the teacher's last layer, with one
-    row more for the patch centre, as this project's rendering does.
+    A number: the student's last block and head see class tokens and masked patches alone; so does the teacher's last
+    layer, with one row more for the patch centre, as this project's rendering does.
     """
     crops = images * [1 + global_patches] * globals_ + images * [1 + local_patches] * locals_
     pixels = 3 * patch**2
     large, small = images * globals_, images * locals_
     embedding = flops.linear(sum(crops) - len(crops), pixels, encoder.dim)
     tokens = large * (1 + global_patches)
-    student_rows, prototype_rows = sum(crops), tokens
+    student_rows, prototype_rows, wanted = sum(crops), tokens, None
     if masked is not None:
+        wanted = [1 + masked, *[1] * (len(crops) - 1)]  # in whichever large crops they lie
         student_rows, prototype_rows = large + small + masked, large + masked + 1
     student_head = head.forward(encoder.dim, student_rows, student_rows)
     teacher = flops.linear(large * global_patches, pixels, encoder.dim) + encoder.forward(crops[:large])
     teacher += head.forward(encoder.dim, tokens, prototype_rows)
-    return Work(teacher, {"student": embedding + encoder.forward(crops), "head": student_head}, embedding)
+    return Work(teacher, {"student": embedding + encoder.forward(crops, wanted), "head": student_head}, embedding)

@@ -68,6 +68,7 @@ class Method(nn.Module, Generic[D]):
         capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs. fp8:
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
+        undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
             empty where the method has none, and then the engine keeps none.
@@ -80,6 +81,7 @@ class Method(nn.Module, Generic[D]):
     Options: ClassVar[type] = NoOptions
     capabilities: ClassVar[frozenset[str]] = frozenset()
     reads_mask: ClassVar[bool] = False
+    undecayed: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}
     encoder: Encoder
 
