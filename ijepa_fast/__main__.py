@@ -14,6 +14,7 @@ COMMANDS = {
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
     "report": ("ijepa_fast.report", "make one HTML page of a run"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
+    "tokenizer": ("ijepa_fast.eval.tokens", "fit a tokenizer of patches, for methods that predict tokens"),
     "configs": ("ijepa_fast.configs", "list the ready configurations, or print one"),
     "doctor": ("ijepa_fast.doctor", "say what this machine has, and try it"),
 }

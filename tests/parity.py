@@ -129,11 +129,11 @@ def parity(path: str | Path) -> dict[str, float]:
     with np.load(path) as archive:
         if "s0/masks_context" in archive.files:
             return parity_ijepa(archive)
-        from tests.parity_masked import parity_simmim
+        from tests.parity_masked import parity_beit, parity_data2vec, parity_simmim
         from tests.parity_methods import parity_ibot, parity_mae
 
         if archive["config"].dtype.kind == "U":
-            known = {"simmim": parity_simmim}
+            known = {"simmim": parity_simmim, "data2vec": parity_data2vec, "beit": parity_beit}
             return known[json.loads(str(archive["config"]))["method"]](archive)
         return parity_ibot(archive) if "center_before" in archive.files else parity_mae(archive)
 

@@ -26,6 +26,7 @@ from ijepa_fast.run.build import build_method
 from ijepa_fast.train import main as train
 from tests.data_images import write_photos
 
+TOKENS = f"tokenizer: {ROOT / 'tests' / 'data' / 'patch_tokens.safetensors'}, vocabulary: 32, token_patch: 4"
 # The config that each method is tried with, and what makes it small.
 TRIED = {
     "ijepa": ("quickstart", []),
@@ -38,13 +39,20 @@ TRIED = {
         ],
     ),
     "simmim": ("simmim_cifar10", ["mask.min_keep=null"]),
+    "data2vec": ("data2vec_cifar10", ["mask.min_keep=null", "objective.options={masked: 20, smallest: 4, layers: 2}"]),
+    "beit": ("beit_cifar10", ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4}}"]),
     "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
 CARRIED = {"ibot": 2, "toy": 1}  # tensors that lie in a checkpoint beside the weights
-AVERAGED = {"mae": [], "simmim": [], "ibot": ["target_encoder", "target_head"]}  # where not the encoder alone
+AVERAGED = {
+    "mae": [],
+    "simmim": [],
+    "beit": [],
+    "ibot": ["target_encoder", "target_head"],
+}  # where not the encoder alone
 BY_CLASS = {"ibot"}  # read by the class token
 NO_CLASS_TOKEN = {"ijepa", "toy"}
-BEITS = {"simmim"}  # whose encoder has no key bias: a BeitModel
+BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
 
 

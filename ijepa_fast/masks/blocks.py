@@ -49,6 +49,16 @@ class PatchDraw(Draw):
         return MaskedRows(self.index, self.lengths, self.padded, self.places, self.kept)
 
     @property
+    def union_lengths(self) -> torch.Tensor:
+        """(B,) masked patches of each image; as in a MaskDraw, where they are targets."""
+        return self.lengths
+
+    @property
+    def union_places(self) -> torch.Tensor:
+        """(R,) int32 places of the masked patches."""
+        return self.patch_index % self.patches
+
+    @property
     def tokens(self) -> int:
         """Tokens that pass through a network."""
         return self.passes * self.images * (1 + self.patches)

@@ -107,6 +107,9 @@ class Method(nn.Module, Generic[D]):
     def check(cls, options: Any, setup: Setup) -> None:
         """Raise ConfigError, naming `objective.options.<key>`, for options that cannot be."""
 
+    def ready(self) -> None:
+        """Called once before training: load what training alone needs. Raises ConfigError."""
+
     def views(self) -> list[View]:
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
         return []
