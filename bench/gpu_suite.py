@@ -31,8 +31,10 @@ if __package__ in (None, ""):
 
 import torch
 
+from bench.baselines.others import PLAIN
 from bench.registry import MODELS, OPS
 from bench.run import ROOT, about, slug
+from ijepa_fast.methods.method import METHODS
 
 FIRST_MODEL = "H/14"
 TEST_SECONDS = 60  # of one test
@@ -67,6 +69,12 @@ STEPS = (
     ("ijepa-h14-128", "--model vit_huge --patch 14 --batch 128 --impl fast,fast-graphs,strong,plain", ()),
     ("ijepa-h16-448", "--model vit_huge --crop 448 --batch 16 --impl fast,fast-graphs,strong,plain", ()),
     ("ijepa-g16", "--model vit_giant --batch 32 --impl fast,fast-graphs,strong,plain", ()),
+)
+# And every registered method that has none, by its own name; with its plain rendering where there is one.
+STEPS += tuple(
+    (f"{name}-s16", f"--method {name} --model vit_small --batch 32 --impl fast{',plain' * (name in PLAIN)}", ())
+    for name in METHODS
+    if f"--method {name} " not in " ".join(arguments for _, arguments, _ in STEPS) and name != "ijepa"
 )
 
 

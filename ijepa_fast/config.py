@@ -152,7 +152,8 @@ class Optim:
     ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps", least=0, most=1)
     final_ema: float = key(1.0, "momentum of the EMA at the end of the run", least=0, most=1)
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
-    clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
+    clip: float = key(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    clip_by: str = key("whole", "whose norm: of all together, or of each parameter", choices=("whole", "parameter"))
 
 
 @dataclass

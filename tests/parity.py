@@ -131,9 +131,10 @@ def parity(path: str | Path) -> dict[str, float]:
             return parity_ijepa(archive)
         from tests.parity_masked import parity_beit, parity_data2vec, parity_simmim
         from tests.parity_methods import parity_ibot, parity_mae
+        from tests.parity_views import parity_dino
 
         if archive["config"].dtype.kind == "U":
-            known = {"simmim": parity_simmim, "data2vec": parity_data2vec, "beit": parity_beit}
+            known = {"simmim": parity_simmim, "data2vec": parity_data2vec, "beit": parity_beit, "dino": parity_dino}
             return known[json.loads(str(archive["config"]))["method"]](archive)
         return parity_ibot(archive) if "center_before" in archive.files else parity_mae(archive)
 

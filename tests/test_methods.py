@@ -41,16 +41,25 @@ TRIED = {
     "simmim": ("simmim_cifar10", ["mask.min_keep=null"]),
     "data2vec": ("data2vec_cifar10", ["mask.min_keep=null", "objective.options={masked: 20, smallest: 4, layers: 2}"]),
     "beit": ("beit_cifar10", ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4}}"]),
+    "dino": (
+        "dino_cifar10",
+        [
+            "mask.min_keep=null",
+            "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, norm_last_layer: false}",
+        ],
+    ),
     "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
-CARRIED = {"ibot": 2, "toy": 1}  # tensors that lie in a checkpoint beside the weights
+HEADED = ["target_encoder", "target_head"]
+CARRIED = {"ibot": 2, "dino": 1, "toy": 1}  # tensors that lie in a checkpoint beside the weights
 AVERAGED = {
     "mae": [],
     "simmim": [],
     "beit": [],
-    "ibot": ["target_encoder", "target_head"],
+    "ibot": HEADED,
+    "dino": HEADED,
 }  # where not the encoder alone
-BY_CLASS = {"ibot"}  # read by the class token
+BY_CLASS = {"ibot", "dino"}  # read by the class token
 NO_CLASS_TOKEN = {"ijepa", "toy"}
 BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
@@ -122,9 +131,9 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2)])
 def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
-    """Of iBOT on two ranks, whose centres are one."""
+    """Of iBOT and DINO on two ranks, whose centres are one; of DINO with each parameter's gradient clipped."""
     options = ("optim.steps=3",)
     folders = [
         train_small(tmp_path, name, f"name=stage{stage}", f"engine.zero={stage}", *options, ranks=ranks)

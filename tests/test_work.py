@@ -5,6 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("deepspeed")
+
 from ijepa_fast import kernels
 from ijepa_fast.config import load_config
 from ijepa_fast.methods.method import METHODS

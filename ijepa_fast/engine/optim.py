@@ -40,6 +40,7 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema)
         super().__init__(params, defaults)
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.clip: Callable[[list[torch.Tensor]], object] | None = None  # of the gradients of a group's parameters
 
     def tie(self, param: torch.Tensor, target: torch.Tensor) -> None:
         """Let `target`, of `param`'s shape, hold its EMA from now on, starting as it is.
@@ -77,6 +78,8 @@ class AdamWEMA(torch.optim.Optimizer):
             states = [self.init_state(p, group["ema"]) for p in params]
             if not params:
                 continue
+            if self.clip is not None:
+                self.clip(params)
             for state in states:
                 state["step"] += 1
             adamw_ema_multi_(

@@ -99,7 +99,7 @@ class CropSampler:
 
     side, small_side: patches along a large and a small crop. small: small crops per image. depth: blocks.
     warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
-    frozen_steps: in which the prototypes do not learn.
+    frozen_steps: in which the prototypes do not learn. masked: whether patches of large crops are masked.
     """
 
     side: int
@@ -109,14 +109,16 @@ class CropSampler:
     temperatures: tuple[float, float]
     warmup_steps: int = 0
     frozen_steps: int = 0
+    masked: bool = True
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> CropDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        mask = np.empty((LARGE, images, self.side**2), dtype=bool)
+        mask = np.zeros((LARGE, images, self.side**2), dtype=bool)
         chance = np.empty((self.depth, 2, LARGE + self.small, images), dtype=np.float32)
         for image in range(images):
             rng = np.random.default_rng([seed, step, first + image])
-            mask[:, image] = draw_masks(rng, LARGE, self.side)
+            if self.masked:
+                mask[:, image] = draw_masks(rng, LARGE, self.side)
             chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
         frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)

@@ -26,8 +26,9 @@ from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.heads import Head, HeadSizes
 from ijepa_fast.models.layouts import Dense, Packed, Rows
-from ijepa_fast.models.vit import INIT_STD, Encoder, LinearGELU, init_weights, run_blocks
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
@@ -48,38 +49,6 @@ class Options:
     first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
     temperature_epochs: float = key(30, "over which the teacher's temperature rises", least=0)
     frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
-
-
-class Prototypes(nn.Module):
-    """Weight-normed linear layer of fixed gain 1, without bias."""
-
-    def __init__(self, width: int, count: int):
-        super().__init__()
-        self.weight_v = nn.Parameter(torch.empty(count, width).uniform_(-(width**-0.5), width**-0.5))
-
-    def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
-        """(r, width) -> (r, Q); `frozen`: the weight's gradient is zero."""
-        # Zero, not None: the engine reduces every gradient. What weight decay does to it, the norm undoes.
-        weight = self.weight_v.detach() + 0 * self.weight_v if frozen else self.weight_v
-        return F.linear(x, F.normalize(weight, dim=1))
-
-
-class Head(nn.Module):
-    """The projection head, shared by class tokens and patches."""
-
-    def __init__(self, dim: int, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 8192):
-        super().__init__()
-        # The published names count the activations.
-        self.mlp = nn.ModuleDict(
-            {"0": LinearGELU(dim, hidden), "2": LinearGELU(hidden, hidden), "4": nn.Linear(hidden, bottleneck)}
-        )
-        self.last_layer = Prototypes(bottleneck, prototypes)
-
-    def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
-        """(r, D) -> (r, bottleneck), of length 1."""
-        for layer in self.mlp.values():
-            x = layer(x)
-        return F.normalize(x, dim=1)
 
 
 class IBOT(Method[CropDraw]):
@@ -227,21 +196,6 @@ def views_of(
 def small_crop_side(side: int) -> int:
     """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
     return max(1, round(side * SMALL_VIEW.crop / LARGE_VIEWS[0].crop))
-
-
-@dataclass(frozen=True)
-class HeadSizes:
-    """Sizes of the head: two hidden layers, a bottleneck, the prototypes."""
-
-    hidden: int = Options.hidden
-    bottleneck: int = Options.bottleneck
-    prototypes: int = Options.prototypes
-
-    def forward(self, inputs: int, rows: int, prototype_rows: int) -> int:
-        """Work of `rows` through the layers up to the bottleneck, `prototype_rows` of them on to the prototypes."""
-        narrow = flops.linear(rows, inputs, self.hidden) + flops.linear(rows, self.hidden, self.hidden)
-        narrow += flops.linear(rows, self.hidden, self.bottleneck)
-        return narrow + flops.linear(prototype_rows, self.bottleneck, self.prototypes)
 
 
 def step_work(
