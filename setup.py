@@ -1,14 +1,17 @@
 """Packages of ijepa_fast: the op folders under kernels/ are installed as ijepa_fast.kernels.<op>, the YAML files of
 configs/ in ijepa_fast/configs/.
 
-The extension ijepa_fast._C (csrc/) is optional. It is built when torch can be imported, so with
-`pip install --no-build-isolation`, and a compiler is there; IJEPA_FAST_NO_EXT=1 leaves it out. Its CUDA part needs a
-CUDA build of torch and nvcc.
+The extension ijepa_fast._C (csrc/) is optional. It is built when torch can be imported, or lies in the environment that
+pip installs into, and a compiler is there; IJEPA_FAST_NO_EXT=1 leaves it out. Its CUDA part needs a CUDA build of torch
+and nvcc.
 """
 
 import glob
+import importlib.util
 import os
 import shutil
+import sys
+import sysconfig
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -21,12 +24,13 @@ def extensions():
     """The extension, or nothing where it cannot be built."""
     if os.environ.get("IJEPA_FAST_NO_EXT") == "1":
         return []
+    # pip hides the environment's packages while it builds; what is built against another torch would not load.
+    if importlib.util.find_spec("torch") is None:
+        sys.path.append(sysconfig.get_paths()["platlib"])
     try:
         from torch.utils import cpp_extension
     except ImportError:
-        print(
-            "ijepa_fast: torch cannot be imported here (build isolation?), so the extension ijepa_fast._C is not built"
-        )
+        print("ijepa_fast: torch is not installed here, so the extension ijepa_fast._C is not built")
         return []
     return [
         Extension(

@@ -4,7 +4,8 @@
     python bench/claims.py --small                      # measures small stand-ins: tries the command, not a claim
     python bench/claims.py --load runs/claims           # only makes table and plot of an earlier measurement anew
 
-Rates are bench/throughput.py's: whole steps of this engine, without data loading. Hours are images of all epochs over
+Rates are bench/throughput.py's: whole steps of this engine, without data loading. What bench/gpu_suite.py measured on
+this device is taken from its files. Hours are images of all epochs over
 that rate. Work is counted by each method's step_work, of the published computation at the published batch's masks.
 Writes claims.json, claims.md and claims.png to --out.
 """
@@ -26,7 +27,9 @@ from bench import throughput
 from bench.baselines.case import Case
 from bench.baselines.contenders import work_of
 from ijepa_fast.methods.method import method_class
+from ijepa_fast.run.provenance import device_name
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 1_281_167  # ImageNet-1k's training images
 SMALL = {"arch": "vit_tiny", "crop": 64, "patch": 8}
 
@@ -97,6 +100,22 @@ def measure(run: Run, args: argparse.Namespace) -> dict:
     result = throughput.run(options)
     # Of several contexts, the first that is asked for; only I-JEPA has a choice.
     return {"batch": batch} | {key: result[key] for key in ("device", "torch", "ceiling_tflops")} | result["rows"][0]
+
+
+def suite_rate(run: Run, context: str, device: str, folder: Path) -> dict | None:
+    """The best rate of `run` in bf16 that bench/gpu_suite.py measured on `device`, as `measure` gives it; or None."""
+    wanted = {"method": run.method, "arch": run.arch, "patch": run.patch, "crop": run.crop}
+    context = context if run.method == "ijepa" else "full"
+    found = []
+    for path in sorted(folder.glob("steps-*.json")):
+        result = json.loads(path.read_text())
+        if result.get("device") != device or wanted.items() - result.get("case", {}).items():
+            continue
+        facts = {"batch": result["case"]["batch"], "file": path.name}
+        facts |= {key: result[key] for key in ("device", "torch", "ceiling_tflops")}
+        rows = [row for row in result["rows"] if row["impl"] in ("fast", "fast-graphs") and row["context"] == context]
+        found += [facts | row for row in rows if not row["data"]]
+    return max(found, key=lambda row: row["images_per_second"], default=None)
 
 
 def gigaflop(run: Run) -> float:
@@ -268,6 +287,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4 if cuda else 2)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--rates", type=Path, default=ROOT / "bench" / "results", help="what gpu_suite.py wrote to")
+    parser.add_argument("--rates-of", metavar="DEVICE", help="only take what was measured on DEVICE; measure nothing")
+    parser.add_argument("--anew", action="store_true", help="measure what gpu_suite.py has measured on this device")
     parser.add_argument("--load", type=Path, metavar="DIR", help="measure nothing, read DIR/claims.json")
     parser.add_argument("--out", type=Path, help="default: --load's, or runs/claims")
     args = parser.parse_args(argv)
@@ -286,12 +308,18 @@ def main(argv: list[str] | None = None) -> int:
             loaded = json.loads((args.load / "claims.json").read_text())
             measured, small = loaded["measured"], loaded["small"]
         else:
-            measured = {
-                run.name: measure(replace(run, **SMALL) if args.small else run, args)
-                for run in RUNS
-                if run.name in args.runs
-            }
-            small = args.small
+            measured, small = {}, args.small
+            here = args.rates_of or device_name(args.device)
+            for run in [run for run in RUNS if run.name in args.runs]:
+                rate = None if small or args.anew else suite_rate(run, args.context, here, args.rates)
+                if rate is not None:
+                    print(f"{run.name}: the rate of {rate['file']}", file=sys.stderr)
+                elif not args.rates_of:
+                    rate = measure(replace(run, **SMALL) if small else run, args)
+                if rate is not None:
+                    measured[run.name] = rate
+            if not measured:
+                raise ValueError(f"--rates-of {args.rates_of}: {args.rates} has no rates of this device")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

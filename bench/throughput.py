@@ -16,6 +16,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,18 +45,51 @@ CONTEXTS = ("truncate", "full", "budget")
 AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1)}
 
 
-def check_agreement(contenders: list[Contender], precision: str) -> None:
-    """Raise ValueError where contenders of equal context disagree about the first batch's loss or gradient."""
-    for context in {c.context for c in contenders}:
-        found = {c.name: c.fingerprint() for c in contenders if c.context == context and c.network is not None}
+class Failures(dict):
+    """Why a contender has no row, by its name and context. Nothing that one of them raises ends the others' run."""
+
+    @contextmanager
+    def of(self, contender: Contender) -> Iterator[None]:
+        """Note what is raised for `contender`."""
+        try:
+            yield
+        except Exception as error:
+            self[contender.name, contender.context] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            contender.step = contender.evaluate = contender.network = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def left(self, contenders: list[Contender]) -> list[Contender]:
+        """Those that have not failed."""
+        return [c for c in contenders if (c.name, c.context) not in self]
+
+
+def check_agreement(contenders: list[Contender], precision: str, failures: Failures | None = None) -> None:
+    """Compare the first batch's loss and gradient of contenders of equal context.
+
+    One against two or more has failed; where it is not clear who is wrong, raise ValueError.
+    """
+    failures = Failures() if failures is None else failures
+    for context in sorted({c.context for c in contenders}):
+        found = {}
+        for c in contenders:
+            if c.context == context and c.network is not None:
+                with failures.of(c):
+                    found[c.name] = c.fingerprint()
         if not found:
             continue
-        low, high = np.min(list(found.values()), axis=0), np.max(list(found.values()), axis=0)
-        if not (high - low <= np.array(AGREEMENT[precision]) * high).all():
+        middle, bound = np.median(list(found.values()), axis=0), np.array(AGREEMENT[precision])
+        wrong = [name for name, value in found.items() if not (np.abs(value - middle) <= bound * middle).all()]
+        if wrong and 2 * len(wrong) >= len(found):
             raise ValueError(
                 f"the contenders do not compute the same step, so their times mean nothing; "
                 f"first loss and gradient norm: {found}"
             )
+        for c in contenders:
+            if c.context == context and c.name in wrong:
+                with failures.of(c):
+                    raise ValueError(f"computes another step: loss and gradient norm {found[c.name]}, not {middle}")
 
 
 class Ceiling:
@@ -85,34 +120,61 @@ class Ceiling:
         return self.flops / float(np.median(self.seconds))
 
 
-def measure(contenders: list[Contender], case: Case, rounds: int, steps: int, warmup: int, with_data=None) -> dict:
+def measure(
+    contenders: list[Contender],
+    case: Case,
+    rounds: int,
+    steps: int,
+    warmup: int,
+    with_data=None,
+    failures: Failures | None = None,
+    after: Callable[[list[Contender], dict], object] = lambda contenders, measured: None,
+) -> dict:
     """Seconds a step of each contender by round, (contenders, rounds), the peak memory of each, and the ceiling.
 
-    with_data: gives (images, masks) as a loader does; batches are then prepared inside the measured time.
+    with_data: gives (images, masks) as a loader does; batches are then prepared inside the measured time. failures:
+    those that fail are noted there and left out. after: called after every round with those that are left and what is
+    measured so far.
     """
-    ceiling = Ceiling(case)
-    seconds, peak = [[] for _ in contenders], [0] * len(contenders)
+    ceiling, failures = Ceiling(case), Failures() if failures is None else failures
+    seconds: dict[int, list[float]] = {id(c): [] for c in contenders}
+    peak = dict.fromkeys(seconds, 0)
     cuda = case.device.startswith("cuda")
+
+    def measured(left: list[Contender]) -> dict:
+        values = np.array([seconds[id(c)] for c in left])
+        return {"seconds": values, "step_memory": [peak[id(c)] for c in left], "ceiling": ceiling.rate}
+
     for r in range(rounds + 1):
-        for i, contender in enumerate(contenders):
+        for contender in failures.left(contenders):
             count = warmup if r == 0 else steps
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(case.device)
-                held = torch.cuda.memory_allocated(case.device)
-            synchronise(case.device)
-            start = time.perf_counter()
-            for step in range(count):
-                if with_data is None:
-                    contender.run(step)
-                else:
-                    contender.step(contender.prepare(*next(with_data)), lr=LR)
-            synchronise(case.device)
-            if r:
-                seconds[i].append((time.perf_counter() - start) / count)
-            if cuda:
-                peak[i] = max(peak[i], torch.cuda.max_memory_allocated(case.device) - held)
+            with failures.of(contender):
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats(case.device)
+                    held = torch.cuda.memory_allocated(case.device)
+                synchronise(case.device)
+                start = time.perf_counter()
+                for step in range(count):
+                    if with_data is None:
+                        contender.run(step)
+                    else:
+                        contender.step(contender.prepare(*next(with_data)), lr=LR)
+                synchronise(case.device)
+                if r:
+                    seconds[id(contender)].append((time.perf_counter() - start) / count)
+                elif said := getattr(contender.step, "said", None):
+                    raise RuntimeError(said[0])
+                if cuda:
+                    # What graphs hold is held between steps too.
+                    graphs = getattr(contender.step, "graphs", None) is not None
+                    used = torch.cuda.memory_reserved(case.device) if graphs else held
+                    most = torch.cuda.max_memory_allocated(case.device)
+                    peak[id(contender)] = max(peak[id(contender)], used if graphs else most - held)
         ceiling.measure(case.device)
-    return {"seconds": np.array(seconds), "step_memory": peak, "ceiling": ceiling.rate}
+        if r:
+            left = failures.left(contenders)
+            after(left, measured(left))
+    return measured(failures.left(contenders))
 
 
 def rows_of(contenders, case: Case, measured: dict, data: bool) -> list[dict]:
@@ -309,24 +371,41 @@ def run(argv: list[str] | None = None) -> dict:
         return about | {"max_batch": {context: largest_batch(case, context) for context in args.context}}
     if args.device == "cpu":
         keep_freed_memory()  # for all contenders
-    contenders = make_contenders(case, args.impl, args.context, args.external, args.engine)
+    failures = Failures()
+    contenders = make_contenders(case, args.impl, args.context, args.external, args.engine, failures)
     if not contenders:
         raise ValueError(f"--impl {','.join(args.impl)}: nothing to measure with --context {','.join(args.context)}")
-    check_agreement(contenders, case.precision)
+    check_agreement(contenders, case.precision, failures)
+    contenders = failures.left(contenders)
     # Every batch runs once and is captured once before it is replayed.
     warmup = max(args.warmup, 2 * case.batches) if any("graphs" in impl for impl in args.impl) else args.warmup
     schedule = {"rounds": args.rounds, "steps": args.steps, "warmup": warmup}
-    measured = measure(contenders, case, **schedule)
-    rows = rows_of(contenders, case, measured, data=False)
+    before: list[dict] = []
+
+    def result_of(left: list[Contender], measured: dict, data: bool) -> dict:
+        found = {"ceiling_tflops": measured["ceiling"] / 1e12, "rows": before + rows_of(left, case, measured, data)}
+        failed = {f"{name}, {context}": why for (name, context), why in failures.items()}
+        return about | schedule | {"rounds": measured["seconds"].shape[-1], "failed": failed} | found
+
+    def save(left: list[Contender], measured: dict, data: bool = False) -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(result_of(left, measured, data), indent=1))
+
+    measured = measure(contenders, case, **schedule, failures=failures, after=save)
+    contenders = failures.left(contenders)
+    if not contenders:
+        raise ValueError(f"nothing was measured: {dict(failures)}")
+    result = result_of(contenders, measured, data=False)
     if args.data:
-        batches = stream(case, args.data, args.threads)
-        rows += rows_of(contenders, case, measure(contenders, case, **schedule, with_data=batches), data=True)
+        batches, before = stream(case, args.data, args.threads), result["rows"]
+        others = measure(contenders, case, **schedule, with_data=batches, failures=failures)
+        result = result_of(failures.left(contenders), others, data=True)
         batches.close()
-    result = about | schedule | {"ceiling_tflops": measured["ceiling"] / 1e12, "rows": rows}
-    if args.breakdown:
+    launched = next((c for c in contenders if c.name == "fast"), None)
+    if args.breakdown and launched is not None:
         from bench.breakdown import breakdown
 
-        result["stages"] = breakdown(contenders[0], case, measured["ceiling"], args.rounds * args.steps)
+        result["stages"] = breakdown(launched, case, measured["ceiling"], args.rounds * args.steps)
     return result
 
 
@@ -344,6 +423,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(f"{result['case']}\nGEMM of the model's MLP: {result['ceiling_tflops']:.3f} TFLOP/s")
         print(table(result["rows"]))
+        for name, why in result["failed"].items():
+            print(f"{name}: no row, {why}")
     if "stages" in result:
         from bench.breakdown import table as stage_table
 

@@ -35,16 +35,38 @@ inline void copy(const Bf16* from, int64_t stride, int64_t rows, int64_t columns
   }
 }
 
+// Four columns of 32 bits of 16 rows, `stride` bytes apart, each as a vector. Their quarters come from memory, which
+// leaves half of a transpose's shuffles.
+inline void four_columns(const void* rows, int64_t stride, __m512i columns[4]) {
+  __m512i x[4], y[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto quarter = [&](int64_t r) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(rows) + (4 * r + i) * stride));
+    };
+    const __m512i one = _mm512_castsi128_si512(quarter(0)), two = _mm512_inserti32x4(one, quarter(1), 1);
+    x[i] = _mm512_inserti32x4(_mm512_inserti32x4(two, quarter(2), 2), quarter(3), 3);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    columns[2 * i] = _mm512_unpacklo_epi64(y[i], y[2 + i]);
+    columns[2 * i + 1] = _mm512_unpackhi_epi64(y[i], y[2 + i]);
+  }
+}
+
 // The B of A X^T: X (rows, columns) -> (rows / 16, columns / 2, 16, 2).
 inline void transposed_pairs(const Bf16* from, int64_t rows, int64_t columns, Bf16* to) {
   for (int64_t r = 0; r < rows; r += 16) {
-    for (int64_t c = 0; c < columns; c += 32) {
-      Vector x[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) x[i] = load(reinterpret_cast<const float*>(from + (r + i) * columns + c));
-      transpose(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + r * columns + (c / 2 + i) * 32), x[i]);
+    for (int64_t c = 0; c < columns; c += 8) {
+      __m512i x[4];
+      four_columns(from + r * columns + c, columns * 2, x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + r * columns + (c / 2 + i) * 32, x[i]);
     }
   }
 }
@@ -60,6 +82,10 @@ inline void pack(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, i
   alignas(64) static constexpr Bf16 kZeros[16] = {};
   for (int64_t r = 0; r < tall; r += 2, from += 2 * stride) {
     for (int64_t c = 0; c < columns; c += 16) {
+      if (c % 32 == 0) {
+        __builtin_prefetch(from + c + 16 * stride);
+        __builtin_prefetch(from + c + 17 * stride);
+      }
       const Vector x = pairs(r < rows ? from + c : kZeros, r + 1 < rows ? from + stride + c : kZeros);
       store(reinterpret_cast<float*>(to + c * tall + r * 16), x);
     }
@@ -71,19 +97,27 @@ inline void pack(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, i
 inline void transposed(const Bf16* from, int64_t stride, int64_t rows, int64_t tall, int64_t columns, Bf16* to,
                        int64_t wide) {
   const int64_t right = wide == 32 ? 512 : 32, below = wide == 32 ? 16 * tall : 16 * wide;
-  alignas(64) static constexpr Bf16 kZeros[16] = {};
+  __m512i pairs[2][16];  // of 16 x 2 rows: a quarter holds columns 8 q to 8 q + 3, and those after them
   for (int64_t r = 0; r < tall; r += 32) {
-    for (int64_t c = 0; c < columns; c += 16) {
-      Vector x[16];
+    for (int64_t c = 0; c < columns; c += 32) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const int64_t row = r + 2 * i;
-        const Bf16* pair = from + row * stride + c;
-        x[i] = pairs(row < rows ? pair : kZeros, row + 1 < rows ? pair + stride : kZeros);
+        const Bf16* at = from + row * stride + c;
+        const __m512i one = _mm512_maskz_loadu_epi16(first(row < rows ? columns - c : 0), at);
+        const __m512i other = _mm512_maskz_loadu_epi16(first(row + 1 < rows ? columns - c : 0), at + stride);
+        __builtin_prefetch(at + 32 * stride);
+        __builtin_prefetch(at + 33 * stride);
+        pairs[0][i] = _mm512_unpacklo_epi16(one, other);
+        pairs[1][i] = _mm512_unpackhi_epi16(one, other);
       }
-      transpose(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + c / 16 * below + r / 32 * right + i * wide), x[i]);
+      for (int64_t column = c; column < c + 32 && column < columns; column += 4) {
+        __m512i x[4];
+        four_columns(reinterpret_cast<const char*>(pairs[column / 4 % 2]) + (column - c) / 8 * 16, 64, x);
+        Bf16* tile = to + column / 16 * below + r / 32 * right + column % 16 * wide;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(tile + i * wide, x[i]);
+      }
     }
   }
 }

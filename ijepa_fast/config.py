@@ -1,8 +1,8 @@
 """The configuration of a run: typed sections, one YAML a run, dotted overrides.
 
-Every key is written here once, with its type, default, meaning, what it may be, and whether a run may be resumed with
-another value. An unknown key, a wrong type and a value out of its range are ConfigErrors that name the key and what to
-change. What a method's own options may be is the method's to say (methods/).
+Every key is written once, here or in data/settings.py, with its type, default, meaning, what it may be, and whether a
+run may be resumed with another value. An unknown key, a wrong type and a value out of its range are ConfigErrors that
+name the key and what to change. What a method's own options may be is the method's to say (methods/).
 """
 
 from __future__ import annotations
@@ -17,14 +17,30 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_fast import configs
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_fast.given import MISSING, RENAMED, RENAMED_METHODS, UNREAD, ConfigError, check_keys, keys, read, wrong_type
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD, settings
+from ijepa_fast.data.settings import GREY_MEAN, GREY_STD, Data
+from ijepa_fast.given import (
+    MISSING,
+    RATIOS,
+    RENAMED,
+    RENAMED_METHODS,
+    SHARES,
+    SWITCH,
+    UNREAD,
+    ConfigError,
+    check_keys,
+    fixed,
+    key,
+    keys,
+    read,
+    wrong_type,
+)
 
 BELOW_ONE = 0.9999999
 
 
 # The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
-STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random")
+STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random", "channels")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
@@ -39,68 +55,14 @@ ARCHITECTURES = {
 }
 
 
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    choices: Sequence | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    length: int | None = None,
-    fixed: bool = False,
-) -> Any:
-    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
-
-    least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
-    """
-    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
-    metadata |= {"least": least, "above": above, "most": most, "length": length}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def fixed(default: Any, meaning: str, **limits: Any) -> Any:
-    """A key that is fixed: a run resumed with another value would not be the run that was begun."""
-    return key(default, meaning, fixed=True, **limits)
-
-
-SHARES: dict[str, Any] = {"above": 0, "most": 1, "length": 2}
-RATIOS: dict[str, Any] = {"above": 0, "length": 2}
-
-
-@dataclass
-class Data:
-    source: str = fixed(
-        MISSING,
-        'a folder, tar files, a text list of paths; "scenes", the embedded data set; "synthetic", random images',
-    )
-    crop: int = fixed(224, "side of the square crop, pixels", least=1)
-    scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", **SHARES)
-    ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", **RATIOS)
-    interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
-    flip: bool = fixed(False, "whether half of the crops are mirrored")
-    mean: list[float] = fixed(list(IMAGENET_MEAN), "of each channel, in units of 0..1", least=0, most=1, length=3)
-    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, in units of 0..1", above=0, length=3)
-    threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
-    prefetch: int = key(2, "batches decoded ahead", least=1)
-    cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
-    scenes: int = fixed(4000, "images of the embedded data set", least=1)
-    scenes_size: int = fixed(64, "their side, pixels", least=1)
-    hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0, most=1)
-    changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
-    max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0, most=1)
-    max_pixels: int = fixed(
-        50_000_000, "a file that declares more counts as unreadable (a decompression bomb)", least=1
-    )
-
-
 @dataclass
 class Mask:
     """Of I-JEPA's masks. None: the strategy's default, the published value."""
 
-    strategy: str = fixed("multiblock", "see masks/samplers.py", choices=STRATEGIES)
+    strategy: str = fixed("multiblock", "see masks/samplers.py; module:function: see masks/foreign.py")
+    hidden_channels: float | None = fixed(
+        None, "share of an image's channels that its contexts do not see, under strategy=channels", above=0, most=1
+    )
     policy: str = fixed("full", "what is kept of the context", choices=("full", "truncate", "budget"))
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
     group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
@@ -167,7 +129,7 @@ class Engine:
     accumulation: int = key(1, "micro-batches of a step", least=1)
     bucket: int = key(50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1)
     compile: bool | None = key(None, "torch.compile by block; None: on a GPU, below ZeRO 3")
-    cuda_graphs: bool = key(False, "forward and backward as CUDA graphs, one for every shape of batch")
+    cuda_graphs: str = key("auto", "steps as CUDA graphs, one for every shape of batch", choices=("auto", "on", "off"))
     target_stream: bool = key(False, "the target encoder on a CUDA stream of its own, beside the context encoder")
     timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1)
 
@@ -310,6 +272,8 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
     flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
+    if isinstance(graphs := flat.get("engine.cuda_graphs"), bool):
+        flat["engine.cuda_graphs"] = SWITCH[graphs]
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 
 
@@ -321,6 +285,9 @@ def resolve(config: Config) -> Config:
         for name, value in zip(("dim", "depth", "heads", "mlp_ratio"), ARCHITECTURES[model.arch], strict=True):
             setattr(model, name, getattr(model, name) or value)
     model.mlp_ratio = model.mlp_ratio or 4.0
+    data = config.data
+    if data.channels == 1 and data.mean == list(IMAGENET_MEAN) and data.std == list(IMAGENET_STD):
+        data.mean, data.std = list(GREY_MEAN), list(GREY_STD)  # of photographs in grey
     return config
 
 
@@ -341,18 +308,21 @@ def check(config: Config) -> None:
     if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
         raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
     _check_model(config.model)
-    _check_data(config.data, config.model.patch)
+    settings.check(config.data, config.model.patch)
     if config.batch_size % config.engine.accumulation:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
             f"set batch_size to a multiple of it"
         )
+    if config.mask.strategy not in STRATEGIES and ":" not in config.mask.strategy:
+        names = ", ".join(STRATEGIES)
+        raise ConfigError(f"mask.strategy: expected one of {names}, or module:function, got {config.mask.strategy!r}")
     if (config.mask.budget is None) != (config.mask.policy != "budget"):
         raise ConfigError(
             f"mask.budget={config.mask.budget} does not go with mask.policy={config.mask.policy}; "
             f"give a number with policy=budget, and none otherwise"
         )
-    _check_engine(config.engine, config.mask)
+    _check_engine(config.engine)
     if config.engine.target_precision == "fp8" and config.model.dim % 16:
         raise ConfigError(
             f"engine.target_precision=fp8 needs a model.dim that is a multiple of 16, got {config.model.dim}; "
@@ -394,7 +364,7 @@ def _check_value(name: str, f: Field, value: Any) -> None:
         raise ConfigError(f"{name}: expected one of {names}, got {value!r}")
     if length is not None and value is not None and len(value) != length:
         raise ConfigError(f"{name}: expected {NUMBERS[length]} numbers, got {value}")
-    for number in value if isinstance(value, list) else [value]:
+    for number in value if isinstance(value, list | tuple) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(f"{name}: expected finite numbers, got {value}")
         for limit, words, holds in LIMITS:
@@ -411,19 +381,7 @@ LIMITS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
 )
 
 
-def _check_data(data: Data, patch: int) -> None:
-    if data.crop % patch:
-        raise ConfigError(
-            f"data.crop={data.crop} is not divisible by model.patch={patch}; "
-            f"set data.crop to {max(1, data.crop // patch) * patch}"
-        )
-    for name in ("scale", "ratio"):
-        ends = getattr(data, name)
-        if ends[0] > ends[1]:
-            raise ConfigError(f"data.{name}: expected two numbers, first <= second, got {ends}")
-
-
-def _check_engine(engine: Engine, mask: Mask) -> None:
+def _check_engine(engine: Engine) -> None:
     if engine.compile and engine.zero == 3:
         raise ConfigError(
             "engine.compile=true: ZeRO 3 gathers weights in hooks that a compiled block cannot hold; "
@@ -431,12 +389,6 @@ def _check_engine(engine: Engine, mask: Mask) -> None:
         )
     if engine.target_stream and engine.device == "cpu":
         raise ConfigError("engine.target_stream=true: there are no streams with engine.device=cpu; set it to false")
-    if engine.cuda_graphs and (engine.zero == 3 or not mask.padding):
-        raise ConfigError(
-            f"engine.cuda_graphs=true needs weights that stay and shapes that come again, got engine.zero="
-            f"{engine.zero} and mask.padding={str(mask.padding).lower()}; set engine.zero to at most 2 and "
-            f"mask.padding=true, or engine.cuda_graphs=false"
-        )
 
 
 def _check_model(model: Model) -> None:

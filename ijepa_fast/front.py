@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from ijepa_fast import ranks, spelling
 from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
+from ijepa_fast.data.importing import is_code
 
 RANDOM_OR_EMBEDDED = ("synthetic", "scenes")
 
@@ -97,6 +98,7 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
+    from ijepa_fast.run import lock, pulse
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
@@ -117,6 +119,9 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
+    finally:
+        pulse.end()
+        lock.release()
 
 
 def _interrupted(first: bool) -> int:
@@ -128,9 +133,10 @@ def _interrupted(first: bool) -> int:
 def check_early(config: Config) -> None:
     """What can be known without torch: whether the images and the method are there. Raises ConfigError."""
     source = config.data.source
-    if source not in RANDOM_OR_EMBEDDED and not {"*", "{"} & set(source) and not os.path.exists(source):
+    named = {"*", "{"} & set(source) or is_code(source)
+    if source not in RANDOM_OR_EMBEDDED and not named and not os.path.exists(source):
         raise ConfigError(
-            f"data.source: data path {source!r} does not exist; expected a folder of images, tar shards or a text list"
+            f"data.source: data path {source!r} does not exist; expected a folder of images, archives, arrays or a list"
         )
     method = config.objective.method
     names = [path.stem for path in Path(__file__).with_name("methods").glob("[!_]*.py") if path.stem != "method"]

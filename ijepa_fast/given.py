@@ -5,11 +5,12 @@ Nothing here knows a key by its meaning; ijepa_fast/config.py has them.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,36 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and what to change."""
 
 
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    length: int | None = None,
+    fixed: bool = False,
+) -> Any:
+    """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
+
+    least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
+    """
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
+    metadata |= {"least": least, "above": above, "most": most, "length": length}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def fixed(default: Any, meaning: str, **limits: Any) -> Any:
+    """A key that is fixed: a run resumed with another value would not be the run that was begun."""
+    return key(default, meaning, fixed=True, **limits)
+
+
+SHARES: dict[str, Any] = {"above": 0, "most": 1, "length": 2}
+RATIOS: dict[str, Any] = {"above": 0, "length": 2}
+
 # Keys and values of earlier versions.
 RENAMED = {
     "optim.momentum": "optim.ema",
@@ -31,6 +62,7 @@ RENAMED = {
     "objective.loss": "objective.options.loss",
     "objective.target": "objective.options.target",
 }
+SWITCH = {True: "on", False: "off"}  # what YAML reads on and off as, and once the values of engine.cuda_graphs
 RENAMED_METHODS = {"bench.baselines.mae": "mae", "bench.baselines.ibot": "ibot"}
 OWN_METHODS = "ijepa_fast.methods."
 UNREAD = ("objective.loss", "objective.target")  # keys that these methods had and never read
@@ -131,6 +163,9 @@ def _renamed(given: Any) -> Any:
         for old in UNREAD:
             given.objective.pop(old.removeprefix("objective."), None)
         _say(f"config: objective.method={method} is called {RENAMED_METHODS[method]} now")
+    graphs = OmegaConf.select(given, "engine.cuda_graphs")
+    if isinstance(graphs, bool):
+        given.engine.cuda_graphs = SWITCH[graphs]
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
         holder = OmegaConf.select(given, section)

@@ -21,6 +21,7 @@ import torch
 
 from ijepa_fast.command import one_sentence
 from ijepa_fast.config import load_config
+from ijepa_fast.data.importing import is_code
 from ijepa_fast.eval.evaluate import LAST, PROBES, Options, evaluate
 from ijepa_fast.eval.figures import figures_of, table
 from ijepa_fast.eval.labels import Labelled, open_labelled
@@ -45,6 +46,8 @@ def _folders(options: argparse.Namespace) -> tuple[str, str]:
     folders = probe_folders(load_config(path))
     if folders is None:
         raise ValueError(f"--data: expected a folder of labelled images, for {path} names none (probe.test is not set)")
+    if code := [folder for folder in folders if is_code(folder)]:
+        raise ValueError(f"--data: {path} names code, {code[0]}, which only training imports; name --data and --test")
     return folders
 
 
@@ -60,7 +63,8 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--features last4: the encoder has {len(encoder.encoder.blocks)} layers; use --features last")
     low = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     tasks = dict(item.split("=", 1) for item in options.task)
-    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks) for folder in folders)
+    reading = encoder.arch.reading
+    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading) for folder in folders)
     changes = {"epochs": options.finetune_epochs, "rate": options.finetune_rate, "batch": options.finetune_batch}
     how = Options(
         crop=encoder.crop,

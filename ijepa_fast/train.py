@@ -16,6 +16,7 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 if __name__ == "__main__":
@@ -36,14 +37,14 @@ from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint, lock
+from ijepa_fast.run import checkpoint, lock, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source
+from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
@@ -58,6 +59,7 @@ def train(config: Config) -> None:
     check_loggers(config.log)
     device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
+    config = with_depth(config, source)
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
@@ -65,7 +67,8 @@ def train(config: Config) -> None:
     method.ready()
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
-    _held = lock.hold(config.folder)
+    pulse.begin(rank, ranks)
+    lock.hold(config.folder)
     last = choose(config.folder, config.resume)
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
@@ -90,28 +93,35 @@ def train(config: Config) -> None:
     with stopping as stop, saving as saver, closing(log), closing(loader):
         while step < total:
             lr, weight_decay, ema = schedule.at(step)
+            logging = (step + 1) % config.log.every == 0
             for _ in range(micro_steps):
                 begin = time.perf_counter()
+                pulse.at(step, "waiting for images")
                 batch = next(loader)
+                pulse.at(step, "computing")
                 wait = time.perf_counter() - begin
                 draw = batch.draw.to(device, non_blocking=True)
                 loss, terms = engine.backward(batch.images, draw)
-                engine.step(lr, weight_decay, ema)
+                engine.step(lr, weight_decay, ema, norm=logging)
                 meter.add(loss, terms, draw, wait)
                 online.add(batch.indices)
             step += 1
             log.advance()
-            signal, due, failed = stop.after(step, saver.failed)
+            signal, due, failed = stop.after(step, saver.failed or lock.lost())
             if failed:
-                saver.wait()  # which raises
+                on_first(lock.check)
+                saver.wait()
             to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
-            if to_save or step % config.log.every == 0:
+            if to_save or logging:
                 record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
-                window = meter.read((logged + 1, step), engine.health(), engine.skipped)
+                window = meter.read((logged + 1, step), engine.health(), engine.skipped, engine.gradient_squares())
                 record = window | record | speed.record(step, batch.draw, window) | online.read(step)
+                if graphs := engine.graphs():
+                    record["graphs"] = graphs
                 if to_save:
                     stop.saving()
+                    pulse.at(step, "saving")
                     record["saving_blocked"] = saver.save(step)
                     stop.saved()
                 log.write(step, record)
@@ -160,3 +170,13 @@ def resume(
             print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
     on_first(lambda: save_config(config, config.folder / "config.yaml"))
     return step, changed
+
+
+class _Callable(ModuleType):
+    """This module, which is called as a function too: `ijepa_fast.train(...)` is what `ijepa_fast.api.train` does."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return importlib.import_module("ijepa_fast.api").train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

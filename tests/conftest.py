@@ -50,6 +50,26 @@ def triton_everywhere():
     dispatch.use(before)
 
 
+@pytest.fixture
+def ops_as_on_a_gpu(monkeypatch):
+    """On a CPU, ops are called as on a GPU, and inside they do what a CPU is fastest at: for emulated graphs."""
+    if torch.cuda.is_available():
+        yield
+        return
+    pytest.importorskip("triton")
+    from ijepa_fast.kernels.common import dispatch, library
+    from ijepa_fast.kernels.predictor_tokens import ops as predictor_ops
+    from ijepa_fast.kernels.varlen_attention import ops as attention_ops
+
+    for module in (predictor_ops, attention_ops):  # what the CPU alone checks
+        monkeypatch.setattr(module, "check_sequences", lambda *arguments: None)
+    monkeypatch.setattr(library, "interpreted", lambda: False)
+    before = {op: dispatch.choice(op) for op in dispatch.OPS}
+    dispatch.use({op: "triton" for op in dispatch.TRITON if op not in ("adamw_ema", "mask_sampler")})
+    yield
+    dispatch.use(before)
+
+
 @pytest.fixture(scope="session")
 def red_and_blue(tmp_path_factory):
     """24 images in two class folders: red ones and blue ones."""

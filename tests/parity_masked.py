@@ -55,10 +55,10 @@ def set_sides(archive, config: dict[str, Any]) -> tuple[Any, ...]:
     return config["image"], config["patch"], config["dim"], config["depth"], config["heads"]
 
 
-def index_error(archive, prefix: str, side: int) -> dict[str, float]:
+def index_error(archive, prefix: str, grid: tuple[int, int]) -> dict[str, float]:
     """Whether offsets are counted as published."""
     key = f"{prefix}rel_pos_bias.relative_position_index"
-    return {key: relative_error(relative_index(side), archive[key])}
+    return {key: relative_error(relative_index(grid), archive[key])}
 
 
 def parity_simmim(archive) -> dict[str, float]:
@@ -81,7 +81,7 @@ def parity_simmim(archive) -> dict[str, float]:
     features = torch.from_numpy(archive["encoder_out"]).flatten(2).transpose(1, 2)
     pixels = patches_of(torch.from_numpy(archive["reconstruction"]), config["patch"])
     masked, size = torch.from_numpy(mask).flatten(), config["mask_patch"] // config["patch"]
-    errors = index_error(archive, "model/encoder.", model.encoder.side) if config["shared_rpb"] else {}
+    errors = index_error(archive, "model/encoder.", model.encoder.grid) if config["shared_rpb"] else {}
     errors |= {
         "encoder_out (masked)": relative_error(model.encoder.masked(patches, draw), features.flatten(0, 1)[masked]),
         "mask_count": relative_error(drawn.mask.view(2, -1).sum(1) / size**2, [int(archive["mask_count"])] * 2),
@@ -157,7 +157,7 @@ def parity_data2vec(archive) -> dict[str, float]:
         Optim(epochs=config["ema_start_at"], ema=config["ema_decay_init"], final_ema=config["ema_decay"]), 1
     )
     ema = schedule.ema_momentum(config["step"])
-    errors = index_error(archive, "model/", model.encoder.side) | {
+    errors = index_error(archive, "model/", model.encoder.grid) | {
         "teacher_layers": relative_error(torch.stack(layers), golden),
         "targets": relative_error(model.targets(patches, draw), archive["targets"]),
         "outputs": relative_error(model.predictions(patches, draw), archive["outputs"]),
@@ -187,7 +187,7 @@ def parity_beit(archive) -> dict[str, float]:
     patches = patches_of(torch.from_numpy(archive["images"]), config["patch"])
     loss = model.loss_of_patches(patches, torch.from_numpy(archive["tokens"]).flatten(), draw)
     loss.backward()
-    errors = index_error(archive, "model/", model.encoder.side) | {
+    errors = index_error(archive, "model/", model.encoder.grid) | {
         "logits": relative_error(model.logits(patches, draw), archive["logits"]),
         "loss": relative_error(loss, archive["loss"]),
     }

@@ -49,7 +49,7 @@ def parity_dino(archive) -> dict[str, float]:
     model.carried["centre"] = torch.from_numpy(archive["center_before"].copy())
     crops = [torch.from_numpy(archive[f"crop{i}"]) for i in range(LARGE + config["locals"])]
     large, small = (patches_of(torch.cat(part), config["patch"]) for part in (crops[:LARGE], crops[LARGE:]))
-    images, side, small_side = len(crops[0]), model.encoder.side, config["local"] // config["patch"]
+    images, side, small_side = len(crops[0]), model.encoder.grid[0], config["local"] // config["patch"]
     temperatures = config["warmup_teacher_temp"], config["teacher_temp"]
     # The published temperature reaches its end in the last epoch of its rise.
     rise = config["warmup_teacher_temp_epochs"] - 1
@@ -69,7 +69,7 @@ def parity_dino(archive) -> dict[str, float]:
         teacher_temperature(epoch, rise, temperatures) for epoch in range(len(archive["schedule/teacher_temp"]))
     ]
     errors = {
-        "pos_local": relative_error(model.encoder._positions(small_side), archive["pos_local"]),
+        "pos_local": relative_error(model.encoder._positions((small_side, small_side)), archive["pos_local"]),
         "student_cls": relative_error(student, archive["student_cls"]),
         "teacher_cls": relative_error(teacher, archive["teacher_cls"]),
         "student_out": relative_error(outputs[0], archive["student_out"]),

@@ -81,3 +81,22 @@ def test_a_run_that_does_not_exist_is_named(capsys):
         claims.main(["--runs", "I-JEPA H/15"])
     assert stop.value.code == 2
     assert "I-JEPA H/15" in capsys.readouterr().err
+
+
+def test_rates_of_the_suite_are_taken(tmp_path, capsys):
+    """The faster row of the run's own size, device and context, and no measurement."""
+    row = {"context": "truncate", "data": False, "tokens_per_image": 1.0, "share_of_ceiling": 0.7, "share_of_peak": 0.5}
+    rows = [row | {"impl": impl, "images_per_second": rate} for impl, rate in (("fast", 700.0), ("fast-graphs", 800.0))]
+    rows += [row | {"impl": "plain", "images_per_second": 9e9}, rows[0] | {"context": "full", "images_per_second": 9e8}]
+    case = {"method": "ijepa", "arch": "vit_huge", "patch": 14, "crop": 224, "batch": 128}
+    result = {"case": case, "device": "NVIDIA H200", "torch": "2", "ceiling_tflops": 600.0, "rows": rows}
+    for name, change in (("h14", {}), ("other", {"device": "NVIDIA H100", "rows": [rows[2]]})):
+        (tmp_path / f"steps-x-{name}.json").write_text(json.dumps(result | change))
+    options = ["--rates", str(tmp_path), "--out", str(tmp_path)]
+    assert claims.main([*options, "--rates-of", "NVIDIA H200"]) == 0
+    assert "I-JEPA H/14: the rate of steps-x-h14.json" in capsys.readouterr().err
+    written = json.loads((tmp_path / "claims.json").read_text())
+    assert {name: found["images_per_second"] for name, found in written["measured"].items()} == {"I-JEPA H/14": 800.0}
+    assert written["measured"]["I-JEPA H/14"]["batch"] == 128
+    assert claims.main([*options, "--rates-of", "NVIDIA B200"]) == 1
+    assert "no rates of this device" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_every_config_loads_and_names_its_command(path):
         ("optim.lr=-1", ["optim.lr", "at least 0"]),
         ("optim.ema=2", ["optim.ema", "at most 1"]),
         ("optim.horizon=0", ["optim.horizon", "more than 0"]),
-        ("data.mean=[0.5]", ["data.mean", "three numbers"]),
+        ("data.mean=[0.5]", ["data.mean", "3 numbers", "ijepa_fast stats"]),
         ("data.std=[0,1,1]", ["data.std", "more than 0"]),
         ("data.max_bad_share=2", ["data.max_bad_share", "at most 1"]),
     ],

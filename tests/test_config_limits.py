@@ -14,7 +14,7 @@ from tests.test_config import QUICKSTART
 
 NUMERIC = {name: f for name, f in keys(Config) if {"int", "float", "list[float]"} & set(f.type.split(" | "))}
 # Where more than the least must be refused: shares and momenta.
-SHARES = ["optim.betas", "optim.ema", "optim.final_ema", "data.scale", "data.mean", "data.max_bad_share"]
+SHARES = ["optim.betas", "optim.ema", "optim.final_ema", "data.scale", "data.max_bad_share"]
 SHARES += ["mask.target_scale", "mask.context_scale", "data.hw_decoder_load"]
 
 
@@ -28,13 +28,18 @@ def beyond(f: dataclasses.Field):
     """Values just outside of the limits of a key."""
     limits, whole = f.metadata, "int" in f.type
     if limits["least"] is not None:
-        yield limits["least"] - (1 if whole else 1e-3)
+        yield 1.1 * limits["least"] if limits["least"] < -1e9 else limits["least"] - (1 if whole else 1e-3)
     if limits["above"] is not None:
         yield limits["above"]
     if limits["most"] is not None:
-        yield limits["most"] + (1 if whole else 1e-3)
+        yield 1.1 * limits["most"] if limits["most"] > 1e9 else limits["most"] + (1 if whole else 1e-3)
     if limits["choices"] is not None:
         yield max(limits["choices"]) + 1
+
+
+def length(f: dataclasses.Field) -> int:
+    """Of a list: that of its key, or one number for each of three channels."""
+    return f.metadata["length"] or 3
 
 
 @pytest.mark.parametrize("name", NUMERIC)
@@ -44,7 +49,7 @@ def test_a_number_has_limits_and_they_hold(name):
     assert wrong, f"{name} has no limits"
     assert name not in SHARES or f.metadata["most"] is not None
     for value in wrong:
-        text = f"[{', '.join([str(value)] * f.metadata['length'])}]" if "list" in f.type else str(value)
+        text = f"[{', '.join([str(value)] * length(f))}]" if "list" in f.type else str(value)
         assert refusal(f"{name}={text}").startswith(f"{name}: expected ")
 
 
@@ -54,8 +59,8 @@ def test_a_number_is_a_number(name):
     lists = "list" in f.type
     wrong = ["fast", "{a: 1}", "true", "${oc.env:HOME}"]
     if lists:
-        wrong += ["0.5", "[x, y]", f"[{', '.join(['.nan'] * f.metadata['length'])}]", "[]"]
-        wrong += [f"[{', '.join(['0.5'] * (f.metadata['length'] + 1))}]"]
+        wrong += ["0.5", "[x, y]", f"[{', '.join(['.nan'] * length(f))}]", "[]"]
+        wrong += [f"[{', '.join(['0.5'] * (length(f) + 1))}]"]
     else:
         wrong += ["[1]", ".nan", ".inf"] + (["1.5"] if "int" in f.type else [])
     if "None" not in f.type:
@@ -83,6 +88,12 @@ def test_strategies_are_those_of_the_samplers():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("data.crop=fast", "data.crop: expected a whole number of pixels, or [height, width], got 'fast'"),
+        ("data.crop=[64,0]", "data.crop: expected a whole number of pixels"),
+        ("data.crop=[64,20]", "data.crop=[64, 20] is not divisible by model.patch=8; set data.crop to [64, 16]"),
+        ("data.page=some", "data.page: expected a number"),
+        ("data.axes=NCHX", "data.axes: expected letters of NHWC"),
+        ("data.depth=uint64", "data.depth: expected one of auto, uint8, uint16, float32"),
         ("data.flip=maybe", "data.flip: expected true or false, got 'maybe'"),
         ("data.source=null", "data.source: expected a word, got null"),
         ("name=", "name: expected a word, got null"),
@@ -103,6 +114,11 @@ def test_other_values(override, words):
     message = refusal(override)
     assert words in message
     assert str(QUICKSTART) not in message
+
+
+def test_channels_want_a_mean_of_each():
+    words = "data.mean: expected 2 numbers, one for each of data.channels, got 3; python -m ijepa_fast stats"
+    assert refusal("data.channels=2").startswith(words)
 
 
 def test_errors_of_the_file_name_the_file(tmp_path):

@@ -3,6 +3,7 @@ installed."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_suite
+from bench import gpu_suite, sweep
+from tests.launch import unlaunched
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +81,7 @@ def test_tests_are_cut_off_one_by_one_and_gate_their_op(suite, tmp_path, monkeyp
     monkeypatch.setattr(gpu_suite, "SHARDS", {"good": 2})
     monkeypatch.setattr(gpu_suite, "TEST_SECONDS", 2)
     log = tmp_path / "tests.jsonl"
-    gpu_suite.run_tests(suite, log, 60, workers=4)
+    gpu_suite.run_tests(suite, log, 60, 4, gpu_suite.test_files())
     assert suite.red == {"tests/ops/test_hangs.py"}
     text = suite.record.read_text()
     assert "- tests/ops/test_good.py, part 1 of 2: 1 passed" in text
@@ -106,43 +108,69 @@ def test_every_task_is_a_command_that_its_program_accepts(tmp_path):
     for one in tasks:
         assert one.command[1] == "bench/run.py"
         assert run.parse(one.command[2:]).op == list(one.gates)
-    for one in gpu_suite.step_tasks(tmp_path, "gpu"):
-        assert one.command[1] == "bench/throughput.py"
-        throughput.parse(one.command[2:])
+    for step in gpu_suite.PLAN:
+        for toy in (False, True):
+            one = gpu_suite.task_of(step, tmp_path, "gpu", toy, external=None if toy else str(tmp_path))
+            if one is not None and one.command[1] == "bench/throughput.py":
+                compared = "plain" in step.arguments and step.name.startswith("ijepa") and not toy
+                assert ("published" in throughput.parse(one.command[2:]).impl) == compared
+    assert gpu_suite.TESTS.arguments.split() == [file for file in gpu_suite.FIRST_TESTS if (ROOT / file).is_file()]
+    assert set(gpu_suite.FIRST_TESTS) <= set(gpu_suite.test_files())
 
 
-def test_the_suite_runs_from_tests_to_data(tmp_path, monkeypatch):
-    facts = {"device": "NVIDIA Test", "date": "today", "versions": "torch 2", "commit": "abc"}
-    monkeypatch.setattr(gpu_suite.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_suite, "about", lambda *_: facts)
-    red = "tests/ops/test_layer_norm.py"
-    monkeypatch.setattr(gpu_suite, "run_tests", lambda suite, *_: suite.red.add(red))
-    monkeypatch.setattr(gpu_suite, "OPS", dict.fromkeys(("layer_norm", "bias_gelu")))
-    monkeypatch.setattr(gpu_suite, "STEPS", (("engine", "--engine 1", ("nobody_has_this",)),))
-    op_tasks = gpu_suite.op_tasks
+def test_the_plan_fits_and_is_printed(capsys):
+    """Most important first: the whole steps of H/14 begin within the second minute."""
+    assert gpu_suite.main(["--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[2:-1]]
+    assert [row[3] for row in rows] == [step.name for step in (gpu_suite.PLAN[0], gpu_suite.TESTS, *gpu_suite.PLAN[1:])]
+    assert float(next(row[0] for row in rows if row[3] == "ijepa-h14")) < 120
+    total = sum(float(row[1]) for row in rows)
+    assert lines[-1].startswith(f"{total:.0f} s are expected")
+    assert total <= 12.2 * 60
+    assert all(step.limit > step.expected for step in gpu_suite.PLAN)
 
-    def harmless(models, csv):
-        tasks = op_tasks(models, csv)
-        for one in tasks:
-            one.command = [sys.executable, "-c", ""]
-        return tasks
 
-    monkeypatch.setattr(gpu_suite, "op_tasks", harmless)
-    assert gpu_suite.main(["--minutes", "2", "--out", str(tmp_path)]) == 0
-    lines = (tmp_path / "gpu_suite-nvidia-test.md").read_text().splitlines()
-    ran = [line.partition(":")[0] for line in lines if line.startswith(("- ", "## "))]
-    assert ran[:6] == [
-        "## Ops at H/14",
-        "- layer_norm H/14",
-        "- bias_gelu H/14",
-        "## Whole steps",
-        "- steps engine",
-        ran[5],
-    ]
-    assert ran[-2:] == ["## Data", "- data"]
-    assert "- layer_norm H/14: skipped, tests of layer_norm did not pass" in lines
-    assert "- steps engine: skipped, needs nobody_has_this, not installed" in lines
-    assert "- data: skipped, no --images FOLDER was given" in lines
+@pytest.mark.slow
+def test_the_suite_runs_at_toy_sizes(tmp_path):
+    """End to end on a CPU, in one process: every kind of line, and what each leaves."""
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("nvidia.dali")
+    words = [sys.executable, "bench/gpu_suite.py", "--toy", "--out", str(tmp_path)]
+    environment = unlaunched(OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    ran = [line.partition(":") for line in done.stdout.splitlines() if line.startswith("- ")]
+    assert [name for name, *_ in ran] == [f"- {step.name}" for step in gpu_suite.PLAN if step.toy is not None]
+    assert all("done in" in rest for *_, rest in ran)
+    left = {re.sub("-[^-]*-1-thread-toy|-[a-z0-9-]*-toy", "", path.name): path for path in tmp_path.glob("*.json*")}
+    assert {"ceilings.json", "sweep.json", "train.jsonl", "steps-ijepa-h14.json"} <= left.keys()
+    assert [json.loads(line)["step"] for line in left["train.jsonl"].read_text().splitlines()] == [1, 2]
+    for name in ("ijepa-h14", "ijepa-h14-full", "ijepa-h14-engine", "mae-h14", "ibot-s16"):
+        result = json.loads(left[f"steps-{name}.json"].read_text())
+        assert result["rounds"] == 1
+        assert not result["failed"]
+        assert all(row["images_per_second"] > 0 for row in result["rows"])
+    assert len(json.loads(left["steps-ijepa-h14-full.json"].read_text())["stages"]) == 6
+
+
+def test_tiles_are_compiled_without_a_gpu(tmp_path):
+    """What bench/sweep.py times: every width of its shapes has candidates that do not spill, on both architectures."""
+    found = json.loads((ROOT / "bench" / "results" / "tiles-compiled.json").read_text())
+    good = {(x["kernel"], x["capability"], x["head_dim"]) for x in found if not x["error"] and x["spilled"] == 0}
+    widths = {shape.head_dim for shape in sweep.SHAPES}
+    assert good >= {(kernel, sm, width) for kernel in ("bwd queries", "bwd keys") for sm in (9, 10) for width in widths}
+
+
+@pytest.mark.slow
+def test_a_tile_is_forced_and_compiled():
+    words = "from bench import sweep; from ijepa_fast.kernels.varlen_attention.tiles import Tile, bwd_tiles; "
+    words += "b = bwd_tiles(9, 64, 2); print(sweep.compiled(('bwd keys', 9, 64, Tile(32, 64, 8, 2)))); "
+    words += "assert bwd_tiles(9, 64, 2) == b"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "'tile': [32, 64, 8, 2]" in done.stdout, done.stderr
+    assert "'error': ''" in done.stdout
 
 
 def bare(*words):

@@ -264,3 +264,10 @@ def test_loaded_encoder_on_a_gpu(weights, tmp_path, dtype, tolerance):
 def test_importing_the_package_is_light():
     code = "import sys, ijepa_fast; assert 'torch' not in sys.modules; ijepa_fast.load; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_same_weights_are_the_same_bytes(weights, tmp_path):
+    save_weights(tmp_path / "one.safetensors", weights)
+    for copy in range(4):
+        save_weights(tmp_path / f"{copy}.safetensors", load_weights(tmp_path / "one.safetensors"))
+        assert (tmp_path / f"{copy}.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()

@@ -18,6 +18,7 @@ from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.weights import save_weights
+from ijepa_fast.models.vit import Encoder
 from tests.data_images import bad_kinds, good_kinds, photographs, rotated
 from tests.interop_files import golden_weights
 
@@ -126,3 +127,25 @@ def test_an_index_that_names_files_outside_its_folder_is_refused(tmp_path, part)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": part}}))
     with pytest.raises(ValueError, match=r"index.json: expected a weight_map to names of files beside it, got"):
         ijepa_fast.load(tmp_path)
+
+
+WRAPPED = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model, module.": lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
+    "bare encoder": lambda state: state,
+    "compiled": lambda state: {"encoder": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    "compiled and parallel": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "one dict": lambda state: {f"{net}.{key}": v for net in ("encoder", "target_encoder") for key, v in state.items()},
+    "numpy scalars": lambda state: {"encoder": state, "loss": np.float64(0.5), "epoch": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_checkpoints_in_wrappers_are_read(tmp_path, name):
+    encoder = Encoder(32, 8, 32, 2, 2)
+    state = encoder.state_dict() | {"pos_embed": encoder.positions[None]}
+    torch.save(WRAPPED[name](state), tmp_path / "a.pth")
+    found = ijepa_fast.load(tmp_path / "a.pth", heads=2)
+    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    expected = encoder(found._patchify(images), 2).view(2, 16, 32)
+    torch.testing.assert_close(found(images), expected)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.graphs import CUDARecorder, Graphs
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.mae import pack_visible
+from tests.emulated_graphs import EmulatedRecorder
 from tests.parity import TOLERANCE
 from tests.parity_methods import parity_mae
 from tests.small import loss_of, small_mae
@@ -52,21 +53,20 @@ def test_features_come_without_the_class_token():
     torch.testing.assert_close(model.encoder.norm(last), features)
 
 
-@pytest.mark.gpu
-def test_graphs_change_nothing():
+@pytest.mark.usefixtures("ops_as_on_a_gpu")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_graphs_change_nothing(device):
     """Batches of one shape: run, captured, replayed."""
-    torch_state, losses = torch.get_rng_state(), []
-    for graphs in (False, True):
-        torch.set_rng_state(torch_state)
-        model = small_mae().cuda()
-        if graphs:
-            model.forward = Graphs(model)
-        images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8).cuda()
-        for step in range(4):
-            loss = loss_of(model, images, model.draw(4, 0, step).to("cuda"))
-            gradients = torch.autograd.grad(loss, [*model.parameters()])
-            losses.append([loss.detach(), *gradients])
-    assert len(model.forward.pairs) == 1
-    for eager, replayed in zip(losses[:4], losses[4:], strict=True):
-        for a, b in zip(eager, replayed, strict=True):
+    model, images = small_mae().to(device), torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8).to(device)
+    said, gradients = [], [torch.zeros_like(p) for p in model.parameters()]
+    recorder = EmulatedRecorder() if device == "cpu" else CUDARecorder(torch.device("cuda"))
+    graphs = Graphs(model, gradients, 1.0, said.append, recorder)
+    for step in range(4):
+        draw = model.draw(4, 0, step).to(device)
+        loss, _ = graphs(images, draw)
+        expected = loss_of(model, images, draw)
+        wanted = [expected, *torch.autograd.grad(expected, [*model.parameters()])]
+        for a, b in zip([loss, *gradients], wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(graphs.captured) == 1
+    assert not said

@@ -15,21 +15,23 @@ from tests.small import setup_of
 
 
 def test_squares_are_whole_and_as_many_as_published():
-    masks = np.stack([squares(np.random.default_rng(i), 14, 2, 0.6) for i in range(50)]).reshape(-1, 7, 2, 7, 2)
+    masks = np.stack([squares(np.random.default_rng(i), (14, 14), 2, 0.6) for i in range(50)]).reshape(-1, 7, 2, 7, 2)
     assert (masks.sum((1, 2, 3, 4)) == 30 * 4).all()
     assert (masks.all((2, 4)) == masks.any((2, 4))).all()
     assert masks.any(0).all()
 
 
-@pytest.mark.parametrize(("count", "side", "smallest"), [(75, 14, 16), (120, 14, 16), (24, 8, 4), (63, 8, 16)])
-def test_blocks_mask_as_many_patches_in_every_image(count, side, smallest):
-    masks = np.stack([blocks(np.random.default_rng(i), side, count, smallest) for i in range(50)])
+@pytest.mark.parametrize(
+    ("count", "grid", "smallest"), [(75, (14, 14), 16), (120, (14, 14), 16), (24, (8, 8), 4), (63, (4, 16), 8)]
+)
+def test_blocks_mask_as_many_patches_in_every_image(count, grid, smallest):
+    masks = np.stack([blocks(np.random.default_rng(i), grid, count, smallest) for i in range(50)])
     assert (masks.sum(1) == count).all()
     assert len({mask.tobytes() for mask in masks}) > 10
 
 
 def test_draws_follow_from_the_place():
-    sampler = PatchSampler(lambda rng: blocks(rng, 6, 14, 4), depth=2)
+    sampler = PatchSampler(lambda rng: blocks(rng, (6, 6), 14, 4), depth=2)
     whole, part = sampler(5, 1, 2), sampler(2, 1, 2, first=3)
     assert torch.equal(whole.mask.view(5, -1)[3:], part.mask.view(2, -1))
     assert torch.equal(whole.chance[..., 3:], part.chance)
@@ -81,7 +83,7 @@ def test_gains_are_factors_of_the_branches():
 
 def test_dropped_branches_are_those_of_the_draw():
     encoder = encoder_of(drop_path=0.9).train()
-    draw = PatchSampler(lambda rng: blocks(rng, 6, 14, 4), depth=3)(2, 0, 0)
+    draw = PatchSampler(lambda rng: blocks(rng, (6, 6), 14, 4), depth=3)(2, 0, 0)
     patches = torch.randn(2 * 36, 48)
     assert torch.equal(encoder.masked(patches, draw), encoder.masked(patches, draw))
     assert not torch.equal(encoder.masked(patches, draw), encoder.eval().masked(patches, draw))
@@ -91,8 +93,8 @@ def test_another_grid_keeps_the_bias_of_an_offset():
     """Of a table that is linear in the offset, by what is between its ends."""
     offsets = torch.arange(-5.0, 6)
     table = torch.cat([(offsets[:, None] + offsets[None]).flatten()[:, None], torch.tensor([[7.0], [8.0], [9.0]])])
-    assert resample_table(table, 6, 6) is table
-    other = resample_table(table, 6, 11)
+    assert resample_table(table, (6, 6), (6, 6)) is table
+    other = resample_table(table, (6, 6), (11, 11))
     assert len(other) == 21**2 + 3
     assert other[-3:, 0].tolist() == [7, 8, 9]
     assert other[:-3].view(21, 21)[10, 10].abs() < 1e-5

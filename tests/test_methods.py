@@ -276,7 +276,7 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
         ("mae_cifar10", ["objective.method=bench.baselines.may"], ["objective.method", "bench.baselines.may", "ijepa"]),
         ("mae_cifar10", ["objective.method=ijepa_fast.masks.draw"], ["one subclass", "found 0"]),
         ("mae_cifar10", ["objective.method=..draw"], ["objective.method", "import path"]),
-        ("mae_cifar10", ["engine.cuda_graphs=true", "objective.method=ibot"], ["engine.cuda_graphs=true", "ibot"]),
+        ("mae_cifar10", ["engine.cuda_graphs=on", "objective.method=ibot"], ["engine.cuda_graphs=on", "ibot"]),
         ("mae_cifar10", ["engine.target_precision=fp8"], ["engine.target_precision=fp8", "mae"]),
         ("mae_cifar10", ["engine.target_stream=true"], ["engine.target_stream=true", "mae"]),
         ("ibot_cifar10", ["objective.options.small_crops=0"], ["objective.options.small_crops", "at least 1"]),
@@ -301,6 +301,11 @@ BROKEN = {
     "capability": ("    Options = Options", "    capabilities = frozenset({'speed'})", "got speed"),
     "promise": ("    Options = Options", "    capabilities = frozenset({'forecast'})", "lacks saved_values"),
     "two": ("class Toy(", "class First(Method):\n    pass\n\n\nclass Toy(", "found 2"),
+    "draw": (
+        "step: int, first: int = 0, batch: int | None = None)",
+        "step: int, rank: int = 0)",
+        "Toy.draw: expected (images, seed, step, first, batch)",
+    ),
     "options": ("    Options = Options", "    Options = dict", "Toy.Options: expected a dataclass"),
     "syntax": ("class Toy(", "class Toy)(", "objective.method"),
 }

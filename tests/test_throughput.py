@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import throughput
+from bench.baselines import contenders
 from bench.baselines.case import Case
 from bench.baselines.contenders import make_contenders
 from ijepa_fast.engine.precision import choose_precision
@@ -21,8 +22,8 @@ QUICK = ["--rounds", "1", "--steps", "1", "--warmup", "1", "--predictor-depth", 
 @pytest.mark.parametrize("method", ["ijepa", "mae"])
 def test_contenders_follow_one_trajectory(method):
     case = Case(method=method, arch="vit_tiny", crop=64, patch=8, batch=2, predictor_depth=1, batches=2)
-    contenders = make_contenders(case, ["fast", "strong", "plain"], ["truncate"])
-    losses = {c.name: [float(c.run(step)) for step in range(3)] for c in contenders}
+    made = make_contenders(case, ["fast", "strong", "plain"], ["truncate"])
+    losses = {c.name: [float(c.run(step)) for step in range(3)] for c in made}
     assert len(losses) >= 2
     for name, values in losses.items():
         assert values == pytest.approx(losses["plain"], rel=1e-4), name
@@ -39,12 +40,12 @@ def test_ibot_contenders_agree_on_the_first_loss():
 
 def test_disagreement_stops_the_benchmark():
     case = Case(arch="vit_tiny", crop=64, patch=8, batch=2, predictor_depth=1, batches=1)
-    contenders = make_contenders(case, ["fast", "plain"], ["truncate"])
-    throughput.check_agreement(contenders, "fp32")
+    made = make_contenders(case, ["fast", "plain"], ["truncate"])
+    throughput.check_agreement(made, "fp32")
     with torch.no_grad():
-        contenders[0].network.encoder.blocks[3].norm2.weight.mul_(1.1)
+        made[0].network.encoder.blocks[3].norm2.weight.mul_(1.1)
     with pytest.raises(ValueError, match="same step"):
-        throughput.check_agreement(contenders, "fp32")
+        throughput.check_agreement(made, "fp32")
 
 
 def test_figures_are_consistent(tmp_path, capsys):
@@ -181,3 +182,48 @@ def test_faster_than_the_plain_step_on_a_cpu(model, wanted, bound, tmp_path):
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
         readings.append(next(row["speedup_over_plain"] for row in rows if row["impl"] == "fast"))
     assert readings[-1] > bound, (precision, readings)
+
+
+def test_a_contender_that_fails_loses_its_own_row(tmp_path, monkeypatch, capsys):
+    """Made, compared or running: the others are measured, and what it said is written."""
+    path, strong = tmp_path / "t.json", contenders.StrongStep
+    options = [*TINY, *QUICK, "--impl", "fast,strong,plain", "--json", str(path)]
+
+    def no_memory(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory\nby far")
+
+    monkeypatch.setattr(contenders, "StrongStep", no_memory)
+    assert throughput.main(options) == 0
+    monkeypatch.setattr(contenders, "StrongStep", strong)
+    monkeypatch.setattr(strong, "__call__", no_memory)
+    results = [json.loads(path.read_text())]
+    assert throughput.main(options) == 0
+    results.append(json.loads(path.read_text()))
+    for result in results:
+        assert [row["impl"] for row in result["rows"]] == ["fast", "plain"]
+        assert result["failed"] == {"strong, truncate": "OutOfMemoryError: CUDA out of memory"}
+    assert "strong, truncate: no row, OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_one_that_computes_another_step_loses_its_row():
+    case = Case(arch="vit_tiny", crop=64, patch=8, batch=2, predictor_depth=1, batches=1)
+    made, failures = make_contenders(case, ["fast", "strong", "plain"], ["truncate"]), throughput.Failures()
+    with torch.no_grad():
+        made[1].network.blocks[3].norm2.weight.mul_(1.3)
+    throughput.check_agreement(made, "fp32", failures)
+    assert [c.name for c in failures.left(made)] == ["fast", "plain"]
+    assert "computes another step" in failures["strong", "truncate"]
+
+
+def test_rows_are_written_after_every_round(tmp_path, monkeypatch):
+    path, rounds = tmp_path / "t.json", []
+    real = throughput.Ceiling.measure
+
+    def note(*arguments):
+        rounds.append(json.loads(path.read_text())["rounds"] if path.is_file() else 0)
+        real(*arguments)
+
+    monkeypatch.setattr(throughput.Ceiling, "measure", note)
+    assert throughput.main([*TINY, *QUICK, "--rounds", "2", "--impl", "fast", "--json", str(path)]) == 0
+    assert rounds == [0, 0, 1]
+    assert json.loads(path.read_text())["rounds"] == 2

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("setuptools")
 
 from ijepa_fast import configs
+from ijepa_fast.__main__ import COMMANDS
 from tests.launch import ROOT, unlaunched
 
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/ops.py"))
@@ -37,6 +39,9 @@ def installed(tmp_path_factory):
     (wheel,) = root.glob("*.whl")
     subprocess.run([*pip, "install", "--no-index", "--no-deps", "--target", target, wheel], check=True)
     shutil.rmtree(source)
+    # What finds the checkout's extension, where the checkout is installed too.
+    hide = "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    (target / "sitecustomize.py").write_text(hide)
     return target
 
 
@@ -93,8 +98,10 @@ def test_files_that_are_not_python(installed):
 
 
 @pytest.mark.parametrize("config", ["quickstart", "mae_cifar10"])
-def test_trains_by_the_name_of_a_config(python, tmp_path, config):
-    python("-m", "ijepa_fast", "train", "--config", config, *TINY, f"data.cache={tmp_path}", "runs=here")
+def test_trains_by_the_name_of_a_config(installed, python, tmp_path, config):
+    script = (installed / "bin" / "ijepa-fast",) if config == "quickstart" else ("-m", "ijepa_fast")
+    done = python(*script, "train", "--config", config, *TINY, f"data.cache={tmp_path}", "runs=here")
+    assert "csrc is not built: a step takes about twice as long on a CPU; to build it: pip install" in done.stderr
     steps = [json.loads(line) for line in (tmp_path / "here" / config / "log.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2]
 
@@ -103,3 +110,17 @@ def test_an_unknown_name_lists_the_ready_ones(python):
     done = python("-m", "ijepa_fast", "train", "--config", "quickstrat", status=1)
     expected = f"there is no file quickstrat; did you mean quickstart, of the ready ones {', '.join(configs.names())}?"
     assert done.stderr.splitlines()[-1] == f"error: --config: {expected}"
+
+
+def test_the_console_script_has_every_command(installed, python):
+    done = python(installed / "bin" / "ijepa-fast", "--help")
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    assert python(installed / "bin" / "ijepa-fast", "configs").stdout.count("\n") == len(configs.names())
+    wrong = python(installed / "bin" / "ijepa-fast", "train", "--config", "quickstart", "lr=1", status=1)
+    assert wrong.stderr.startswith("error: lr: there is no such key; did you mean optim.lr?")
+
+
+def test_extras_and_the_script_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"gpu", "science", "wandb", "dev"} <= set(project["optional-dependencies"])
+    assert project["scripts"] == {"ijepa-fast": "ijepa_fast.__main__:main"}

@@ -116,7 +116,9 @@ def masks_at_equal_tokens(masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     return context.long(), masks.target.long()
 
 
-def make_contenders(case: Case, impls: list[str], contexts: list[str], external=None, engine=None) -> list[Contender]:
+def make_contenders(
+    case: Case, impls: list[str], contexts: list[str], external=None, engine=None, failures=None
+) -> list[Contender]:
     """The contenders of a case, all with the same weights.
 
     Args:
@@ -126,17 +128,35 @@ def make_contenders(case: Case, impls: list[str], contexts: list[str], external=
         contexts: of truncate, full, budget. Only `fast` can keep contexts of unequal length.
         external: checkout of the published code, for `published`.
         engine: ZeRO stage; each of this project's steps is a further contender through DeepSpeed.
+        failures: a mapping that says why one cannot be made, by its name and context; without it that is raised.
     """
-    contenders = METHODS[case.method][0](case, impls, contexts, external, engine)
+    contenders = []
     drawn = [(case.images(i), case.masks(i)) for i in range(case.batches)]
-    for contender in contenders:
-        contender.batches = [_pin(contender.prepare(*pair), case.device) for pair in drawn]
+    for context in contexts if case.method == "ijepa" else contexts[:1]:
+        for impl in impls:
+            try:
+                made = METHODS[case.method][0](case, [impl], [context], external, engine)
+            except RuntimeError as error:
+                if failures is None:
+                    raise
+                failures[impl, context] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
+            for contender in made:
+                contender.batches = [_pin(contender.prepare(*pair), case.device) for pair in drawn]
+            contenders += made
     return contenders
 
 
 def work_of(case: Case, context: str = "full") -> tuple[float, float, float]:
     """Tokens, work as published and as executed here, per image; work in GFLOP. Only I-JEPA has a context to cut."""
     return METHODS[case.method][1](case, context)
+
+
+def drawn(case: Case, make: Callable):
+    """What `make` gives, its weights drawn on the case's device: on a CPU the largest models take 12 seconds each."""
+    torch.manual_seed(case.seed)
+    with torch.device(case.device):
+        return make()
 
 
 def _pin(value, device: str):
@@ -160,8 +180,7 @@ def _fast(case: Case, impls: list[str], make: Callable[[], Method]) -> list[tupl
 
 def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
     def make() -> IJEPA:
-        torch.manual_seed(case.seed)
-        return IJEPA(case.setup(ijepa.Options(loss="smooth_l1")))
+        return drawn(case, lambda: IJEPA(case.setup(ijepa.Options(loss="smooth_l1"))))
 
     contenders = []
     for context in contexts:
@@ -191,7 +210,7 @@ def _ijepa(case: Case, impls, contexts, external, engine) -> list[Contender]:
 def _opponent(case: Case, impl: str, external: str | None):
     if impl == "published":
         return PlainStep(*published_networks(case, external), case.device, case.low_precision)
-    networks = plain.Encoder(**case.sizes), plain.Predictor(**case.predictor_sizes)
+    networks = drawn(case, lambda: (plain.Encoder(**case.sizes), plain.Predictor(**case.predictor_sizes)))
     if impl == "plain":
         return PlainStep(*networks, case.device, case.low_precision)
     compile = "blocks" if "strong-blocks" in case.compile else "whole" if "strong" in case.compile else None
@@ -247,8 +266,7 @@ def _ijepa_work(case: Case, context: str) -> tuple[float, float, float]:
 
 def _mae(case: Case, impls, contexts, external, engine) -> list[Contender]:
     def make() -> MAE:
-        torch.manual_seed(case.seed)
-        return MAE(case.setup(mae.Options()))
+        return drawn(case, lambda: MAE(case.setup(mae.Options())))
 
     facts = count, work, _ = work_of(case)
     contenders = [
@@ -288,8 +306,7 @@ def _plain_mae_batch(images, masks):
 
 def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
     def make() -> IBOT:
-        torch.manual_seed(case.seed)
-        return IBOT(case.setup(ibot.Options(**case.head)))
+        return drawn(case, lambda: IBOT(case.setup(ibot.Options(**case.head))))
 
     facts = count, work, _ = work_of(case)
     contenders = [

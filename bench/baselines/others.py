@@ -71,7 +71,7 @@ def _dino_work(case: Case, method: Method, draw) -> float:
     chosen = method.options
     sizes = {"large_patches": draw.side**2, "small_patches": draw.small_side**2, "small": draw.small}
     head = HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes)
-    sizes |= {"patch": case.patch, "images": draw.images}
+    sizes |= {"values": 3 * case.patch**2, "images": draw.images}
     return dino.step_work(_stack(case), head, **sizes, used_rows_only=False).total
 
 
@@ -91,7 +91,7 @@ def _data2vec_batch(views, draw):
 
 
 def _data2vec_work(case: Case, method: Method, draw) -> float:
-    sizes = {"patch": case.patch, "patches": draw.patches, "masked": draw.lengths.tolist()}
+    sizes = {"values": 3 * case.patch**2, "patches": draw.patches, "masked": draw.lengths.tolist()}
     return data2vec.step_work(_stack(case), **sizes, used_rows_only=False).total
 
 

@@ -60,7 +60,7 @@ class Network(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.patch_embed = PatchEmbed(patch, dim)
-        self.rel_pos_bias = RelativePositions(image_size // patch, heads)
+        self.rel_pos_bias = RelativePositions((image_size // patch,) * 2, heads)
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, rate, layer_scale) for rate in rates])
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -7,7 +7,7 @@ import torch
 from bench.baselines.case import Case
 from ijepa_fast import config
 from ijepa_fast.engine.engine import DTYPES, Engine, start
-from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.graphs import CUDARecorder, Graphs
 from ijepa_fast.engine.optim import parameter_groups
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.methods.method import Method
@@ -47,13 +47,21 @@ class BareStep:
             compile_blocks(*method.networks.values())
         if fp8:
             method.use_fp8()
+        self.graphs, self.said = None, []  # why there are no graphs after all
         if graphs:
-            method.forward = Graphs(method)
+            params = [p for p in method.parameters() if p.requires_grad]
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            recorder = CUDARecorder(self.device)
+            self.graphs = Graphs(method, [p.grad for p in params], 1.0, self.said.append, recorder)
 
     def __call__(self, batch, lr, weight_decay=0.04, momentum=0.996) -> torch.Tensor:
         """One step on `batch`, the method's arguments in host memory -> the loss, on the device."""
-        loss = self.loss(batch)
-        loss.backward()
+        if self.graphs is None:
+            loss = self.loss(batch)
+            loss.backward()
+        else:
+            loss, _ = self.graphs(*(_move(x, self.device) for x in batch))
         self.update(lr, weight_decay, momentum)
         return loss.detach()
 
@@ -72,7 +80,7 @@ class BareStep:
                 step=self.steps,
                 momentum=momentum,
             )
-            for p in params:
+            for p in params if self.graphs is None else ():
                 p.grad = None
         self.method.average_changed()
 
@@ -86,7 +94,7 @@ class EngineStep:
 
     def __init__(self, method: Method, case: Case, zero: int, fp8=False, graphs=False):
         settings = config.Engine(device=torch.device(case.device).type, precision=case.precision, zero=zero)
-        settings.cuda_graphs, settings.target_precision = graphs, "fp8" if fp8 else None
+        settings.cuda_graphs, settings.target_precision = "on" if graphs else "off", "fp8" if fp8 else None
         self.device, self.method = torch.device(case.device), method
         if not torch.distributed.is_initialized():
             threads = torch.get_num_threads()

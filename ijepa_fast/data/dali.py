@@ -22,15 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_fast.data import Size, size_of
+from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
+from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
+from ijepa_fast.data.reading import Raster, Reading
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
-from ijepa_fast.data.sources import Source
+from ijepa_fast.data.sources import EIGHT_BITS, Source
 from ijepa_fast.data.storage import Patience
 
+_BATCH = 32  # images decoded at once where all are
 _READERS = 8  # threads that read files
 _REPLACEMENTS = 100  # samples tried in the place of a bad file
 _PATIENCE = 10  # seconds that `close` waits for a read to return
@@ -43,9 +48,9 @@ _WINDOWS, _REPLACE = 0, 1
 class Batch:
     """One rank's images of a step.
 
-    images: uint8 (B, H, W, 3) on the loader's device; of a loader of several views, a list with a tensor per view.
-    indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the first image, from 0. draw: what the loader's
-    `draw` returned for this step.
+    images: (B, H, W, C) of the source's depth, uint8 of three channels for RGB, on the loader's device; of a loader of
+    several views, a list with a tensor per view. indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the
+    first image, from 0. draw: what the loader's `draw` returned for this step.
     """
 
     images: torch.Tensor | list[torch.Tensor]
@@ -64,26 +69,52 @@ class _Reader:
         # Where two epochs meet, two threads may want the same sample: the second waits for what the first reads.
         self._locks = [threading.Lock() for _ in range(64)]
 
-    def __call__(self, index: int) -> tuple[np.ndarray, int, int]:
-        """The encoded bytes of a sample, uint8 (n,), and its height and width in pixels.
+    def __call__(self, index: int) -> tuple[Any, int, int]:
+        """The encoded bytes of a sample, uint8 (n,), or its raster; and its height and width in pixels.
 
         Raises BadImage, and StorageTrouble where storage stays away.
         """
         with self._locks[index % len(self._locks)]:
             return self._row(index)
 
-    def _row(self, index: int) -> tuple[np.ndarray, int, int]:
+    def _row(self, index: int) -> tuple[Any, int, int]:
         row = self._cache.get(index)
         if row is None:
             try:
-                data = self._patience(lambda: self.source.read(index), lambda: self.source.name(index))
+                row, held = self._patience(lambda: opened(self.source, index, self.max_pixels), self._name(index))
             except OSError as error:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from error
-            row = np.frombuffer(data, np.uint8), *screen(data, self.max_pixels)
-            if len(data) <= self._room:
-                self._room -= len(data)
+            if held <= self._room:
+                self._room -= held
                 self._cache[index] = row
         return row
+
+    def keep_all(self, threads: int, stop: threading.Event) -> None:
+        """Decode every sample that can be, and keep it as bytes that need no decoding."""
+        for index, raster in decoded(self.source, threads, self.max_pixels):
+            if stop.is_set():
+                return
+            if self.source.reading.plain:
+                self._cache[index] = np.frombuffer(as_ppm(raster), np.uint8), raster.height, raster.width
+            else:
+                self._cache[index] = raster, raster.height, raster.width
+
+    def _name(self, index: int) -> Callable[[], str]:
+        return lambda: self.source.name(index)
+
+
+def opened(source: Source, index: int, max_pixels: int) -> tuple[tuple[Any, int, int], int]:
+    """(encoded bytes uint8 (n,), or a raster in memory, height, width) of a sample, and the bytes that it holds.
+
+    Raises OSError, and BadImage for what cannot be used.
+    """
+    if source.reading.plain:
+        data = source.read(index)
+        return (np.frombuffer(data, np.uint8), *screen(data, max_pixels)), len(data)
+    raster = source.raster(index, max_pixels)
+    # All of it, and not what a window needs: else it would depend on the window whether the sample is bad.
+    raster = Raster.of(raster.read(0, 0, raster.height, raster.width))
+    return (raster, raster.height, raster.width), raster.held
 
 
 class TrainLoader:
@@ -91,7 +122,7 @@ class TrainLoader:
 
     Arguments:
         batch_size: images per step on this rank.
-        crop: side of the crops, pixels.
+        crop: side of the crops, or their height and width, pixels.
         scale, ratio: share of the image's area, and width over height, as in RandomResizedCrop.
         interpolation: bilinear | bicubic.
         flip: mirror half of the images.
@@ -103,6 +134,7 @@ class TrainLoader:
         max_bad_share: the loader raises TooManyBadFiles when more than this share of the source is bad.
         max_pixels: an image that declares more counts as bad.
         cache_bytes: bytes of encoded samples that are kept in memory.
+        memory: decode all samples once, before the first step, and keep them; then `cache_bytes` is no bound.
         draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
 
     Attributes:
@@ -119,7 +151,7 @@ class TrainLoader:
         source: Source,
         *,
         batch_size: int,
-        crop: int,
+        crop: int | Size,
         scale: tuple[float, float] = (0.3, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: str = "bilinear",
@@ -136,6 +168,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 1 << 30,
+        memory: bool = False,
         draw: Callable[[int], object] | None = None,
     ):
         global_batch = batch_size * world_size
@@ -158,7 +191,7 @@ class TrainLoader:
         self._stream = SampleStream(len(source), seed, source.groups)
         self._stop = threading.Event()
         self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
-        self._draw, self._prefetch = draw, prefetch
+        self._draw, self._prefetch, self._memory, self._count = draw, prefetch, memory, threads
         self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
@@ -198,12 +231,14 @@ class TrainLoader:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _make_decoder(self, **options: Any) -> Decoder:
-        return Decoder(**options)
+    def _make_decoder(self, **options: Any) -> Decoder | ArrayDecoder:
+        return make_decoder(self.source, **options)
 
     def _work(self) -> None:
         draws: deque[Future | None] = deque()
         try:
+            if self._memory:
+                self._read.keep_all(self._count, self._stop)
             works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
@@ -284,12 +319,59 @@ class TrainLoader:
         return self._assemble(work.positions, rows)
 
 
+def make_decoder(source: Source, **options: Any) -> Decoder | ArrayDecoder:
+    """What decodes the images of `source`. options: of either."""
+    return (Decoder if source.reading.plain else ArrayDecoder)(**options)
+
+
+class _WholeDecoder(Decoder):
+    """Decodes whole images: per work a list of rasters."""
+
+    def _graph(self, works: Iterable[tuple]) -> tuple:
+        return (self._decoded(works, 0)[0],)
+
+    def _collect(self, outputs: tuple) -> list[Raster]:
+        images = outputs[0]
+        return [Raster.of(np.array(images[row])) for row in range(len(images))]
+
+
+def decoded(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[int, Raster]]:
+    """(number, decoded image) of every sample that can be decoded, as training decodes it."""
+
+    def read_one(index: int) -> tuple | None:
+        try:
+            return index, *opened(source, index, max_pixels)[0]
+        except (BadImage, OSError):  # the loader meets it again, and lists it
+            return None
+
+    def works() -> Iterator[Work]:
+        for first in range(0, len(source), _BATCH):
+            rows = [row for row in readers.map(read_one, range(first, min(first + _BATCH, len(source)))) if row]
+            if rows:
+                sizes = np.array([row[2:] for row in rows], np.int32)
+                windows = np.concatenate([0 * sizes, sizes[:, ::-1]], axis=1)
+                yield Work(np.array([row[0] for row in rows]), sizes[:, 0], [row[1] for row in rows], windows)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        if not source.reading.plain:
+            for index in range(len(source)):
+                if row := read_one(index):
+                    yield index, row[1]
+            return
+        decoder = _WholeDecoder(crop=1, interpolation="bilinear", flip=False, device="cpu", threads=threads)
+        try:
+            for work, rasters in decode_all(decoder, works(), lambda work, bad: work.without(bad), _BATCH):
+                yield from zip(work.ids.tolist(), rasters)
+        finally:
+            decoder.close()
+
+
 def eval_batches(
     source: Source,
     *,
     batch_size: int,
-    crop: int,
-    resize: int,
+    crop: int | Size,
+    resize: int | Size,
     device: str | torch.device = "cpu",
     threads: int = 2,
     interpolation: str = "bilinear",
@@ -297,14 +379,16 @@ def eval_batches(
     max_bad_share: float = 0.01,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every sample once, in order: images uint8 (b, crop, crop, 3) on `device`, and labels int64 (b,) on the CPU.
+    """Every sample once, in order: images (b, crop, crop, C), uint8 or of the source's depth, on `device`, and labels
+    int64 (b,) on the CPU.
 
-    Each image is resized to `resize` pixels on its shorter side and cropped to the central square of `crop` pixels,
-    both in one resampling. A source without labels gives sample ids in their place. The other arguments are
+    Each image is resized so that it just covers `resize` pixels, a side or height and width, and cropped to the central
+    `crop`, both in one resampling. A source without labels gives sample ids in their place. The other arguments are
     TrainLoader's. Samples that cannot be decoded are left out, and listed in `bad_files`; more than `max_bad_share` of
     them raise TooManyBadFiles. Raises StorageTrouble, and ValueError for a crop larger than `resize`.
     """
-    if not 0 < crop <= resize:
+    size, cover = size_of(crop), size_of(resize)
+    if not all(0 < side <= most for side, most in zip(size, cover)):
         raise ValueError(f"crop: expected 1 to resize = {resize}, got {crop}")
     bad = BadFiles(len(source), max_bad_share, bad_files)
     read = _Reader(source, max_pixels, cache_bytes=0)
@@ -325,14 +409,15 @@ def eval_batches(
             if len(reading) > 2:
                 rows = [row for future in reading.popleft() if (row := future.result()) is not None]
                 if rows:
-                    yield _central(rows, crop / resize)
+                    yield _central(rows, size, cover)
 
     def repair(work: Work, reasons: dict[int, str]) -> Work | None:
         for row, reason in reasons.items():
             bad.add(source.name(int(work.ids[row])), reason)
         return work.without(reasons)
 
-    decoder = Decoder(crop=crop, interpolation=interpolation, flip=False, device=device, threads=threads)
+    options: dict[str, Any] = {"interpolation": interpolation, "flip": False, "device": device, "threads": threads}
+    decoder = make_decoder(source, crop=size, **options)
     with ThreadPoolExecutor(_READERS) as readers:
         try:
             for work, images in decode_all(decoder, works(), repair, batch_size):
@@ -342,25 +427,35 @@ def eval_batches(
 
 
 def read_images(
-    paths: Iterable[str | Path], *, crop: int, interpolation: str, device: str | torch.device = "cpu"
+    paths: Iterable[str | Path],
+    *,
+    crop: int | Size,
+    interpolation: str,
+    device: str | torch.device = "cpu",
+    reading: Reading = EIGHT_BITS,
 ) -> torch.Tensor:
-    """Image files as uint8 (n, crop, crop, 3) on `device`: the central square of each, decoded as for training.
+    """Image files as (n, crop, crop, C) on `device`: the centre of each, decoded as for training with `reading`.
 
     Raises ValueError, which names the file and the reason, where one cannot be used.
     """
-    source = Source("", Index(Names.of(os.fspath(path) for path in paths)))
+    source = Source("", Index(Names.of(os.fspath(path) for path in paths)), reading=reading)
     try:
         options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
         batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]
     except TooManyBadFiles as error:
         raise BadImage(error.last) from None
-    return torch.cat(batches) if batches else torch.empty(0, crop, crop, 3, dtype=torch.uint8, device=device)
+    if batches:
+        return torch.cat(batches)
+    return torch.empty(0, *size_of(crop), reading.channels, dtype=getattr(torch, reading.depth), device=device)
 
 
-def _central(rows: list[tuple], share: float) -> Work:
-    """Decode the central square whose side is `share` of the shorter side."""
+def _central(rows: list[tuple], crop: Size, cover: Size) -> Work:
+    """Decode the central part of the aspect of `crop` that it is of an image that just covers `cover`."""
     ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
-    side = np.maximum(np.rint(sizes.min(1, keepdims=True) * share).astype(np.int32), 1)
-    corner = (sizes[:, ::-1] - side) // 2
-    windows = np.concatenate([corner, side, side], axis=1).astype(np.int32)
+    tight = (sizes / np.array(cover)).argmin(1)  # the axis along which the image just covers it
+    shares = np.array(crop)[None] / np.array(cover)[:, None]
+    side = sizes[np.arange(len(sizes)), tight][:, None] * shares[tight]
+    part = np.maximum(np.rint(side).astype(np.int32), 1)[:, ::-1]
+    corner = (sizes[:, ::-1] - part) // 2
+    windows = np.concatenate([corner, part], axis=1).astype(np.int32)
     return Work(ids, ids, [row[1] for row in rows], windows)

@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ijepa_fast.data import Size, size_of
+from ijepa_fast.data.arrays import INTERPOLATIONS as FILTERS
+from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.headers import pillow_complaint
 from ijepa_fast.data.resize import resize_
 
@@ -35,7 +38,7 @@ _SMALL = 64
 _MIXED = {"device": "mixed", "jpeg_fancy_upsampling": True, "affine": False}
 
 # The names of the filters here, and in DALI.
-INTERPOLATIONS = {"bilinear": "INTERP_LINEAR", "bicubic": "INTERP_CUBIC"}
+INTERPOLATIONS = dict(zip(FILTERS, ("INTERP_LINEAR", "INTERP_CUBIC")))
 
 
 def import_dali() -> ModuleType:
@@ -54,13 +57,14 @@ def import_dali() -> ModuleType:
 class Work:
     """A batch to decode.
 
-    ids: int64 (B,), the samples. positions: int64 (B,), their places in the sample stream. encoded: B uint8 arrays.
-    windows: int32 (B, 4), x, y, width, height in pixels. flip: int32 (B,), 1 to mirror; None: mirror none.
+    ids: int64 (B,), the samples. positions: int64 (B,), their places in the sample stream. encoded: B uint8 arrays, or
+    for arrays.ArrayDecoder opened rasters. windows: int32 (B, 4), x, y, width, height in pixels. flip: int32 (B,), 1 to
+    mirror; None: mirror none.
     """
 
     ids: np.ndarray
     positions: np.ndarray
-    encoded: list[np.ndarray]
+    encoded: list[Any]
     windows: np.ndarray
     flip: np.ndarray | None = None
 
@@ -85,15 +89,15 @@ class Work:
 class Decoder:
     """Makes DALI pipelines, all of one graph.
 
-    crop: side of the images, pixels. interpolation: bilinear | bicubic. flip: whether works say which images to mirror.
-    threads: how many decode; on the CPU as many resize. hw_decoder_load: share of the JPEG files that the GPU's decode
-    engine takes. Raises ValueError for an unknown interpolation, ImportError without DALI.
+    crop: side of the images, or their height and width, pixels. interpolation: bilinear | bicubic. flip: whether works
+    say which images to mirror. threads: how many decode; on the CPU as many resize. hw_decoder_load: share of the JPEG
+    files that the GPU's decode engine takes. Raises ValueError for an unknown interpolation, ImportError without DALI.
     """
 
     def __init__(
         self,
         *,
-        crop: int,
+        crop: int | Size,
         interpolation: str,
         flip: bool,
         device: str | torch.device,
@@ -103,11 +107,11 @@ class Decoder:
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
         self.dali = import_dali()
-        self.crop, self.interpolation, self.flip, self.threads = crop, interpolation, flip, threads
+        self.crop, self.interpolation, self.flip, self.threads = size_of(crop), interpolation, flip, threads
         self.device = torch.device(device)
         self.on_gpu = self.device.type == "cuda"
         self.decode_options = _MIXED | {"hw_decoder_load": hw_decoder_load} if self.on_gpu else {}
-        self.resize_in_graph = self.on_gpu or crop <= _SMALL
+        self.resize_in_graph = self.on_gpu or max(self.crop) <= _SMALL
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self._resizers = ThreadPoolExecutor(threads, thread_name_prefix="resize")  # starts none until it is used
 
@@ -146,6 +150,11 @@ class Decoder:
             return False
         return True
 
+    def reason(self, error: RuntimeError, encoded: np.ndarray) -> str:
+        """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little."""
+        text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
+        return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]
+
     def close(self) -> None:
         """Stop the resizing threads."""
         self._resizers.shutdown(cancel_futures=True)
@@ -165,7 +174,7 @@ class Decoder:
         images, *flip = self._decoded(works, int(self.flip))
         if self.resize_in_graph:
             filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
-            images = fn.resize(images, size=[self.crop, self.crop], interp_type=filter_type, antialias=True)
+            images = fn.resize(images, size=list(self.crop), interp_type=filter_type, antialias=True)
         return (fn.flip(images, horizontal=flip[0]) if self.flip else images,)
 
     def _collect(self, outputs: tuple) -> Any:
@@ -184,7 +193,7 @@ class Decoder:
         return out
 
     def _resize(self, images: Any) -> torch.Tensor:
-        out = np.empty((len(images), self.crop, self.crop, 3), np.uint8)
+        out = np.empty((len(images), *self.crop, 3), np.uint8)
 
         def part(rows: slice) -> None:
             resize_(out[rows], [np.asarray(images[row]) for row in range(rows.start, rows.stop)], self.interpolation)
@@ -207,7 +216,7 @@ def hand_over(images: Images) -> Images:
 
 
 def decode_all(
-    decoder: Decoder,
+    decoder: Decoder | ArrayDecoder,
     works: Iterable[Work],
     repair: Callable[[Work, dict[int, str]], Work | None],
     batch_size: int,
@@ -252,7 +261,7 @@ def _feed(works: Iterable[Work], in_flight: deque[Work]) -> Iterator[tuple]:
         yield work.inputs()
 
 
-def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
+def _find_bad(decoder: Decoder | ArrayDecoder, work: Work) -> dict[int, str]:
     """The rows that cannot be decoded by themselves, each with the reason."""
     reasons: dict[int, str] = {}
     row, count = 0, len(work.ids)
@@ -262,12 +271,6 @@ def _find_bad(decoder: Decoder, work: Work) -> dict[int, str]:
             for _ in decoder.run(singles, 1, depth=1):
                 row += 1
         except RuntimeError as error:
-            reasons[row] = _reason(error, work.encoded[row])
+            reasons[row] = decoder.reason(error, work.encoded[row])
             row += 1
     return reasons
-
-
-def _reason(error: RuntimeError, encoded: np.ndarray) -> str:
-    """Why an image cannot be decoded: in Pillow's words if it fails too, since DALI's say little; else in DALI's."""
-    text = (str(error).partition("encountered:")[2] or str(error)).partition("C++ context")[0].strip()
-    return pillow_complaint(encoded.tobytes()) or text.splitlines()[0]

@@ -1,4 +1,4 @@
-"""What the first bytes of a JPEG, PNG or WebP file say: its format, and its size as a viewer shows it.
+"""What the first bytes of a JPEG, PNG, WebP or PPM file say: its format, and its size as a viewer shows it.
 
 Reading a header takes a few microseconds per image and decodes nothing. It finds what would stop a decoder: empty
 files, files that are no images, sizes that no memory holds. A file without its end marker is decoded once, to see
@@ -52,6 +52,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         height, width, orientation, cut_short = _png(data)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         height, width, orientation, cut_short = _webp(data)
+    elif data[:3] == b"P6\n":
+        height, width, orientation, cut_short = _ppm(data)
     elif not data:
         raise BadImage("empty file")
     else:
@@ -161,6 +163,13 @@ def _webp(data: bytes) -> tuple[int, int, int, bool]:
     else:
         raise BadImage("no image size in the header")
     return height, width, orientation, cut_short
+
+
+def _ppm(data: bytes) -> tuple[int, int, int, bool]:
+    """As formats.as_ppm writes it."""
+    size, most, pixels = data[3:].split(b"\n", 2)
+    width, height = map(int, size.split())
+    return height, width, 1, most != b"255" or len(pixels) < 3 * height * width
 
 
 def _webp_orientation(data: bytes) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ijepa_fast.files import publish
 
-_VERSION = 3  # of the arrays on disk
+_VERSION = 4  # of the arrays on disk
 
 
 _LONGEST = 40  # characters of a source's name in a folder's, which may have 255 bytes
@@ -56,8 +56,10 @@ class Index:
     """What is known of n samples without decoding them.
 
     names: relative to the collection's folder, or inside the tar file. labels: per label column (n,), int64 indices
-    into `classes[column]`, or float64 values of a column without classes. shards: the tar files; shard, start, size:
-    per sample its tar file's number, its first byte there and how many; empty for loose files. watched: the paths that
+    into `classes[column]`, or float64 values of a column without classes. shards: the archives; shard, start, size,
+    packed: per sample its archive's number, its first byte there, how many, and whether they are deflated (zip); empty
+    for loose files. page, y, x: per sample which image of its file it is, and the corner of its window; empty where a
+    file is an image. watched: the paths that
     the index was made from, each with its state (see `watch`). left_out: {extension: how many files} of those that are
     no samples. problem: why the collection's labels cannot be used; "" where they can, or there are none.
     """
@@ -69,6 +71,10 @@ class Index:
     shard: np.ndarray = field(default_factory=_nothing)
     start: np.ndarray = field(default_factory=_nothing)
     size: np.ndarray = field(default_factory=_nothing)
+    packed: np.ndarray = field(default_factory=_nothing)
+    page: np.ndarray = field(default_factory=_nothing)
+    y: np.ndarray = field(default_factory=_nothing)
+    x: np.ndarray = field(default_factory=_nothing)
     watched: dict[str, list[int]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     problem: str = ""
@@ -86,15 +92,15 @@ def watch(path: str) -> list[int]:
     return [status.st_mtime_ns, status.st_ctime_ns, status.st_size]
 
 
-def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> Index:
+def cached(path: str, cache: str | Path | None, build: Callable[[], Index], how: str = "") -> Index:
     """The index of the collection at `path`: the kept one if it still holds, else a new one.
 
     cache: the folder to keep it in; None: build it and keep nothing. Of several processes, one builds and the others
-    wait.
+    wait. how: what else the index is a function of.
     """
     if cache is None:
         return build()
-    key = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:12]
+    key = hashlib.sha256((os.path.abspath(path) + how).encode()).hexdigest()[:12]
     folder = Path(cache) / f"index-v{_VERSION}-{Path(path).name[:_LONGEST]}-{key}"
     index = _load(folder)
     if index is not None:
@@ -110,13 +116,13 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index]) -> I
     return index
 
 
-_ARRAYS = ("shard", "start", "size")
+_ARRAYS = ("shard", "start", "size", "packed", "page", "y", "x")
 
 
 def _save(index: Index, folder: Path) -> None:
     folder.mkdir()
     arrays = {"blob": index.names.blob, "ends": index.names.ends}
-    arrays |= {name: getattr(index, name) for name in _ARRAYS if index.shards}
+    arrays |= {name: values for name in _ARRAYS if len(values := getattr(index, name))}
     arrays |= {f"label{number}": values for number, values in enumerate(index.labels.values())}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -148,5 +154,5 @@ def _load(folder: Path) -> Index | None:
         watched=meta["watched"],
         left_out=meta["left_out"],
         problem=meta["problem"],
-        **{name: arrays[name] for name in _ARRAYS if meta["shards"]},
+        **{name: arrays[name] for name in _ARRAYS if name in arrays},
     )

@@ -6,28 +6,38 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ijepa_fast.data.archives import Member, files_of, inflate, unpacked
+from ijepa_fast.data.formats import DALI, EXTENSIONS, PILLOW, STACKS, TIFF, extension
 from ijepa_fast.data.index import Index, Names, watch
 from ijepa_fast.data.kinds import printable
 from ijepa_fast.data.tables import add_classes, add_column, read_list, read_table
-from ijepa_fast.data.tar import members
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 LABELS_FILE = "labels.csv"
 
 # To list folders and to read tar headers is to wait for storage, for mounted storage above all. Threads wait in
 # parallel.
 _THREADS = 16
 _LONGEST_LABEL = 4096  # bytes of a .cls member
+# Of the files of one collection the first of these groups that occurs are its images: arrays beside photographs are
+# something else of theirs.
+_GROUPS = ((*DALI, *PILLOW), TIFF, STACKS)
 _MAC = "._"  # begins the names in which macOS keeps a file's attributes beside it
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name is an image's."""
     return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(_MAC)
+
+
+def _wanted(names: Iterable[str]) -> tuple[str, ...]:
+    """The extensions that are the images' in a collection of these names."""
+    found = {extension(name) for name in names}
+    return next((group for group in _GROUPS if found & set(group)), EXTENSIONS)
 
 
 def _others(names: Iterable[str]) -> Counter[str]:
@@ -66,6 +76,9 @@ def scan_folder(root: str) -> Index:
                 bar.update(len(files))
                 waiting |= {pool.submit(_list, root, name, above) for name in folders}
     names.sort()
+    wanted = _wanted(names)
+    left_out += _others(name for name in names if not name.lower().endswith(wanted))
+    names = [name for name in names if name.lower().endswith(wanted)]
     table = os.path.join(root, LABELS_FILE)
     if not os.path.isfile(table):
         stray = [name for name in names if "/" not in name]
@@ -123,9 +136,11 @@ def scan_list(path: str) -> Index:
     of the list is there. Labels on some lines alone are the index's `problem`.
     """
     found, labels = read_list(path, EXTENSIONS)
-    names = [name for name in found if is_image(name)]
-    left_out = _others(name for name in found if not is_image(name))
-    labels = [label for name, label in zip(found, labels) if is_image(name)]
+    wanted = _wanted(found)
+    kept = [is_image(name) and name.lower().endswith(wanted) for name in found]
+    names = [name for name, is_kept in zip(found, kept) if is_kept]
+    left_out = _others(name for name, is_kept in zip(found, kept) if not is_kept)
+    labels = [label for label, is_kept in zip(labels, kept) if is_kept]
     index = Index(Names.of(names), watched={path: watch(path)}, left_out=dict(left_out))
     given = [label for label in labels if label is not None]
     if 0 < len(given) < len(labels):
@@ -135,12 +150,12 @@ def scan_list(path: str) -> Index:
     return index
 
 
-def scan_shards(shards: list[str], root: str | None = None) -> Index:
-    """The index of uncompressed tar files. Labels: WebDataset's `.cls` members, else the first folder of the names.
+def scan_shards(shards: list[str], root: str | None = None, cache: str | Path | None = None) -> Index:
+    """The index of archives. Labels: WebDataset's `.cls` members, else the first folder of the names.
 
-    Nothing is unpacked: a sample is a range of bytes inside its shard. Links, devices and folders among the members are
-    skipped. root: the folder, where the shards are all those of one. Raises ValueError for a file that is no
-    uncompressed tar file or ends too early, with its path and the offset, and for folders of images in `root`.
+    A sample is a range of bytes inside its shard; only a .tar.gz is unpacked, in the folder `cache`. Links, devices and
+    folders among the members are skipped. root: the folder, where the shards are all those of one. Raises ValueError
+    for a file that is no archive or ends too early, with its path and the offset, and for folders of images in `root`.
     """
     watched = {path: watch(path) for shard in shards for path in (shard, os.path.dirname(shard) or ".")}
     with (
@@ -148,18 +163,25 @@ def scan_shards(shards: list[str], root: str | None = None) -> Index:
         tqdm(total=len(shards), desc="indexing", unit=" shards", mininterval=1, disable=None, delay=2) as bar,
     ):
         parts, left_out = [], Counter[str]() if root is None else _beside(root, shards)
+        shards = [unpacked(shard, cache) for shard in shards]
         for part, others in pool.map(_scan_shard, shards):
             parts.append(part)
             left_out += others
             bar.update()
-    names = [name for part in parts for name, *_ in part]
-    labels = [label for part in parts for *_, label in part if label is not None]
+    wanted = _wanted(member.name for part in parts for member, _ in part)
+    for number, part in enumerate(parts):
+        parts[number] = [row for row in part if row[0].name.lower().endswith(wanted)]
+        left_out += _others(member.name for member, _ in part if not member.name.lower().endswith(wanted))
+    found = [row for part in parts for row in part]
+    names = [member.name for member, _ in found]
+    labels = [label for _, label in found if label is not None]
     index = Index(
         names=Names.of(names),
         shards=shards,
         shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
-        start=np.array([start for part in parts for _, start, _, _ in part], np.int64),
-        size=np.array([size for part in parts for _, _, size, _ in part], np.int64),
+        start=np.array([member.start for member, _ in found], np.int64),
+        size=np.array([member.size for member, _ in found], np.int64),
+        packed=np.array([member.packed for member, _ in found] if any(member.packed for member, _ in found) else []),
         watched=watched,
         left_out=dict(left_out),
     )
@@ -170,23 +192,25 @@ def scan_shards(shards: list[str], root: str | None = None) -> Index:
     return index
 
 
-def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], Counter[str]]:
-    """(name, first byte, size, label) of each image, and how many other members have each extension.
+def _scan_shard(path: str) -> tuple[list[tuple[Member, str | None]], Counter[str]]:
+    """Each image with its label, and how many other members have each extension.
 
     The label is the text of the `.cls` member with the same key.
     """
     images, labels, others = [], {}, []
     with open(path, "rb", buffering=0) as file:
-        for name, start, size in members(file.fileno(), path):
-            key, _, extension = name.rpartition("/")[2].partition(".")
-            key = name[: len(name) - len(extension)] if extension else name
+        for member in files_of(path):
+            name = member.name
+            key, _, ending = name.rpartition("/")[2].partition(".")
+            key = name[: len(name) - len(ending)] if ending else name
             if is_image(name):
-                images.append((name, start, size, key))
-            elif extension == "cls":
-                labels[key] = _label(os.pread(file.fileno(), min(size, _LONGEST_LABEL + 1), start), path, start)
+                images.append((member, key))
+            elif ending == "cls":
+                data = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL + 1), member.start)
+                labels[key] = _label(inflate(data) if member.packed else data, path, member.start)
             else:
                 others.append(name)
-    return [(name, start, size, labels.get(key)) for name, start, size, key in images], _others(others)
+    return [(member, labels.get(key)) for member, key in images], _others(others)
 
 
 def _label(data: bytes, path: str, start: int) -> str:

@@ -14,17 +14,19 @@ _BLOCK = 512
 _LONGEST = 1 << 24  # bytes of an extended header
 
 
-def members(file: int, path: str) -> Iterator[tuple[str, int, int]]:
+def members(file: int, path: str, first: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
     """(name, first byte, size) of each regular file in the tar archive that the descriptor `file` reads.
+
+    first, end: where the archive lies in the file, by default all of it.
 
     Raises ValueError, with the archive's path and the offset, where it is no uncompressed tar archive, where a number
     or a name makes no sense, and where it ends before its end mark.
     """
-    at, end = 0, os.fstat(file).st_size
+    at, end = first, os.fstat(file).st_size if end is None else end
     override: dict[str, str] = {}
     while True:
-        header = os.pread(file, _BLOCK, at)
-        if at > 0 and len(header) < _BLOCK:
+        header = os.pread(file, max(0, min(_BLOCK, end - at)), at)
+        if at > first and len(header) < _BLOCK:
             raise ValueError(
                 f"{path}: cut short: it ends at byte {end} without tar's end mark, so members may be missing; "
                 "fetch or write it again"
@@ -33,7 +35,7 @@ def members(file: int, path: str) -> Iterator[tuple[str, int, int]]:
             return
         size = _number(header[124:136]) if len(header) == _BLOCK and _checksum_holds(header) else None
         if size is None:
-            what = kind_of(header) if at == 0 else None
+            what = kind_of(header) if at == first else None
             raise ValueError(
                 f"{path}: no tar header at byte {at}; expected an uncompressed tar file, got {what or 'other bytes'}"
             )

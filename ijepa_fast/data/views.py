@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_fast.data.arrays import ArrayDecoder, ArrayViewDecoder
 from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
@@ -79,8 +80,9 @@ class ViewLoader(TrainLoader):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 
-    def _make_decoder(self, **options: Any) -> Decoder:
-        return ViewDecoder(self.views, **options)
+    def _make_decoder(self, **options: Any) -> Decoder | ArrayDecoder:
+        kind = ViewDecoder if self.source.reading.plain else ArrayViewDecoder
+        return kind(self.views, **options)
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
         sizes = np.array([row[2:] for row in rows])

@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import socket
+import sys
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from ijepa_fast import config
 from ijepa_fast.config import ConfigError
 from ijepa_fast.cores import threads
 from ijepa_fast.engine.clipping import ClipEach
-from ijepa_fast.engine.graphs import Graphs
+from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
-from ijepa_fast.engine.partitions import LAYOUTS
+from ijepa_fast.engine.partitions import LAYOUTS, Sharded
+from ijepa_fast.engine.update import GraphStep
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
@@ -94,14 +96,23 @@ class Engine:
         optim: the section `optim`.
         micro_batch: images of a micro-batch of one rank.
         device: of this rank.
+        recorder: what captures graphs; tests give an emulation.
+
+    Raises ConfigError for engine.cuda_graphs=on where there can be none.
     """
 
     def __init__(
-        self, method: Method, settings: config.Engine, optim: config.Optim, micro_batch: int, device: torch.device
+        self,
+        method: Method,
+        settings: config.Engine,
+        optim: config.Optim,
+        micro_batch: int,
+        device: torch.device,
+        recorder: Recorder | None = None,
     ):
         import deepspeed
 
-        self.method, self.device = method, device
+        self.method, self.device, self._clips = method, device, optim.clip > 0
         dtype = DTYPES[settings.precision]
         # Kept in fp32: DeepSpeed casts the modules' own tables.
         tables = {name: dict(network.named_buffers()).get("positions") for name, network in method.networks.items()}
@@ -143,11 +154,18 @@ class Engine:
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
         if settings.target_precision == "fp8":
             method.use_fp8()
-        if settings.cuda_graphs and device.type == "cuda":
-            vars(method)["forward"] = Graphs(method)  # in front of the class's own
+        self._graphs: GraphStep | None = None
+        possible = device if recorder is None else torch.device("cuda")
+        if wants_graphs(method, settings, optim, possible) and not isinstance(self.layout, Sharded):
+            method.use_graphs()
+            recorder = recorder or CUDARecorder(device)
+            parts = (method, self.optimizer, self.layout, settings.accumulation)
+            self._graphs = GraphStep(*parts, _say_of_rank, recorder)
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""
+        if self._graphs is not None:
+            return self._graphs.backward(images, draw)
         result = self._engine(images, draw)
         if not (isinstance(result, tuple) and len(result) == 2):
             kind = type(self.method).__name__
@@ -156,16 +174,45 @@ class Engine:
         self._engine.backward(loss)
         return loss.detach(), terms
 
-    def step(self, lr: float, weight_decay: float, ema: float) -> None:
-        """Called after every micro-batch: at the last one of the step, update weights and averages."""
-        update = self._engine.is_gradient_accumulation_boundary()
+    def step(self, lr: float, weight_decay: float, ema: float, norm: bool = False) -> None:
+        """Called after every micro-batch: at the last one of the step, update weights and averages.
+
+        norm: whether to take the gradient's norm too, a pass over it: see `gradient_squares`.
+        """
+        graphs = self._graphs
+        update = self._engine.is_gradient_accumulation_boundary() if graphs is None else graphs.at_boundary
         if update:
+            self.optimizer.squares = torch.zeros((), dtype=torch.float64, device=self.device) if norm else None
             for group in self.optimizer.param_groups:
                 group["lr"], group["momentum"] = lr, ema
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
-        self._engine.step()
-        if update:
-            self._gather()
+        if graphs is None:
+            self._engine.step()
+            if update:
+                self._gather()
+        elif update:
+            graphs.step()
+
+    def graphs(self) -> dict[str, float] | None:
+        """For the log: share of the micro-steps since the last call that were replayed, shapes captured, GB held.
+
+        None without CUDA graphs.
+        """
+        return None if self._graphs is None else self._graphs.graphs.record()
+
+    def gradient_squares(self) -> torch.Tensor | None:
+        """This rank's part of the squared gradient norm of the last step; None where none was taken.
+
+        A fp64 scalar on the device; the sum over ranks is the square of the norm: before clipping, but in
+        fp32 at ZeRO 0, where DeepSpeed does not tell it.
+        """
+        if self.optimizer.squares is None:
+            return None
+        ranks = torch.distributed.get_world_size()
+        whole = self._engine.get_global_grad_norm() if self._clips else None  # the optimiser saw it clipped
+        if whole is not None:
+            return torch.as_tensor(whole, dtype=torch.float64, device=self.device).square() / ranks
+        return self.optimizer.squares / (ranks if self.layout.replicated else 1)
 
     @property
     def skipped(self) -> int:
@@ -201,6 +248,29 @@ class Engine:
         """Bring the EMA into the averages, and tell the method, which may keep something made from them."""
         self.layout.gather()
         self.method.average_changed()
+
+
+def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, device: torch.device) -> bool:
+    """Whether a run takes CUDA graphs. Raises ConfigError, with the reason, for `on` where there can be none."""
+    if settings.cuda_graphs == "off":
+        return False
+    name = type(method).__module__.rpartition(".")[2]
+    reasons = {
+        f"they need a CUDA device, and training is on {device.type}": device.type != "cuda",
+        f"objective.method={name} does not declare them": "graphs" not in method.capabilities,
+        "engine.zero=3 moves the weights in every step; set engine.zero to at most 2": settings.zero == 3,
+        "optim.clip needs the gradient's norm in every step; set optim.clip=0": optim.clip > 0,
+        "without mask.padding few shapes come again; set mask.padding=true": method.reads_mask
+        and not method.setup.mask.padding,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason and settings.cuda_graphs == "on":
+        raise ConfigError(f"engine.cuda_graphs=on: {reason}, or set engine.cuda_graphs=auto")
+    return reason is None
+
+
+def _say_of_rank(text: str) -> None:
+    print(f"rank {torch.distributed.get_rank()}: {text}", file=sys.stderr)
 
 
 def _bound_waits(seconds: int) -> None:

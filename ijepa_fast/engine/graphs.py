@@ -1,153 +1,261 @@
-"""A method's forward and backward as CUDA graphs: one pair for every shape of batch that comes again.
+"""A method's micro-steps as CUDA graphs: one for every shape of batch that comes again.
 
 A step launches two thousand kernels, and from Python that takes longer than they run. A graph launches them at once,
-but only for the shapes it was captured with; so token counts are padded to buckets (masks/packing.py), the first batch
-of a shape runs as it is, which compiles and warms up, the second is captured, and all later ones are replayed.
+but only for the shapes it was captured with; so token counts are padded to few buckets (masks/packing.py). The first
+batch of a shape runs as it is, which compiles and warms up; the second is captured, and all later ones are replayed.
 
-Captured graphs share one pool of memory, so that all of them need no more than the largest. What one leaves there is
-gone with the next replay: gradients are therefore copied into a buffer of their own, and what `watch` is given too.
+All of it takes its memory from one pool, the largest batch first, so that the pool is as large as that batch needs.
+What lies there is gone with the next micro-step: loss and terms are therefore copied out, what `watch` is given is its
+until it returns, and the gradients lie in buffers of their own (engine/update.py).
+
+The first graph of a run is verified: the same batch launched and replayed must give the same. Where it does not, or
+anything fails, the run goes on without graphs and says so once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method
 
-MOST = 512  # graphs kept; further shapes run without
-ALIGNMENT = 64  # elements
+MOST = 256  # graphs kept; further shapes run without
+FREE = 0.1  # share of the device's memory that no further graph is captured below
+# Largest relative differences between a launched and a replayed step: loss, and gradient by parameter.
+BOUNDS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-3, 2e-2)}
+T = TypeVar("T")
+# Loss, its terms, and what `watch` is given, (U, D), where it is set.
+Result = tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]
+
+
+class Recorder(Protocol):
+    """What captures and replays. Tests put an emulation in the place of `CUDARecorder`."""
+
+    def run(self, function: Callable[[], T]) -> T:
+        """The result of `function`, launched as it is, from the graphs' memory and on their stream."""
+
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """(a replay of `function`, its result, which is there after each replay)."""
+
+    def free_share(self) -> float:
+        """Share of the device's memory that is free."""
+
+    def reserved(self) -> int:
+        """Bytes that the process holds on the device."""
+
+
+class CUDARecorder:
+    """Captures as CUDA graphs, which share one pool of memory and one stream."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.MemPool()
+
+    def run(self, function: Callable[[], T]) -> T:
+        """See `Recorder`."""
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        # The pool serves this thread alone, so the backward pass must not run in another.
+        with (
+            torch.cuda.stream(self.stream),
+            torch.cuda.use_mem_pool(self.pool),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            result = function()
+        here.wait_stream(self.stream)
+        return result
+
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """See `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
+        options: dict[str, Any] = {"stream": self.stream, "capture_error_mode": "thread_local", "pool": self.pool.id}
+        with torch.cuda.graph(graph, **options), torch.autograd.set_multithreading_enabled(False):
+            result = function()
+        return graph.replay, result
+
+    def free_share(self) -> float:
+        """See `Recorder`."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return (free + held) / total
+
+    def reserved(self) -> int:
+        """See `Recorder`."""
+        return torch.cuda.memory_reserved(self.device)
 
 
 @dataclass
-class Shared:
-    """What all graphs share: the stream of their capture, and memory."""
+class Captured:
+    """The graph of one shape of batch, and the memory it reads and writes."""
 
-    stream: torch.cuda.Stream
+    replay: Callable[[], None]
     images: torch.Tensor
-    gradients: torch.Tensor  # of all parameters side by side, see `Graphs.parts`
-    seed: torch.Tensor  # (), the gradient of the loss
-    pool: Any = None
-    features: torch.Tensor | None = None  # (B*N, D), in its first rows what `watch` is given
-
-
-@dataclass
-class Pair:
-    """The graphs of one shape of batch, and the memory they read and write."""
-
-    shared: Shared
     draw: Draw
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    loss: torch.Tensor
-    terms: dict[str, torch.Tensor]
-    watched: torch.Tensor | None  # (U, D), what `watch` is given
+    result: Result
 
     def load(self, images: torch.Tensor, draw: Draw) -> None:
-        """Bring a batch to where the graphs read it."""
-        self.shared.images.copy_(images, non_blocking=True)
+        """Bring a batch to where the graph reads it."""
+        self.images.copy_(images, non_blocking=True)
         torch._foreach_copy_([*self.draw.tensors.values()], [*draw.tensors.values()], non_blocking=True)
 
 
 class Graphs:
-    """Stands in for the `forward` of a method on a GPU: (images, draw) -> (scalar loss, its terms).
+    """Runs micro-steps of a method: (images, draw) -> (scalar loss, its terms), detached.
 
-    Every backward pass must follow its forward pass, before the next one. The parameters of the method and of its
-    averages must be of one dtype and stay where they are.
+    Args:
+        method: its parameters and those of its averages stay where they are from now on.
+        gradients: receive the gradient of each trained parameter, in the order of `method.parameters()`.
+        share: of the loss that is differentiated, 1 over the micro-batches of a step.
+        say: told once why graphs are not used, where they are not.
+        recorder: captures and replays.
     """
 
-    def __init__(self, method: Method):
-        self.method, self.run = method, method.forward
+    def __init__(
+        self,
+        method: Method,
+        gradients: Sequence[torch.Tensor],
+        share: float,
+        say: Callable[[str], object],
+        recorder: Recorder,
+    ):
+        self.method, self.gradients, self.say, self.recorder = method, list(gradients), say, recorder
         self.params = [p for p in method.parameters() if p.requires_grad]
-        self.pairs: dict[tuple, Pair] = {}
+        self.seed = self.params[0].new_full((), share, dtype=torch.float32)
+        self.captured: dict[tuple, Captured] = {}
+        self.off = self.full = False
+        self.steps = self.replayed = 0
         self._seen: set[tuple] = set()
-        self._shared: Shared | None = None
+        self._images: dict[torch.Size, torch.Tensor] = {}
 
     def __call__(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, with a gradient where gradients are on; see the class."""
+        """One micro-step."""
+        self.steps += 1
         shape = (images.shape, *draw.shape)
-        if not torch.is_grad_enabled():
-            return self.run(images, draw)
-        if shape not in self.pairs:
-            if shape not in self._seen or len(self.pairs) >= MOST:
-                self._seen.add(shape)
-                return self.run(images, draw)
-            self.pairs[shape] = self._capture(images, draw)
-        pair = self.pairs[shape]
-        pair.load(images, draw)
-        loss = _Replay.apply(self, pair, *self.params)
-        if pair.watched is not None and self.method.watch is not None:
-            self.method.watch(pair.watched, draw)
-        return loss, {name: term.clone() for name, term in pair.terms.items()}
+        if not self.off and not self._seen:
+            self._reserve(images, draw)
+        if self.off:
+            result = self._launch(images, draw)
+        elif shape not in self.captured and (shape not in self._seen or self._is_full()):
+            self._seen.add(shape)
+            result = self.recorder.run(lambda: self._launch(images, draw))
+        elif shape not in self.captured and not self._capture(shape, images, draw):
+            result = self._launch(images, draw)
+        else:
+            batch = self.captured[shape]
+            batch.load(images, draw)
+            batch.replay()
+            self.replayed += 1
+            result = batch.result
+        loss, terms, watched = result
+        if watched is not None and self.method.watch is not None:
+            self.method.watch(watched, draw)
+        return loss.clone(), {name: term.clone() for name, term in terms.items()}
 
-    def parts(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Of all gradients side by side, each in its parameter's shape."""
-        pieces = flat.split([*map(_room, self.params)])
-        return [piece[: p.numel()].view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+    def record(self) -> dict[str, float]:
+        """For the log: share of the micro-steps since the last call that were replayed, shapes captured, GB held."""
+        share = self.replayed / max(1, self.steps)
+        self.steps = self.replayed = 0
+        return {"replayed": share, "shapes": len(self.captured), "gigabytes": self.recorder.reserved() / 1e9}
 
-    def backward(self, pair: Pair, dloss: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of the parameters, in memory of their own."""
-        pair.shared.seed.copy_(dloss)
-        pair.backward.replay()
-        return self.parts(pair.shared.gradients.clone())
+    def give_up(self, why: str) -> None:
+        """Launch everything from now on, and say why."""
+        self.off = True
+        self.captured.clear()
+        self.say(f"engine.cuda_graphs: {why}; from now on steps are launched without graphs")
 
-    def _capture(self, images: torch.Tensor, draw: Draw) -> Pair:
-        if self._shared is None:
-            flat = self.params[0].new_empty(sum(map(_room, self.params)))
-            seed = torch.ones((), device=images.device)
-            self._shared = Shared(torch.cuda.Stream(images.device), torch.empty_like(images), flat, seed)
-        shared, here = self._shared, torch.cuda.current_stream()
-        draw = draw.map(torch.clone)
-        shared.images.copy_(images)
-        watch, watched = self.method.watch, None
-        seen: list[torch.Tensor] = []
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, a decoder's, may allocate meanwhile: only this one's calls are watched.
-        capture = partial(torch.cuda.graph, stream=shared.stream, capture_error_mode="thread_local")
+    def _launch(self, images: torch.Tensor, draw: Draw) -> Result:
+        # `watch` is called outside: what it keeps must not come from the pool.
+        watch, seen = self.method.watch, []
+        if watch is not None:
+            self.method.watch = lambda features, _: seen.append(features)
         try:
-            self.method.watch = None if watch is None else lambda features, _: seen.append(features)
-            shared.stream.wait_stream(here)
-            with torch.cuda.stream(shared.stream):  # the libraries make their workspaces for the stream
-                torch.autograd.grad(self.run(shared.images, draw)[0], self.params)
-            here.wait_stream(shared.stream)
-            if seen:
-                watched = room = self._room_for(shared, seen[0], draw)
-                self.method.watch = lambda features, _: room.copy_(features)
-            with capture(forward, pool=shared.pool):
-                loss, terms = self.run(shared.images, draw)
-            shared.pool = forward.pool()
-            with capture(backward, pool=shared.pool):
-                gradients = torch.autograd.grad(loss, self.params, shared.seed)
-                torch._foreach_copy_(self.parts(shared.gradients), gradients)
+            loss, terms = self.method(images, draw)
         finally:
             self.method.watch = watch
-        return Pair(shared, draw, forward, backward, loss.detach(), terms, watched)
+        gradients = torch.autograd.grad(loss, self.params, self.seed, allow_unused=True, materialize_grads=True)
+        torch._foreach_copy_(self.gradients, gradients)
+        return loss.detach(), terms, seen[0] if seen else None
 
-    def _room_for(self, shared: Shared, features: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """Where a graph leaves what `watch` is given."""
-        if shared.features is None:
-            shared.features = features.new_empty((draw.images * self.method.encoder.patches, features.shape[1]))
-        return shared.features[: len(features)]
+    def _is_full(self) -> bool:
+        if not self.full and (len(self.captured) >= MOST or self.recorder.free_share() < FREE):
+            self.full = True
+            self.say(
+                f"engine.cuda_graphs: {len(self.captured)} shapes are captured, and no more are for want of "
+                f"{'room' if len(self.captured) >= MOST else 'memory'}; further ones are launched"
+            )
+        return self.full
+
+    def _reserve(self, images: torch.Tensor, draw: Draw) -> None:
+        """Run a batch as large as they come, so that later ones find their memory."""
+        largest = self.method.largest(draw)
+        if largest is None:
+            return
+        try:
+            self.recorder.run(lambda: self._launch(images, largest.to(images.device)))
+        except torch.OutOfMemoryError:
+            self.give_up("the largest batch does not fit into memory")
+
+    def _capture(self, shape: tuple, images: torch.Tensor, draw: Draw) -> bool:
+        """Capture this shape of batch; whether that went well."""
+        expected = None
+        try:
+            if not self.captured:
+                loss, *_ = self.recorder.run(lambda: self._launch(images, draw))
+                expected = [loss.clone(), *(gradient.clone() for gradient in self.gradients)]
+            batch = self._captured_batch(images, draw)
+            if expected is not None:
+                batch.load(images, draw)
+                batch.replay()
+                if difference := self._difference(expected, [batch.result[0], *self.gradients]):
+                    self.give_up(f"a replayed step differs from a launched one, {difference}")
+                    return False
+        except RuntimeError as error:
+            self.give_up(f"a step cannot be captured ({str(error).splitlines()[0]})")
+            return False
+        self.captured[shape] = batch
+        return True
+
+    def _captured_batch(self, images: torch.Tensor, draw: Draw) -> Captured:
+        held = draw.map(torch.clone)
+        if images.shape not in self._images:
+            self._images[images.shape] = images.clone()
+        given = self._images[images.shape]
+        replay, result = self.recorder.capture(lambda: self._launch(given, held))
+        return Captured(replay, given, held, result)
+
+    def _difference(self, launched: list[torch.Tensor], replayed: list[torch.Tensor]) -> str | None:
+        """What differs by more than rounding, or None. Waits for the device."""
+        bounds = BOUNDS[self.params[0].dtype]
+        apart = torch._foreach_norm(torch._foreach_sub(launched, replayed), dtype=torch.float32)
+        sizes = torch._foreach_norm(launched, dtype=torch.float32)
+        loss, *others = (torch.stack(apart) / torch.stack(sizes).clamp_min(1e-30)).tolist()
+        if not loss <= bounds[0]:
+            return f"the loss by {loss:.1e} of it"
+        # Of a tensor whose gradient is nothing but rounding, the difference is measured by the whole gradient's.
+        whole = float(torch.stack(sizes[1:]).square().mean().sqrt())
+        for param_size, relative in zip(torch.stack(sizes[1:]).tolist(), others, strict=True):
+            if not relative * param_size <= bounds[1] * max(param_size, 1e-3 * whole):
+                return f"a gradient by {relative:.1e} of it"
+        return None
 
 
-def _room(param: torch.Tensor) -> int:
-    """Elements from one gradient's first to the next one's, so that all are aligned."""
-    return -(-param.numel() // ALIGNMENT) * ALIGNMENT
+class Repeated:
+    """A function without arguments that is launched once, captured at its second call and replayed from then on."""
 
+    def __init__(self, function: Callable[[], None], graphs: Graphs):
+        self.function, self.graphs, self.calls = function, graphs, 0
+        self._replay: Callable[[], None] | None = None
 
-class _Replay(torch.autograd.Function):
-    """So that gradients arrive at the parameters as from any backward pass, and DeepSpeed's hooks run."""
-
-    @staticmethod
-    def forward(ctx: Any, graphs: Graphs, pair: Pair, *params: torch.Tensor) -> torch.Tensor:
-        ctx.graphs, ctx.pair = graphs, pair
-        pair.forward.replay()
-        return pair.loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple:
-        return None, None, *ctx.graphs.backward(ctx.pair, dloss)
+    def __call__(self) -> None:
+        """Launch or replay."""
+        self.calls += 1
+        if self._replay is None and self.calls > 1 and not self.graphs.off:
+            try:
+                self._replay, _ = self.graphs.recorder.capture(self.function)
+            except RuntimeError as error:
+                self.graphs.give_up(f"the update cannot be captured ({str(error).splitlines()[0]})")
+        self.function() if self._replay is None else self._replay()

@@ -5,14 +5,16 @@ As a state of the optimiser the EMA lives on the same fp32 partition as the mome
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
+from ijepa_fast.kernels.adamw_ema import adamw_ema_groups_, adamw_ema_multi_, step_scalars
 
+# Number of the group, fp32 weights, their gradient, and where else the new weights are written.
+Update = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 
 
@@ -41,6 +43,8 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
         self.clip: Callable[[list[torch.Tensor]], object] | None = None  # of the gradients of a group's parameters
+        self._scalars: torch.Tensor | None = None  # (groups, 9), on the device
+        self.squares: torch.Tensor | None = None  # where set, a fp64 scalar: `step` adds the gradients' squares to it
 
     def tie(self, param: torch.Tensor, target: torch.Tensor) -> None:
         """Let `target`, of `param`'s shape, hold its EMA from now on, starting as it is.
@@ -70,6 +74,53 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
+    def advance(self, updates: Sequence[Update]) -> None:
+        """Count a step of the parameters of `updates`, and bring its numbers to the device for `apply`."""
+        steps = {}
+        for number, param, _, _ in updates:
+            state = self.init_state(param, self.param_groups[number]["ema"])
+            state["step"] += 1
+            steps[number] = state["step"]
+        rows = [
+            step_scalars(
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=steps[number],
+                momentum=group["momentum"],
+            )
+            for number, group in enumerate(self.param_groups)
+        ]
+        host, device = torch.stack(rows), updates[0][1].device
+        if self._scalars is None:
+            self._scalars = host.to(device, copy=True)
+        self._scalars.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
+
+    @torch.no_grad()
+    def apply(self, updates: Sequence[Update]) -> None:
+        """The step that `advance` counted, from gradients where they lie; a CUDA graph may hold it.
+
+        Parameters with an EMA come first; all or none have a copy to write.
+        """
+        numbers, params, gradients, copies = zip(*updates, strict=True)
+        states = [self.state[param] for param in params]
+        averaged = [param for param, state in zip(params, states, strict=True) if "ema" in state]
+        assert self._scalars is not None
+        adamw_ema_groups_(
+            params,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [self.state[param]["ema"] for param in averaged],
+            self._scalars,
+            numbers,
+            [copy for copy in copies if copy is not None],
+            [self._copies[param] for param in averaged if param in self._copies],
+        )
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = closure() if closure is not None else None
@@ -78,6 +129,9 @@ class AdamWEMA(torch.optim.Optimizer):
             states = [self.init_state(p, group["ema"]) for p in params]
             if not params:
                 continue
+            if self.squares is not None:
+                norms = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
+                self.squares += torch.stack(norms).double().square().sum()
             if self.clip is not None:
                 self.clip(params)
             for state in states:

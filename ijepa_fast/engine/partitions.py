@@ -35,13 +35,26 @@ class Partition:
     ema: bool
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of a group's parameters side by side, and what this rank updates with them.
+
+    whole: (n,), all of them. parts: each in its parameter's shape, by name. updates: (fp32 weights, as in a Partition;
+    their gradient, in `whole`; where the model computes with them, if that is elsewhere).
+    """
+
+    whole: torch.Tensor
+    parts: dict[str, torch.Tensor]
+    updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+
 class Whole:
     """Stage 0: every rank updates whole parameters."""
 
     replicated = True
 
     def __init__(self, engine: Any, optimizer: AdamWEMA, groups: list[dict]):
-        self._optimizer = optimizer
+        self._optimizer, self._groups = optimizer, groups
         self._weights: list[torch.Tensor] = []
         self.partitions: list[Partition] = []
         masters = getattr(engine.optimizer, "fp32_groups", None) or [group["params"] for group in groups]
@@ -59,6 +72,24 @@ class Whole:
 
     def gather(self) -> None:
         """Bring all ranks' EMA into the averages: here it is there already."""
+
+    def gradients(self) -> list[Gradients]:
+        """Rooms for the gradients, zero."""
+        found, partitions = [], iter(self.partitions)
+        for group in self._groups:
+            sizes = [_aligned(p.numel()) for p in group["params"]]
+            whole = group["params"][0].new_zeros(sum(sizes), requires_grad=False)
+            pieces = zip(group["names"], group["params"], whole.split(sizes), strict=True)
+            parts = {name: piece[: p.numel()].view(p.shape) for name, p, piece in pieces}
+            updates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+            for name, weight in zip(group["names"], group["params"], strict=True):
+                master = next(partitions).master
+                updates.append((master, parts[name], None if master is weight else weight.data))
+            found.append(Gradients(whole, parts, updates))
+        return found
+
+    def share_weights(self) -> None:
+        """Bring what each rank updated to all others: here all updated the same."""
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -112,13 +143,33 @@ class Flat:
         for whole, mine in self._averages:
             _all_gather(whole, mine)
 
+    def gradients(self) -> list[Gradients]:
+        """Rooms for the gradients, zero, laid out as the weights are."""
+        found = []
+        for i, (group, partition) in enumerate(zip(self._groups, self.partitions, strict=True)):
+            whole = torch.zeros_like(self._zero.bit16_groups_flat[i])
+            offsets = self._offsets[i]
+            pairs = zip(group["names"], group["params"], strict=True)
+            parts = {name: whole[offsets[name] :][: p.numel()].view(p.shape) for name, p in pairs}
+            mine = whole.view(-1, partition.master.numel())[self._rank]
+            found.append(Gradients(whole, parts, [(partition.master, mine, self._mine(i).data)]))
+        return found
+
+    def share_weights(self) -> None:
+        """Bring what each rank updated to all others."""
+        for i, whole in enumerate(self._zero.bit16_groups_flat):
+            _all_gather(whole, self._mine(i))
+
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters into the weights the model computes with, on every rank."""
         for i, partition in enumerate(self.partitions):
-            mine = self._zero.parallel_partitioned_bit16_groups[i][self._rank]
-            mine.data.copy_(partition.master)
-            _all_gather(self._zero.bit16_groups_flat[i], mine)
+            self._mine(i).data.copy_(partition.master)
+        self.share_weights()
+
+    def _mine(self, group: int) -> torch.Tensor:
+        """This rank's slice of the weights that the model computes with."""
+        return self._zero.parallel_partitioned_bit16_groups[group][self._rank]
 
 
 class Sharded:
@@ -179,6 +230,10 @@ class Sharded:
 
 
 LAYOUTS: dict[int, type[Whole | Flat | Sharded]] = {0: Whole, 1: Flat, 2: Flat, 3: Sharded}
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // 64) * 64
 
 
 def _rank() -> int:

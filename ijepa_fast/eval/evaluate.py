@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ijepa_fast.data import Size
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.eval.attentive import DenseFeatures, attentive_scores, fit_attentive
 from ijepa_fast.eval.features import Encode, Standardiser, network, pooled_features
@@ -25,12 +26,20 @@ from ijepa_fast.eval.sweep import fit_head
 LAST = 4  # layers that "last4" concatenates
 
 
+def covering(crop: int | Size, resize: int | None) -> int | Size:
+    """What an image just covers before the central crop; resize: the shorter side of that, None: of the crop."""
+    if resize is None or isinstance(crop, int):
+        return resize or crop
+    short = min(crop)
+    return (round(crop[0] * resize / short), round(crop[1] * resize / short))
+
+
 @dataclass(frozen=True)
 class Options:
     """How images are read and encoded, and which heads are trained on the features.
 
     Attributes:
-        crop: side of the central crop, pixels.
+        crop: side of the central crop, or height and width, pixels.
         resize: shorter side before the crop, pixels; None: `crop`.
         interpolation: "bilinear" or "bicubic".
         batch_size: images encoded at once.
@@ -46,7 +55,7 @@ class Options:
         tuning: of "finetune".
     """
 
-    crop: int
+    crop: int | Size
     resize: int | None = None
     interpolation: str = "bilinear"
     batch_size: int = 256
@@ -68,7 +77,7 @@ class Options:
             Samples(part.source, rows),
             batch_size=size,
             crop=self.crop,
-            resize=self.resize or self.crop,
+            resize=covering(self.crop, self.resize),
             device=self.device,
             interpolation=self.interpolation,
         )

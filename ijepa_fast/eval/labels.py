@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_fast.data.sources import Source, open_source
+from ijepa_fast.data.reading import Raster, Reading
+from ijepa_fast.data.sources import AS_THEY_ARE, Source, open_source
 
 TASKS = ("classification", "counting", "regression")
 
@@ -46,7 +47,7 @@ class Samples(Source):
     """Some samples of a source as a source for data.dali's loaders; the label of each is its row in the source."""
 
     def __init__(self, source: Source, rows: np.ndarray):
-        super().__init__(source.root, source.index)
+        super().__init__(source.root, source.index, reading=source.reading)
         self.source = source
         self.rows = self.labels = np.asarray(rows, np.int64)
 
@@ -61,14 +62,23 @@ class Samples(Source):
         """The encoded bytes of sample `index`. Raises OSError."""
         return self.source.read(int(self.rows[index]))
 
+    def raster(self, index: int, max_pixels: int | None = None) -> Raster:
+        """Sample `index`, opened."""
+        return self.source.raster(int(self.rows[index]), max_pixels)
 
-def open_labelled(path: str | Path, cache: str | Path | None = None, tasks: dict[str, str] | None = None) -> Labelled:
+
+def open_labelled(
+    path: str | Path,
+    cache: str | Path | None = None,
+    tasks: dict[str, str] | None = None,
+    reading: Reading = AS_THEY_ARE,
+) -> Labelled:
     """The images and labels at `path`, in a layout named above.
 
     Numbers that are no integers are regressed, a column named count is counted, all else is classified; `tasks`,
-    {column: task}, says otherwise. `cache`: see open_source. Raises ValueError where there are no labels.
+    {column: task}, says otherwise. `cache`, `reading`: see open_source. Raises ValueError where there are no labels.
     """
-    source = open_source(path, cache=cache)
+    source = open_source(path, cache=cache, reading=reading)
     columns, classes = dict(source.columns), dict(source.index.classes)
     if scenes := _clevr_scenes(path):
         columns, classes = _read_clevr(scenes, source)

@@ -51,7 +51,7 @@ def to_beit(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
         "layer_norm_eps": EPS,
         "image_size": arch.image_size,
         "patch_size": arch.patch,
-        "num_channels": 3,
+        "num_channels": len(arch.mean),
         "use_mask_token": arch.mask_token,
         "use_absolute_position_embeddings": "pos_embed" in state,
         "use_relative_position_bias": False,
@@ -110,9 +110,10 @@ def from_beit(config: dict[str, Any], tensors: State, source: Any) -> tuple[Arch
             raise ValueError(f"{source}: expected a BeitModel with its final norm; {key!r} is missing")
     if "masked_embed" in state:
         state["masked_embed"] = state["masked_embed"][0]
+    size = config["image_size"]
     dim, hidden = len(state["patch_embed.proj.weight"]), state["blocks.0.mlp.fc1.weight"].shape[0]
     arch = Arch(
-        image_size=config["image_size"],
+        image_size=tuple(size) if isinstance(size, list) else size,
         patch=state["patch_embed.proj.weight"].shape[-1],
         dim=dim,
         depth=len(parts),

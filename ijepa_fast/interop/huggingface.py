@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data import DEPTHS, IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.interop.beit import MODEL_TYPE, from_beit, to_beit
 from ijepa_fast.interop.reference import load_tensors
 from ijepa_fast.interop.weights import (
     Arch,
     State,
     Weights,
+    images_of,
     infer_arch,
     read_json,
     read_safetensors,
@@ -46,6 +47,7 @@ _OUTSIDE = {
 }
 _TOKENS = {"pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token"}
 _READOUT = "ijepa_fast_readout"  # of config.json: how the method's features are read, "patches" or "class"
+_IMAGES = "ijepa_fast_images"  # of config.json: what is not said elsewhere of images that are not RGB of eight bits
 _WRITER = "ijepa_fast"  # of image processors whose mean and std are the training's, whatever they are
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 _V5 = {  # transformers 5's module names -> the Hub's
@@ -61,7 +63,8 @@ _V5 = {  # transformers 5's module names -> the Hub's
 def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
     """Published encoder state dict -> (config.json's content, state dict of IJepaModel, ViTModel or BeitModel)."""
     if not arch.key_bias:
-        return to_beit(state, arch)
+        config, out = to_beit(state, arch)
+        return config | ({_IMAGES: images} if (images := arch.images()) else {}), out
     config = {
         "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
         "model_type": "vit" if arch.class_token else "ijepa",
@@ -75,11 +78,13 @@ def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
         "layer_norm_eps": EPS,
         "image_size": arch.image_size,
         "patch_size": arch.patch,
-        "num_channels": 3,
+        "num_channels": len(arch.mean),
         "qkv_bias": True,
         "dtype": "float32",
     }
     state = with_class_position(state, arch)
+    if images := arch.images():
+        config[_IMAGES] = images
     if arch.class_token:
         config[_READOUT] = arch.readout
     out = {hf: state[name] for name, hf in _TOKENS.items() if name in state}
@@ -100,17 +105,21 @@ def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
 
 
 def image_processor(arch: Arch) -> dict[str, Any]:
-    """preprocessor_config.json's content: the central square at the training's crop, its mean and std."""
+    """preprocessor_config.json's content: the centre at the training's crop, its mean and std.
+
+    What it cannot do, a stretch and the choice of bands, is in config.json's ijepa_fast_images.
+    """
+    height, width = arch.size
     return {
         "image_processor_type": "BitImageProcessor",  # the plain one that crops; ViT's squashes
-        "do_convert_rgb": True,
+        "do_convert_rgb": len(arch.mean) == 3,
         "do_resize": True,
-        "size": {"shortest_edge": arch.image_size},
+        "size": {"shortest_edge": max(height, width)},
         "resample": _RESAMPLE[arch.interpolation],
         "do_center_crop": True,
-        "crop_size": {"height": arch.image_size, "width": arch.image_size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / DEPTHS[arch.reading.depth],
         "do_normalize": True,
         "image_mean": list(arch.mean),
         "image_std": list(arch.std),
@@ -143,14 +152,16 @@ def from_hf(folder: str | Path) -> Weights:
         raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', 'vit' or '{MODEL_TYPE}', got {kind!r}")
     if kind == MODEL_TYPE:
         arch, state = from_beit(config, _hf_tensors(folder), folder)
-        arch = replace(arch, **_processor(folder))
+        arch = replace(arch, **_processor(folder), **images_of(config.get(_IMAGES, {})))
         _check_config(config, arch, state, folder)
         return Weights(arch, {"encoder": state, "target_encoder": state})
     state = _published(_hf_tensors(folder), folder)
     if (kind == "vit") != ("cls_token" in state):
         held = "a class token" if "cls_token" in state else "no class token"
         raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and the weights have {held}")
-    known = _processor(folder)
+    known = _processor(folder) | images_of(config.get(_IMAGES, {}))
+    if isinstance(config.get("image_size"), list):
+        known["image_size"] = tuple(config["image_size"])
     if kind == "vit":
         known |= {"learned_positions": True, "readout": config.get(_READOUT, "class"), "method": "vit"}
     arch = infer_arch(state, heads=config["num_attention_heads"], source=folder, **known)
@@ -162,7 +173,8 @@ def _check_config(config: dict[str, Any], arch: Arch, state: State, folder: Path
     """ValueError where config.json and the weights do not describe one model, or not one that can be built here."""
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     held: dict[str, Any] = {"hidden_size": arch.dim, "num_hidden_layers": arch.depth, "intermediate_size": hidden}
-    held |= {"patch_size": arch.patch, "image_size": arch.image_size, "hidden_act": "gelu"}
+    size = arch.image_size if isinstance(arch.image_size, int) else list(arch.image_size)
+    held |= {"patch_size": arch.patch, "image_size": size, "hidden_act": "gelu", "num_channels": len(arch.mean)}
     for key, value in held.items():
         if config.get(key, value) != value:
             raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}, the model of the weights has {value!r}")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ijepa_fast.data import DEPTHS, Size
+from ijepa_fast.data.arrays import centre
 from ijepa_fast.data.dali import read_images
+from ijepa_fast.data.reading import Raster, depth_of, fit
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
 from ijepa_fast.interop.weights import Arch, Weights, load_state, load_weights, read_json, with_image_size
-from ijepa_fast.kernels.patchify import patchify
 from ijepa_fast.models.vit import Encoder
 
 KINDS = "a run's folder, a checkpoint's, a Hugging Face or timm folder, a .safetensors file, or a published .pth.tar"
@@ -23,7 +28,7 @@ KINDS = "a run's folder, a checkpoint's, a Hugging Face or timm folder, a .safet
 def load(
     path: str | Path,
     network: str | None = None,
-    image_size: int | None = None,
+    image_size: int | Size | None = None,
     device: torch.device | str = "cpu",
     heads: int | None = None,
 ) -> PretrainedEncoder:
@@ -38,7 +43,7 @@ def load(
             .safetensors, a published .pth.tar, a Hugging Face IJepaModel folder, a timm folder.
         network: "target_encoder" (the average, what the paper evaluates; the default where there is one) or "encoder"
             (the one that was trained).
-        image_size: side of the images, pixels, where it is not the training's crop; positions are resampled.
+        image_size: of the images, a side or height and width, where it is not the training's; positions are resampled.
         device: where the weights go.
         heads: attention heads, for a .pth.tar whose width is none of the published ones.
 
@@ -89,11 +94,11 @@ class PretrainedEncoder(nn.Module):
     """An encoder with its normalisation inside. Frozen and in evaluation mode; `requires_grad_(True)` to fine-tune.
 
     Attributes:
-        encoder: models.vit.Encoder.
-        arch: interop.weights.Arch: sizes, and what is known of the training.
-        crop: side of its images, pixels. dim: width D of the features. patches: features per image, N: the patches,
+        encoder: models.vit.Encoder. arch: interop.weights.Arch: sizes, and what is known of the training. crop: side of
+        its images, or height and width, pixels. dim: width D of the features. patches: features per image, N: the
+        patches,
             row-major over the grid, or 1, the class token.
-        mean, std: of the training, (3,) in units of 0..1.
+        mean, std: of the training, for each channel, in units of 0..1; of floats as they are stored.
     """
 
     def __init__(self, encoder: Encoder, arch: Arch):
@@ -105,7 +110,11 @@ class PretrainedEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` uint8 (B, crop, crop, 3) -> features (B, N, D) after the final LayerNorm, in the weights' dtype."""
+        """Images -> features (B, N, D) after the final LayerNorm, in the weights' dtype.
+
+        images: (B, H, W, C) of the training's crop and depth; or float (B, C, H, W), integers as shares of their range,
+        as `transform` and other libraries make them.
+        """
         return self.encoder(self._patchify(images), len(images)).view(len(images), self.patches, self.dim)
 
     def dense(self, images: torch.Tensor) -> torch.Tensor:
@@ -118,19 +127,35 @@ class PretrainedEncoder(nn.Module):
         return [output.view(len(images), self.patches, self.dim) for output in outputs]
 
     def read(self, paths: Iterable[str | Path]) -> torch.Tensor:
-        """Image files -> uint8 (B, crop, crop, 3) on the module's device: the central square, decoded as in training.
+        """Image files -> (B, H, W, C) on the module's device: their centres, decoded as in training.
 
         Raises ValueError naming the file that cannot be used, ImportError without DALI.
         """
         device = self.encoder.norm.weight.device
-        return read_images(paths, crop=self.crop, interpolation=self.arch.interpolation, device=device)
+        options: dict[str, Any] = {"interpolation": self.arch.interpolation, "reading": self.arch.reading}
+        return read_images(paths, crop=self.crop, device=device, **options)
+
+    def transform(self, image: Any) -> torch.Tensor:
+        """A PIL image, or an array (H, W, C) or (H, W), as float (C, H, W) in units of 0..1, as `forward` takes
+        batches.
+
+        The centre, resized as in training: a transform of a torchvision data set. Raises ValueError for other channels.
+        """
+        array = np.array(image.convert("RGB") if hasattr(image, "convert") and len(self.mean) == 3 else image)
+        reading = replace(self.arch.reading, depth=depth_of(array.dtype))
+        raster = fit(Raster.of(array if array.ndim == 3 else array[..., None]), reading)
+        pixels = centre(raster, self.arch.size, self.arch.interpolation)
+        return torch.from_numpy(pixels.astype(np.float32) / DEPTHS[reading.depth]).permute(2, 0, 1).contiguous()
 
     def _patchify(self, images: torch.Tensor) -> torch.Tensor:
-        expected = (self.crop, self.crop, 3)
-        if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != expected:
+        (height, width), channels, depth = self.arch.size, len(self.mean), self.arch.reading.depth
+        right = images.dtype == getattr(torch, depth)
+        if images.is_floating_point() and images.dim() == 4 and images.shape[1] == channels != images.shape[3]:
+            images, right = images.permute(0, 2, 3, 1).float(), True
+        if not right or images.dim() != 4 or tuple(images.shape[1:]) != (height, width, channels):
             raise ValueError(
-                f"images: expected uint8 of shape (B, {self.crop}, {self.crop}, 3), got {images.dtype} of shape "
-                f"{tuple(images.shape)}; resize them, or load with image_size="
+                f"images: expected {depth} of shape (B, {height}, {width}, {channels}), or float of shape (B, "
+                f"{channels}, {height}, {width}), got {images.dtype} of shape {tuple(images.shape)}; resize them, or "
+                "load with image_size="
             )
-        dtype = self.encoder.norm.weight.dtype
-        return patchify(images.contiguous(), self.encoder.patch, self.mean, self.std, dtype=dtype)
+        return self.arch.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)

@@ -10,6 +10,7 @@ from ijepa_fast.interop.weights import (
     Arch,
     State,
     Weights,
+    images_of,
     infer_arch,
     read_json,
     read_safetensors,
@@ -17,6 +18,7 @@ from ijepa_fast.interop.weights import (
 )
 
 # The one registered architecture that is overridden in every size; timm needs a name that it knows.
+_IMAGES = "ijepa_fast_images"  # what is not said elsewhere of images that are not RGB of eight bits
 _ARCHITECTURE = "vit_base_patch16_gap_224"
 
 
@@ -35,12 +37,13 @@ def timm_config(arch: Arch) -> dict[str, Any]:
             "depth": arch.depth,
             "num_heads": arch.heads,
             "mlp_ratio": arch.mlp_ratio,
+            "in_chans": len(arch.mean),
             "class_token": arch.class_token,
             "global_pool": pool,
             "fc_norm": False,
         },
         "pretrained_cfg": {
-            "input_size": [3, arch.image_size, arch.image_size],
+            "input_size": [len(arch.mean), *arch.size],
             "fixed_input_size": True,
             "interpolation": arch.interpolation,
             "crop_pct": 0.875,
@@ -52,7 +55,7 @@ def timm_config(arch: Arch) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-    }
+    } | ({_IMAGES: images} if (images := arch.images()) else {})
 
 
 def save_timm(folder: str | Path, state: State, arch: Arch) -> None:
@@ -80,7 +83,8 @@ def from_timm(folder: str | Path) -> Weights:
             f"{folder}/config.json: model_args has class_token {arguments.get('class_token', True)}, and the weights "
             f"have {'one' if 'cls_token' in state else 'none'}"
         )
-    known: dict[str, Any] = {"learned_positions": True, "method": "vit"} if "cls_token" in state else {}
+    known: dict[str, Any] = images_of(config.get(_IMAGES, {})) | {"image_size": tuple(cfg["input_size"][1:])}
+    known |= {"learned_positions": True, "method": "vit"} if "cls_token" in state else {}
     arch = infer_arch(
         state,
         heads=arguments["num_heads"],

@@ -19,8 +19,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.config import ARCHITECTURES
-from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD, Size, size_of
 from ijepa_fast.data.kinds import kind_of_file
+from ijepa_fast.data.pixels import Pixels
+from ijepa_fast.data.reading import Reading
+from ijepa_fast.data.sources import EIGHT_BITS
+from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.relative import resample_table
 
@@ -39,13 +43,15 @@ def position_key(network: str) -> str:
 
 @dataclass(frozen=True)
 class Arch:
-    """What a state dict alone does not say. image_size, patch: pixels; mean, std: the training's, in units of 0..1.
+    """What a state dict alone does not say. image_size: a side, or height and width; patch: pixels.
 
-    interpolation: of the training's resizing, bilinear or bicubic. step: of the training, where it is known. method:
-    that trained it. The last seven are models.vit.Encoder's, of layer_scale whether it is 0.
+    mean, std, stretch, low, high, channel_names: the training's, see data.reading.Pixels. reading: how its files became
+    images, with a depth that is known. interpolation: of its resizing, bilinear or bicubic. step: of the training,
+    where it is known. method: that trained it. class_token to key_bias are models.vit.Encoder's, of layer_scale whether
+    it is 0.
     """
 
-    image_size: int
+    image_size: int | Size
     patch: int
     dim: int
     depth: int
@@ -65,17 +71,50 @@ class Arch:
     relative_positions: bool = False
     layer_scale: float = 0.0
     key_bias: bool = True
+    stretch: str = "none"
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    channel_names: tuple[str, ...] = ()
+    reading: Reading = EIGHT_BITS
+
+    @property
+    def size(self) -> Size:
+        """Height and width of an image, pixels."""
+        return size_of(self.image_size)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
-        return (self.image_size // self.patch, self.image_size // self.patch)
+        return (self.size[0] // self.patch, self.size[1] // self.patch)
+
+    @property
+    def pixels(self) -> Pixels:
+        """What the model makes of pixels first."""
+        return Pixels(self.mean, self.std, self.stretch, self.low, self.high, self.channel_names)
+
+    def images(self) -> dict[str, Any]:
+        """What other libraries' configurations do not say of images; {} of RGB of eight bits."""
+        names = ("stretch", "low", "high", "channel_names")
+        special = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Arch, name)}
+        reading = asdict(self.reading)
+        return special | ({} if self.reading == EIGHT_BITS else {"reading": reading})
 
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
         sizes = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
         parts = ("class_token", "learned_positions", "mask_token", "readout", "relative_positions", "layer_scale")
-        return {name: getattr(self, name) for name in (*sizes, *parts, "key_bias")}
+        options = {name: getattr(self, name) for name in (*sizes, *parts, "key_bias")}
+        return options | {"channels": len(self.mean)}
+
+
+def images_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Arch from JSON, lists as tuples and the reading as one."""
+
+    def tuples(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    known = tuples(values)
+    return known | ({"reading": Reading(**tuples(known["reading"]))} if "reading" in known else {})
 
 
 @dataclass
@@ -142,17 +181,27 @@ def infer_arch(
 ) -> Arch:
     """The Arch of a published encoder state dict.
 
-    heads: not to be read off weights; by the published sizes unless given. known: further fields of Arch.
+    heads: not to be read off weights; by the published sizes unless given. known: further fields of Arch; image_size
+    is asked for where the grid is no square.
     """
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if key not in encoder:
             raise ValueError(f"{source}: expected an I-JEPA encoder with key {key!r}, which is missing")
     if encoder["patch_embed.proj.weight"].dim() != 4:
         found = tuple(encoder["patch_embed.proj.weight"].shape)
-        raise ValueError(f"{source}: patch_embed.proj.weight: expected shape (D, 3, P, P), got {found}")
-    dim, _, patch, _ = encoder["patch_embed.proj.weight"].shape
+        raise ValueError(f"{source}: patch_embed.proj.weight: expected shape (D, C, P, P), got {found}")
+    dim, channels, patch, _ = encoder["patch_embed.proj.weight"].shape
     class_token = "cls_token" in encoder
-    side = _side(encoder["pos_embed"], f"{source}: pos_embed", class_token and known.get("learned_positions", False))
+    extra = class_token and known.get("learned_positions", False)
+    size = size_of(known.pop("image_size", 0) or 0)
+    count = encoder["pos_embed"].shape[1] - extra if encoder["pos_embed"].dim() == 3 else -1
+    if size[0] == size[1] or (size[0] // patch) * (size[1] // patch) != count:
+        size = (patch * _side(encoder["pos_embed"], f"{source}: pos_embed", extra),) * 2
+    if channels != len(known.get("mean", IMAGENET_MEAN)):
+        raise ValueError(
+            f"{source}: expected mean and std of {channels} channels, as patch_embed.proj.weight has, got "
+            f"{len(known.get('mean', IMAGENET_MEAN))}"
+        )
     if heads is None and dim not in HEADS:
         raise ValueError(f"{source}: heads: not to be read off weights of width {dim}; say how many there are")
     if predictor:
@@ -164,7 +213,8 @@ def infer_arch(
         }
     ratio = mlp_ratio(encoder["blocks.0.mlp.fc1.weight"].shape[0], dim)
     known |= {"class_token": class_token, "mask_token": "masked_embed" in encoder}
-    return Arch(side * patch, patch, dim, _depth(encoder, "blocks."), heads or HEADS[dim], ratio, **known)
+    image_size = size[0] if size[0] == size[1] else size
+    return Arch(image_size, patch, dim, _depth(encoder, "blocks."), heads or HEADS[dim], ratio, **known)
 
 
 def mlp_ratio(hidden: int, dim: int) -> float:
@@ -222,14 +272,12 @@ def header(arch: Arch) -> dict[str, str]:
 
 def save_weights(path: str | Path, weights: Weights) -> None:
     """Write all networks as one safetensors file, fp32, with the Arch in its header."""
-    from safetensors.torch import save_file
-
     tensors = {
-        f"{network}.{key}": value.detach().to("cpu", torch.float32).contiguous().clone()
+        f"{network}.{key}": value.detach().to("cpu", torch.float32)
         for network, state in weights.networks.items()
         for key, value in state.items()
     }
-    save_file(tensors, path, metadata=header(weights.arch))
+    write_tensors(Path(path), tensors, header(weights.arch))
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -280,38 +328,40 @@ def _arch(values: dict[str, Any], encoder: State, former: Mapping[str, str], pat
         values |= {"class_token": "cls_token" in encoder, "mask_token": "masked_embed" in encoder}
         values |= {"learned_positions": bool(former), "readout": "class" if former else "patches"}
         values["method"] = "ibot" if former else "mae" if values["class_token"] else "ijepa"
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-    return Arch(**values)
+    return Arch(**images_of({k: v for k, v in values.items() if k in known}))
 
 
-def with_image_size(weights: Weights, image_size: int) -> Weights:
-    """The same weights for square images of `image_size` pixels, their position tables resampled to the other grid."""
-    arch = weights.arch
-    if image_size == arch.image_size:
+def with_image_size(weights: Weights, image_size: int | Size) -> Weights:
+    """The same weights for images of `image_size`, a side or height and width, their position tables resampled."""
+    arch, size = weights.arch, size_of(image_size)
+    if size == arch.size:
         return weights
-    if image_size < 1 or image_size % arch.patch:
+    if min(size) < 1 or size[0] % arch.patch or size[1] % arch.patch:
         raise ValueError(f"image_size: expected a multiple of the patch, {arch.patch}, got {image_size}")
-    arch = replace(arch, image_size=image_size)
+    old, arch = arch.grid, replace(arch, image_size=image_size)
     networks = {}
     for name, state in weights.networks.items():
         networks[name], key = dict(state), position_key(name)
         if key in state:
-            networks[name][key] = resample_positions(state[key], arch.grid, arch.learned_positions and arch.class_token)
+            networks[name][key] = resample_positions(
+                state[key], old, arch.grid, arch.learned_positions and arch.class_token
+            )
         if TABLE in state:
-            sides = (weights.arch.grid[0], arch.grid[0])
-            networks[name][TABLE] = resample_table(state[TABLE], *sides)
+            networks[name][TABLE] = resample_table(state[TABLE], old, arch.grid)
     return Weights(arch, networks)
 
 
-def resample_positions(positions: torch.Tensor, grid: tuple[int, int], class_token: bool = False) -> torch.Tensor:
-    """Position table (1, N, D) of a square grid -> (1, rows*columns, D) of another, bicubic as Hugging Face does it.
+def resample_positions(
+    positions: torch.Tensor, old: tuple[int, int], grid: tuple[int, int], class_token: bool = False
+) -> torch.Tensor:
+    """Position table (1, N, D) of the grid `old` -> (1, rows*columns, D) of another, bicubic as Hugging Face does it.
 
     class_token: the first row is the class token's position, and stays.
     """
-    side, extra = _side(positions, "positions", class_token), int(class_token)
-    if (side, side) == tuple(grid):
+    extra = int(class_token)
+    if tuple(old) == tuple(grid):
         return positions
-    table = positions[:, extra:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    table = positions[:, extra:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     table = F.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
     table = table.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
     return torch.cat([positions[:, :extra], table], dim=1)

@@ -115,22 +115,23 @@ class PatchSampler:
         return lay_out(np.stack(masks), chance, self.passes)
 
 
-def squares(rng: np.random.Generator, side: int, square: int, share: float) -> np.ndarray:
-    """A mask (side^2,) bool of squares of `square` x `square` patches, a `share` of them rounded up (SimMIM)."""
-    grid = side // square
-    chosen = rng.permutation(grid**2)[: math.ceil(grid**2 * share)]
-    coarse = np.zeros(grid**2, dtype=bool)
-    coarse[chosen] = True
-    return coarse.reshape(grid, grid).repeat(square, 0).repeat(square, 1).reshape(-1)
+def squares(rng: np.random.Generator, grid: tuple[int, int], square: int, share: float) -> np.ndarray:
+    """A mask (N,) bool of `grid` of squares of `square` x `square` patches, a `share` of them rounded up (SimMIM)."""
+    rows, columns = grid[0] // square, grid[1] // square
+    coarse = np.zeros(rows * columns, dtype=bool)
+    coarse[rng.permutation(len(coarse))[: math.ceil(len(coarse) * share)]] = True
+    return coarse.reshape(rows, columns).repeat(square, 0).repeat(square, 1).reshape(-1)
 
 
-def blocks(rng: np.random.Generator, side: int, count: int, smallest: int, largest: int | None = None) -> np.ndarray:
-    """A mask (side^2,) bool of `count` patches in blocks of `smallest` to `largest` of them (BEiT, algorithm 1).
+def blocks(
+    rng: np.random.Generator, grid: tuple[int, int], count: int, smallest: int, largest: int | None = None
+) -> np.ndarray:
+    """A mask (N,) bool of `grid` of `count` patches in blocks of `smallest` to `largest` of them (BEiT, algorithm 1).
 
     The published code gives up where no block fits the rest, and leaves an image with fewer masked patches; here the
     rest is made up of single ones, so that all images have as many and a step is the same on any number of ranks.
     """
-    mask = np.zeros((side, side), dtype=bool)
+    mask = np.zeros(grid, dtype=bool)
     left = count - fill(rng, mask, count, lambda left: (smallest, min(left, largest or left)))
     flat = mask.reshape(-1)
     flat[rng.permutation(np.flatnonzero(~flat))[:left]] = True
@@ -140,20 +141,20 @@ def blocks(rng: np.random.Generator, side: int, count: int, smallest: int, large
 def fill(
     rng: np.random.Generator, mask: np.ndarray, left: int, areas: Callable[[int], tuple[float, float]], tries: int = 10
 ) -> int:
-    """Mask blocks of `mask` (side, side) until `left` more patches are masked or `tries` in a row do not fit.
+    """Mask blocks of `mask` (rows, columns) until `left` more patches are masked or `tries` in a row do not fit.
 
     areas: the range of a block's area, from the patches that are still to be masked. Returns how many were masked.
     """
-    side, wanted, failures = len(mask), left, 0
+    (rows, columns), wanted, failures = mask.shape, left, 0
     while left > 0 and failures < tries:
         low, high = areas(left)
         area = low + (high - low) * rng.random()
         aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         failures += 1
-        if not (0 < height < side and 0 < width < side):
+        if not (0 < height < rows and 0 < width < columns):
             continue
-        top, first = rng.integers(side - height + 1), rng.integers(side - width + 1)
+        top, first = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
         block = mask[top : top + height, first : first + width]
         added = block.size - int(np.count_nonzero(block))
         if 0 < added <= left:

@@ -9,6 +9,7 @@ draws the same on all ranks, so that targets are a rectangular array.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -39,14 +40,20 @@ def make_sampler(strategy: str, grid: Size, **options: Any) -> Sampler:
     rasterized            quadrants: one is the context, three are targets
     block                 one large target block, the context is its complement
     random                a random set of patches is the target, the context is its complement
+    channels              multiblock; and the method hides channels of each image from the context
 
-    The last three are the paper's ablations (table 6). Raises ValueError, naming the config key, for a strategy or an
-    option that does not exist and for masks that cannot be drawn on the grid.
+    Three of them are the paper's ablations (table 6). module:function is somebody else's, see foreign.py. Raises
+    ValueError, naming the config key, for a strategy or an option that does not exist and for masks that cannot be
+    drawn on the grid.
     """
+    given = {name: value for name, value in options.items() if value is not None}
+    if ":" in strategy:
+        from ijepa_fast.masks.foreign import Foreign  # which is held to what is here
+
+        return Foreign(strategy, grid, given)
     if strategy not in STRATEGIES:
         raise ValueError(f"mask.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     cls, fixed = STRATEGIES[strategy]
-    given = {name: value for name, value in options.items() if value is not None}
     known = {f.name for f in fields(cls)} - {"grid"} - set(fixed)
     for name in given:
         if name not in known:
@@ -61,7 +68,8 @@ def make_sampler(strategy: str, grid: Size, **options: Any) -> Sampler:
 class MultiBlock:
     """`targets` blocks, and `contexts` large blocks less all targets (I-JEPA, section 3 and figure 4).
 
-    Scales are shares of the image's patches, aspects are height over width, both ranges. A context keeps more than
+    Scales are shares of the image's patches, aspects are height over width, both ranges; a context's aspect is in units
+    of the grid's, for it covers most of the image, whatever its shape. A context keeps more than
     `min_keep` patches; kernels.mask_sampler.sample_blocks says what happens when a draw does not. `published` gives the
     published code's distribution instead of the paper's.
     """
@@ -123,6 +131,8 @@ class MultiBlock:
         scale, aspect = (
             _between(getattr(self, f"{kind}_{what}"), u) for what, u in (("scale", for_scale), ("aspect", for_aspect))
         )
+        if kind == "context":
+            aspect *= self.grid[0] / self.grid[1]
         h, w = _block_size(self.grid, scale, aspect)
         if self.published:
             h, w = min(h, self.grid[0] - 1), min(w, self.grid[1] - 1)
@@ -233,13 +243,15 @@ class Random:
         return Masks(~target[None], torch.from_numpy(numbers), key)
 
 
-Sampler = MultiBlock | Block | Rasterized | Random
-STRATEGIES: dict[str, tuple[type[Sampler], dict[str, Any]]] = {
+Own = MultiBlock | Block | Rasterized | Random
+Sampler = Callable[..., Masks]  # (images, seed, step, first) -> Masks
+STRATEGIES: dict[str, tuple[type[Own], dict[str, Any]]] = {
     "multiblock-reference": (MultiBlock, {"published": True}),
     "multiblock": (MultiBlock, {"published": False}),
     "rasterized": (Rasterized, {}),
     "block": (Block, {}),
     "random": (Random, {}),
+    "channels": (MultiBlock, {"published": False}),
 }
 
 

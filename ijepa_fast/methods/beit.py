@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -50,33 +50,35 @@ class BEiT(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are more patches than are masked."""
-        if options.masked >= setup.side**2:
+        check_square(setup, cls)
+        patches = setup.grid[0] * setup.grid[1]
+        if options.masked >= patches:
             raise ConfigError(
-                f"objective.options.masked={options.masked}: expected fewer than the {setup.side**2} patches of a crop"
+                f"objective.options.masked={options.masked}: expected fewer than the {patches} patches of a crop"
             )
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, chosen = setup.model, self.options
-        sizes = (setup.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(
-            *sizes,
+            **setup.encoder_sizes,
             class_token=True,
             relative_positions=True,
             mask_token=True,
             layer_scale=chosen.layer_scale,
             key_bias=False,
             drop_path=chosen.drop_path,
-            recompute=model.recompute,
         )
         self.head = Linear(model.dim, chosen.vocabulary)
         init_cut(self)
-        mask = partial(blocks, side=setup.side, count=chosen.masked, smallest=chosen.smallest, largest=chosen.largest)
+        mask = partial(blocks, grid=setup.grid, count=chosen.masked, smallest=chosen.smallest, largest=chosen.largest)
         self.sampler = PatchSampler(mask, model.depth)
 
     def ready(self) -> None:
         """Load the tokenizer."""
-        chosen = self.options
+        chosen, data = self.options, self.setup.data
+        if data.channels != 3:
+            raise ConfigError(f"data.channels={data.channels}: a tokenizer reads images of 3 channels")
         try:
             self.tokenizer = load_tokenizer(chosen.tokenizer, chosen.vocabulary, chosen.token_patch)
         except ValueError as error:
@@ -112,7 +114,7 @@ class BEiT(Method[PatchDraw]):
         return step_work(
             Transformer(model.dim, model.depth, model.mlp_ratio),
             self.options.vocabulary,
-            patch=model.patch,
+            values=self.setup.values,
             patches=draw.patches,
             masked=draw.lengths.tolist(),
         )
@@ -125,8 +127,8 @@ def token_views(setup: Setup, token_patch: int, jitter: float) -> list[View]:
     """
     data = setup.data
     strengths = (jitter, jitter, jitter, 0.0)
-    view = View(data.crop, (data.scale[0], data.scale[1]), jitter=float(jitter > 0), strengths=strengths, grey=0.0)
-    small = View(setup.side * token_patch, view.scale, jitter=view.jitter, strengths=strengths, grey=0.0, like=0)
+    view = View(data.size[0], (data.scale[0], data.scale[1]), jitter=float(jitter > 0), strengths=strengths, grey=0.0)
+    small = View(setup.grid[0] * token_patch, view.scale, jitter=view.jitter, strengths=strengths, grey=0.0, like=0)
     return [view, small]
 
 
@@ -151,7 +153,7 @@ def step_work(
     encoder: Transformer,
     vocabulary: int,
     *,
-    patch: int,
+    values: int,
     patches: int,
     masked: list[int],
     used_rows_only: bool = True,
@@ -162,7 +164,7 @@ def step_work(
     published one, whose head does all the same.
     """
     images = len(masked)
-    embedding = flops.linear(images * patches, 3 * patch**2, encoder.dim)
+    embedding = flops.linear(images * patches, values, encoder.dim)
     stack = encoder.forward([1 + patches] * images, masked if used_rows_only else None)
     head = flops.linear(sum(masked), encoder.dim, vocabulary)
     return Work(0, {"encoder": embedding + stack, "head": head}, embedding)

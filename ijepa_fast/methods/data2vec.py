@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -51,6 +51,7 @@ class Data2Vec(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are so many patches and blocks."""
+        check_square(setup, cls)
         check_masked(options, setup)
         if options.layers > setup.model.depth:
             raise ConfigError(
@@ -60,35 +61,33 @@ class Data2Vec(Method[PatchDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, chosen = setup.model, self.options
-        sizes = (setup.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(
-            *sizes,
+            **setup.encoder_sizes,
             class_token=True,
             relative_positions=True,
             mask_token=True,
             layer_scale=chosen.layer_scale,
             key_bias=False,
             drop_path=chosen.drop_path,
-            recompute=model.recompute,
         )
         self.head = Linear(model.dim, model.dim)
         init_cut(self)
         self.keep_average("encoder")
         self.target_layers = list(range(model.depth - chosen.layers, model.depth))
-        mask = partial(blocks, side=setup.side, count=chosen.masked, smallest=chosen.smallest, largest=chosen.largest)
+        mask = partial(blocks, grid=setup.grid, count=chosen.masked, smallest=chosen.smallest, largest=chosen.largest)
         self.sampler = PatchSampler(mask, model.depth, passes=2)
 
     def views(self) -> list[View]:
         """One crop, its colours jittered."""
         data, by = self.setup.data, self.options.jitter
-        return [View(data.crop, (data.scale[0], data.scale[1]), jitter=1.0, strengths=(by, by, by, 0.0), grey=0.0)]
+        return [View(data.size[0], (data.scale[0], data.scale[1]), jitter=1.0, strengths=(by, by, by, 0.0), grey=0.0)]
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> PatchDraw:
         """Masks and dropped branches."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: PatchDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: one view, uint8 (B, H, W, 3) -> scalar fp32 loss."""
+        """`images`: one view, (B, H, W, C) -> scalar fp32 loss."""
         return self.loss_of_patches(self.patchify(images[0]), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, draw: PatchDraw) -> torch.Tensor:
@@ -115,7 +114,7 @@ class Data2Vec(Method[PatchDraw]):
         model = self.setup.model
         return step_work(
             Transformer(model.dim, model.depth, model.mlp_ratio),
-            patch=model.patch,
+            values=self.setup.values,
             patches=draw.patches,
             masked=draw.lengths.tolist(),
         )
@@ -123,14 +122,15 @@ class Data2Vec(Method[PatchDraw]):
 
 def check_masked(options: Any, setup: Setup) -> None:
     """ConfigError unless `options.masked` leaves some of the patches of a crop."""
-    if options.masked >= setup.side**2:
+    patches = setup.grid[0] * setup.grid[1]
+    if options.masked >= patches:
         raise ConfigError(
-            f"objective.options.masked={options.masked}: expected fewer than the {setup.side**2} patches of a crop"
+            f"objective.options.masked={options.masked}: expected fewer than the {patches} patches of a crop"
         )
 
 
 def step_work(
-    encoder: Transformer, *, patch: int, patches: int, masked: list[int], used_rows_only: bool = True
+    encoder: Transformer, *, values: int, patches: int, masked: list[int], used_rows_only: bool = True
 ) -> Work:
     """Work of a data2vec step on images with `masked` patches each.
 
@@ -138,7 +138,7 @@ def step_work(
     published one, whose head does all the same.
     """
     images = len(masked)
-    embedding = flops.linear(images * patches, 3 * patch**2, encoder.dim)
+    embedding = flops.linear(images * patches, values, encoder.dim)
     stack = encoder.forward([1 + patches] * images, masked if used_rows_only else None)
     head = flops.linear(sum(masked), encoder.dim, encoder.dim)
     return Work(embedding + stack, {"encoder": embedding + stack, "head": head}, embedding)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
@@ -56,23 +57,26 @@ class DINO(Method[CropDraw]):
 
     Options = Options
 
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Crops are squares."""
+        check_square(setup, cls)
+
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, chosen = setup.model, self.options
-        sizes = (setup.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(
-            *sizes,
+            **setup.encoder_sizes,
             class_token=True,
             learned_positions=True,
             drop_path=chosen.drop_path,
             readout="class",
-            recompute=model.recompute,
         )
         learned = not chosen.norm_last_layer
         self.head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes, learned)
         self.sampler = CropSampler(
-            setup.side,
-            small_side(setup.side),
+            setup.grid[0],
+            small_side(setup.grid[0]),
             chosen.small_crops,
             model.depth,
             (chosen.first_temperature, chosen.temperature),
@@ -93,19 +97,19 @@ class DINO(Method[CropDraw]):
         All are blurred by the same share of a crop as published, where it is of 224 pixels.
         """
         data, patch = self.setup.data, self.setup.model.patch
-        low, high = LARGE_VIEWS[0].sigma
-        sigma = (low * data.crop / PUBLISHED, high * data.crop / PUBLISHED)
-        scale = (data.scale[0], data.scale[1])
-        large = [replace(view, crop=data.crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
-        crop, share = small_side(data.crop // patch) * patch, (min(SMALL_VIEW.scale[0], scale[0]), scale[0])
-        return large + [replace(SMALL_VIEW, crop=crop, scale=share, sigma=sigma)] * self.options.small_crops
+        crop, scale, (low, high) = data.size[0], (data.scale[0], data.scale[1]), LARGE_VIEWS[0].sigma
+        sigma = (low * crop / PUBLISHED, high * crop / PUBLISHED)
+        large = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
+        share = (min(SMALL_VIEW.scale[0], scale[0]), scale[0])
+        small = replace(SMALL_VIEW, crop=small_side(crop // patch) * patch, scale=share, sigma=sigma)
+        return large + [small] * self.options.small_crops
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> CropDraw:
         """Dropped branches and the step's settings."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: CropDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: 2 large, then L small crops of every image, uint8 (B, side, side, 3) each -> scalar fp32 loss."""
+        """`images`: 2 large, then L small crops of every image, (B, side, side, C) each -> scalar fp32 loss."""
         large, small = (self.patchify(torch.cat(part)) for part in (images[:LARGE], images[LARGE:]))
         return self.loss_of_patches(large, small, draw), {}
 
@@ -141,7 +145,7 @@ class DINO(Method[CropDraw]):
         return step_work(
             Transformer(model.dim, model.depth, model.mlp_ratio),
             HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes),
-            patch=model.patch,
+            values=self.setup.values,
             large_patches=draw.side**2,
             small_patches=draw.small_side**2,
             small=draw.small,
@@ -175,7 +179,7 @@ def step_work(
     encoder: Transformer,
     head: HeadSizes,
     *,
-    patch: int,
+    values: int,
     large_patches: int,
     small_patches: int,
     small: int = Options.small_crops,
@@ -189,10 +193,9 @@ def step_work(
     """
     large = [1 + large_patches] * images * LARGE
     crops = large + [1 + small_patches] * images * small
-    pixels = 3 * patch**2
-    embedding = flops.linear(sum(crops) - len(crops), pixels, encoder.dim)
+    embedding = flops.linear(sum(crops) - len(crops), values, encoder.dim)
     stacks = [encoder.forward(part, [1] * len(part) if used_rows_only else None) for part in (large, crops)]
-    teacher = flops.linear(sum(large) - len(large), pixels, encoder.dim) + stacks[0]
+    teacher = flops.linear(sum(large) - len(large), values, encoder.dim) + stacks[0]
     teacher += head.forward(encoder.dim, len(large), len(large))
     trained = {"student": embedding + stacks[1], "head": head.forward(encoder.dim, len(crops), len(crops))}
     return Work(teacher, trained, embedding)

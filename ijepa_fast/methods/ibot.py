@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
@@ -60,23 +60,26 @@ class IBOT(Method[CropDraw]):
     Options = Options
     former_names: ClassVar = {"encoder.backbone.": "encoder.", "encoder.head.": "head."}
 
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Crops are squares."""
+        check_square(setup, cls)
+
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, chosen = setup.model, self.options
-        sizes = (setup.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(
-            *sizes,
+            **setup.encoder_sizes,
             class_token=True,
             learned_positions=True,
             mask_token=True,
             drop_path=chosen.drop_path,
             readout="class",
-            recompute=model.recompute,
         )
         self.head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes)
         self.sampler = CropSampler(
-            setup.side,
-            small_crop_side(setup.side),
+            setup.grid[0],
+            small_crop_side(setup.grid[0]),
             chosen.small_crops,
             model.depth,
             (chosen.first_temperature, chosen.temperature),
@@ -93,14 +96,14 @@ class IBOT(Method[CropDraw]):
     def views(self) -> list[View]:
         """Large crops of data.crop pixels and data.scale, then small ones."""
         data, small_crops = self.setup.data, self.options.small_crops
-        return views_of(data.crop, self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
+        return views_of(data.size[0], self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> CropDraw:
         """Masks, dropped branches and the step's settings."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: CropDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: 2 large, then L small crops of every image, uint8 (B, side, side, 3) each -> scalar fp32 loss."""
+        """`images`: 2 large, then L small crops of every image, (B, side, side, C) each -> scalar fp32 loss."""
         large, small = (self.patchify(torch.cat(part)) for part in (images[:LARGE], images[LARGE:]))
         classes, patches = self.losses(large, small, draw)
         return classes + patches, {"class": classes.detach(), "patch": patches.detach()}
@@ -157,6 +160,7 @@ class IBOT(Method[CropDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes),
             patch=model.patch,
+            channels=self.setup.data.channels,
             global_patches=draw.side**2,
             local_patches=draw.small_side**2,
             locals_=draw.small,
@@ -209,6 +213,7 @@ def step_work(
     locals_: int = Options.small_crops,
     masked: int | None = None,
     images: int = 1,
+    channels: int = 3,
 ) -> Work:
     """Work of an iBOT step on `globals_` large and `locals_` small crops per image.
 
@@ -217,7 +222,7 @@ def step_work(
     layer, with one row more for the patch centre, as this project's rendering does.
     """
     crops = images * [1 + global_patches] * globals_ + images * [1 + local_patches] * locals_
-    pixels = 3 * patch**2
+    pixels = channels * patch**2
     large, small = images * globals_, images * locals_
     embedding = flops.linear(sum(crops) - len(crops), pixels, encoder.dim)
     tokens = large * (1 + global_patches)

@@ -6,15 +6,18 @@ Paper: Assran et al. 2023, section 3. Shapes: B images, N patches, T context tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.config import check_width, key
+from ijepa_fast.config import ConfigError, check_width, key
+from ijepa_fast.data.crops import counter_uniform
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.packing import MaskDraw, pack, whole_groups
+from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -22,6 +25,10 @@ from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
+
+TRIED = 64  # draws among which the largest is looked for
+HIDDEN_SHARE = 0.5  # of the channels, under mask.strategy=channels
+_CHANNELS = 1 << 40  # stream of random numbers, see data.crops.counter_bits
 
 
 @dataclass
@@ -51,18 +58,18 @@ class IJEPA(Method[MaskDraw]):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        model, data, mask = setup.model, setup.data, asdict(setup.mask)
-        self.policy = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
-        self.sampler = make_sampler(mask.pop("strategy"), (setup.side, setup.side), **mask)
-        sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
-        self.encoder = Encoder(*sizes, recompute=model.recompute)
+        model, mask = setup.model, asdict(setup.mask)
+        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
+        self.hidden = _hidden(mask, setup)
+        self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
+        self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
             model.dim,
             model.predictor_dim,
             model.predictor_depth,
             model.heads,
-            out_dim=3 * model.patch**2 if self.options.target == "pixels" else None,
+            out_dim=setup.values if self.options.target == "pixels" else None,
             recompute=model.recompute,
         )
         self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8`
@@ -81,6 +88,14 @@ class IJEPA(Method[MaskDraw]):
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
         self.fp8_blocks = [FP8Block(block) for block in self.averaged["encoder"].blocks[:-1]]
 
+    def use_graphs(self) -> None:
+        """Draw masks of few sizes from now on."""
+        self.policy["padding"] = GRAPH_BITS
+
+    def largest(self, draw: MaskDraw) -> MaskDraw:
+        """Of some draws the one that keeps most for the backward pass."""
+        return max((self.draw(draw.images, 0, step) for step in range(TRIED)), key=self.saved_values)
+
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written."""
         for block in self.fp8_blocks or ():
@@ -93,10 +108,13 @@ class IJEPA(Method[MaskDraw]):
         if self.policy["policy"] != "full":
             start, stop = whole_groups(first, last, batch or last, self.policy["group"])
         masks = self.sampler(stop - start, seed, step, start)
-        return pack(masks, **self.policy, part=slice(first - start, last - start))
+        drawn = pack(masks, **self.policy, part=slice(first - start, last - start))
+        if not self.hidden:
+            return drawn
+        return replace(drawn, channels=seen_channels(images, seed, step, first, self.setup.data.channels, self.hidden))
 
     def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""
         return self.loss_of_patches(self.patchify(images), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
@@ -106,16 +124,24 @@ class IJEPA(Method[MaskDraw]):
             beside.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(beside):
             targets = self.targets(patches, draw)
-        predictions = self.predictor(self.encoder.context(patches, draw), draw)
+        predictions = self.predictor(self.encoder.context(self.seen(patches, draw), draw), draw)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
             targets.record_stream(torch.cuda.current_stream())
         return target_loss(predictions, targets, draw.prediction_rows, kind=self.options.loss)
 
+    def seen(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
+        """`patches` (B*N, W) as the contexts see them: hidden channels are at their mean, which is zero."""
+        if draw.channels is None:
+            return patches
+        columns = draw.channels.to(patches.dtype).repeat_interleave(self.encoder.patch**2, 1)
+        columns = F.pad(columns, (0, patches.shape[1] - columns.shape[1]))
+        return (patches.view(draw.images, -1, patches.shape[1]) * columns[:, None]).view_as(patches)
+
     def targets(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
         if self.options.target == "pixels":
-            return patches[draw.union_index, : 3 * self.encoder.patch**2]
+            return patches[draw.union_index, : self.setup.values]
         features = self.target_encoder.targets(patches, draw, self.fp8_blocks)
         if self.watch is not None:
             self.watch(features, draw)
@@ -128,6 +154,7 @@ class IJEPA(Method[MaskDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             Transformer(model.predictor_dim, model.predictor_depth),
             patch=model.patch,
+            channels=self.setup.data.channels,
             patches=draw.patches,
             context=draw.context_lengths.tolist(),
             targets=draw.targets,
@@ -146,10 +173,31 @@ class IJEPA(Method[MaskDraw]):
         predictor = Transformer(model.predictor_dim, model.predictor_depth)
         stacks = encoder.saved_values(context, context, model.recompute)
         stacks += predictor.saved_values(tokens, rows, model.recompute)
-        width = -(-3 * model.patch**2 // 8) * 8
+        width = -(-self.setup.values // 8) * 8
         patches = draw.images * draw.patches * width + context * width  # all patches, and the embedding's input
         predictions = 2 * rows * model.dim  # and their gradient
         return stacks + patches + predictions
+
+
+def _hidden(mask: dict[str, Any], setup: Setup) -> int:
+    """How many channels of an image its contexts do not see. Takes the option out of `mask`. Raises ConfigError."""
+    if not setup.foreign and ":" in mask["strategy"]:
+        raise ConfigError(f"mask.strategy={mask['strategy']}: only strategies of this package are imported here")
+    if mask["strategy"] != "channels":
+        if mask["hidden_channels"] is None:  # else the sampler refuses it
+            mask.pop("hidden_channels")
+        return 0
+    share, channels = mask.pop("hidden_channels") or HIDDEN_SHARE, setup.data.channels
+    if channels < 2:
+        raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
+    return min(channels - 1, max(1, round(share * channels)))
+
+
+def seen_channels(images: int, seed: int, step: int, first: int, channels: int, hidden: int) -> torch.Tensor:
+    """Bool (images, channels), a function of (seed, step, place): False for `hidden` channels of each image."""
+    places = (step << 32) + first + np.arange(images)
+    order = counter_uniform(seed, places, channels, _CHANNELS).argsort(1).argsort(1)
+    return torch.from_numpy(order >= hidden)
 
 
 def step_work(
@@ -165,6 +213,7 @@ def step_work(
     unions: Sequence[int] | None = None,
     embed_all: bool = False,
     pixels: bool = False,
+    channels: int = 3,
 ) -> Work:
     """Work of an I-JEPA step.
 
@@ -181,8 +230,9 @@ def step_work(
             compute only the rows that are used, as this engine does; None counts the published computation.
         embed_all: the context side embeds all patches, as the published code does.
         pixels: they are predicted, so there is no target encoder.
+        channels: of an image.
     """
-    row, kept = 3 * patch**2, images * patches if embed_all else sum(context)
+    row, kept = channels * patch**2, images * patches if embed_all else sum(context)
     embedding = flops.linear(kept, row, encoder.dim)
     teacher = flops.linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
     sequences = targets * [length + target_size for length in context]

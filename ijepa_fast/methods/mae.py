@@ -91,7 +91,7 @@ class MAE(Method[MAEDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """Some patches are masked and some are not; the decoder's width suits its heads."""
-        patches, width = setup.side**2, setup.model.predictor_dim
+        patches, width = setup.grid[0] * setup.grid[1], setup.model.predictor_dim
         if not 0 < round(patches * options.masked) < patches:
             raise ConfigError(
                 f"objective.options.masked: expected a share that leaves masked and visible ones of {patches} patches, "
@@ -104,16 +104,16 @@ class MAE(Method[MAEDraw]):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        model, data = setup.model, setup.data
-        self.sampler = make_sampler("random", (setup.side, setup.side), target_scale=self.options.masked)
-        sizes = (data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
-        self.encoder = Encoder(*sizes, class_token=True, recompute=model.recompute)
+        model = setup.model
+        self.sampler = make_sampler("random", setup.grid, target_scale=self.options.masked)
+        self.encoder = Encoder(**setup.encoder_sizes, class_token=True)
         self.decoder = Decoder(
             self.encoder.grid,
             model.patch,
             model.dim,
             model.predictor_dim,
             model.predictor_depth,
+            channels=setup.data.channels,
             heads=max(1, model.predictor_dim // HEAD_DIM),
             recompute=model.recompute,
         )
@@ -126,7 +126,7 @@ class MAE(Method[MAEDraw]):
         return pack_visible(self.sampler(images, seed, step, first))
 
     def forward(self, images: torch.Tensor, draw: MAEDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""
         return self.loss_of_patches(self.patchify(images), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, draw: MAEDraw) -> torch.Tensor:
@@ -148,6 +148,7 @@ class MAE(Method[MAEDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             Transformer(model.predictor_dim, model.predictor_depth),
             patch=model.patch,
+            channels=self.setup.data.channels,
             patches=draw.patches,
             visible=draw.context_max_seqlen,
             images=draw.images,
@@ -157,11 +158,17 @@ class MAE(Method[MAEDraw]):
 
 
 class PixelProjection(nn.Linear):
-    """Linear to pixels. Its rows are stored as published, column (i*P + j)*3 + c, and applied in patchify's order."""
+    """Linear to pixels. Its rows are stored as published, column (i*P + j)*C + c, and applied in patchify's order."""
+
+    def __init__(self, dim: int, patch: int, channels: int):
+        super().__init__(dim, channels * patch**2)
+        self.channels = channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (R, Dd) -> (R, 3*P*P), column c*P*P + i*P + j."""
-        weight, bias = (w.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1) for w in (self.weight, self.bias))
+        """`x` (R, Dd) -> (R, C*P*P), column c*P*P + i*P + j."""
+        weight, bias = (
+            w.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1) for w in (self.weight, self.bias)
+        )
         return F.linear(x, weight, bias)
 
 
@@ -175,6 +182,7 @@ class Decoder(nn.Module):
         dim: Dd.
         depth: blocks.
         heads: of each block.
+        channels: C, of an image.
         recompute: keep only each block's input for the backward pass.
     """
 
@@ -189,6 +197,7 @@ class Decoder(nn.Module):
         depth: int = 8,
         heads: int = 16,
         recompute: bool = False,
+        channels: int = 3,
     ):
         super().__init__()
         if dim % heads:
@@ -199,10 +208,10 @@ class Decoder(nn.Module):
         self.register_buffer("positions", sincos_2d(dim, grid), persistent=False)
         self.decoder_blocks = nn.ModuleList([Block(dim, heads, 4.0) for _ in range(depth)])
         self.decoder_norm = LayerNorm(dim, eps=EPS)
-        self.decoder_pred = PixelProjection(dim, 3 * patch**2)
+        self.decoder_pred = PixelProjection(dim, patch, channels)
 
     def forward(self, latent: torch.Tensor, draw: MAEDraw) -> torch.Tensor:
-        """`latent` (B*(1 + V), D) -> predicted pixels (B*K, 3*P*P) of the masked patches, as in target_index."""
+        """`latent` (B*(1 + V), D) -> predicted pixels (B*K, C*P*P) of the masked patches, as in target_index."""
         images, size = draw.images, draw.target_size
         x = self.decoder_embed(latent).view(images, -1, self.dim)
         masked = self.mask_token.to(x.dtype).expand(images, size, -1)
@@ -243,13 +252,14 @@ def step_work(
     images: int = 1,
     embed_all: bool = True,
     used_rows_only: bool = False,
+    channels: int = 3,
 ) -> Work:
-    """Work of an MAE step that keeps `visible` patches of each image, with a class token.
+    """Work of an MAE step that keeps `visible` patches, of each image, with a class token.
 
     embed_all: all patches are embedded before masking, as published. used_rows_only: the decoder's last block and its
     prediction compute only the masked patches, as this project's rendering does.
     """
-    pixels, masked = 3 * patch**2, patches - visible
+    pixels, masked = channels * patch**2, patches - visible
     embedding = flops.linear(patches if embed_all else visible, pixels, encoder.dim)
     narrow = flops.linear(1 + visible, encoder.dim, decoder.dim)
     narrow += decoder.forward([1 + patches], [masked] if used_rows_only else None)

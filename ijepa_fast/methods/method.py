@@ -9,14 +9,11 @@ in configs/ and a golden test; somebody else's stays where it is, and its import
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import os
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
-from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -24,7 +21,7 @@ from torch import nn
 
 from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
 from ijepa_fast.data.crops import View
-from ijepa_fast.kernels.patchify import patchify
+from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
 from ijepa_fast.models.vit import Encoder
@@ -44,11 +41,26 @@ class Setup:
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
     steps_per_epoch: int = 1
+    foreign: bool = True  # whether masks of somebody else's module may be imported
 
     @property
-    def side(self) -> int:
-        """Patches along a crop."""
-        return self.data.crop // self.model.patch
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a crop."""
+        height, width = self.data.size
+        return (height // self.model.patch, width // self.model.patch)
+
+    @property
+    def values(self) -> int:
+        """Numbers in a patch."""
+        return self.data.channels * self.model.patch**2
+
+    @property
+    def encoder_sizes(self) -> dict[str, Any]:
+        """Arguments of an Encoder."""
+        model = self.model
+        sizes: dict[str, Any] = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
+        sizes |= {"image_size": self.data.size, "channels": self.data.channels, "recompute": model.recompute}
+        return sizes | {"mlp_ratio": model.mlp_ratio}
 
 
 @dataclass
@@ -65,7 +77,8 @@ class Method(nn.Module, Generic[D]):
 
     Attributes:
         Options: a dataclass of the method's own settings, published values as defaults; `check` says what they may be.
-        capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs. fp8:
+        capabilities: which of CAPABILITIES it has. graphs: forward and backward can be captured as CUDA graphs, as they
+            read nothing from the device and change nothing that stays; `use_graphs` and `largest` may be of use. fp8:
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
@@ -127,7 +140,7 @@ class Method(nn.Module, Generic[D]):
     def forward(self, images: Any, draw: D) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, an fp32 scalar, and its named terms for the log, detached; {} where there is but one.
 
-        images: uint8 (B, H, W, 3) on the device; of several views a list of them.
+        images: (B, H, W, C), uint8, uint16 or float32, on the device; of several views a list of them.
         """
         raise NotImplementedError
 
@@ -142,6 +155,16 @@ class Method(nn.Module, Generic[D]):
     def use_fp8(self) -> None:
         """Run what needs no gradient in fp8 from now on (capability "fp8"); its weights lie where they will."""
         raise NotImplementedError
+
+    def use_graphs(self) -> None:
+        """Draw batches of few shapes from now on, as each one takes a CUDA graph (capability "graphs")."""
+
+    def largest(self, draw: D) -> D | None:
+        """A draw like `draw` that no later one of this run exceeds by much, in host memory (capability "graphs").
+
+        None where all are of one size.
+        """
+        return None
 
     def average_changed(self) -> None:
         """Called whenever the weights of `averaged` were written."""
@@ -168,9 +191,17 @@ class Method(nn.Module, Generic[D]):
         self.averaged = {name: copy.deepcopy(getattr(self, name)).requires_grad_(False).eval() for name in names}
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """`images` (B, H, W, 3) uint8 -> normalised patches (B*N, W) in the encoder's dtype."""
-        data, dtype = self.setup.data, self.encoder.norm.weight.dtype
-        return patchify(images, self.encoder.patch, tuple(data.mean), tuple(data.std), dtype=dtype)
+        """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) in the encoder's dtype."""
+        return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
+
+
+def check_square(setup: Setup, method: type[Method]) -> None:
+    """ConfigError unless crops are squares, as views are."""
+    if setup.grid[0] != setup.grid[1]:
+        name = method.__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"data.crop: expected a square for objective.method={name}, got {setup.data.crop}; set a side"
+        )
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:
@@ -184,7 +215,7 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
             f"objective.method={name}: only registered methods are imported here, which are {', '.join(METHODS)}"
         )
     try:
-        module = _import(f"ijepa_fast.methods.{name}" if name in METHODS else name)
+        module = import_module(f"ijepa_fast.methods.{name}" if name in METHODS else name)
     except Exception as error:  # whatever a module raises while it is imported
         raise ConfigError(
             f"objective.method: expected one of {', '.join(METHODS)}, or the import path of a module that defines a "
@@ -202,24 +233,18 @@ def method_class(name: str, foreign: bool = True) -> type[Method]:
     return found[0]
 
 
-def _import(path: str) -> ModuleType:
-    """A module by its import path, from the working folder too, which a launcher leaves off the search path."""
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(path)
-    finally:
-        if added:
-            sys.path.remove(here)
-
-
 def _check_contract(name: str, method: type[Method]) -> None:
     needed = ["draw", "forward", "work"]
     needed += [part for part, what in (("saved_values", "forecast"), ("use_fp8", "fp8")) if what in method.capabilities]
     if missing := [part for part in needed if getattr(method, part) is getattr(Method, part)]:
         raise ConfigError(f"objective.method={name}: {method.__name__} lacks {', '.join(missing)} of the contract")
+    try:
+        inspect.signature(method.draw).bind(None, 1, 0, 0, 0, 1)
+    except TypeError:
+        raise ConfigError(
+            f"objective.method={name}: {method.__name__}.draw: expected (images, seed, step, first, batch), got "
+            f"{inspect.signature(method.draw)}"
+        ) from None
     if not (inspect.isclass(method.Options) and is_dataclass(method.Options)):
         raise ConfigError(f"objective.method={name}: {method.__name__}.Options: expected a dataclass")
     if unknown := set(method.capabilities) - set(CAPABILITIES):

@@ -46,9 +46,10 @@ class SimMIM(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """Squares fit the grid, and some of them are left."""
-        if setup.side % options.square:
+        rows, columns = setup.grid
+        if rows % options.square or columns % options.square:
             raise ConfigError(
-                f"objective.options.square={options.square}: expected a divisor of a crop's {setup.side} patches"
+                f"objective.options.square={options.square}: expected a divisor of a crop's {rows} x {columns} patches"
             )
         if options.masked == 1:
             raise ConfigError("objective.options.masked: expected a share that leaves visible patches, got 1")
@@ -56,9 +57,8 @@ class SimMIM(Method[PatchDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, chosen = setup.model, self.options
-        sizes = (setup.data.crop, model.patch, model.dim, model.depth, model.heads, model.mlp_ratio)
         self.encoder = Encoder(
-            *sizes,
+            **setup.encoder_sizes,
             class_token=True,
             learned_positions=chosen.absolute,
             relative_positions=chosen.relative,
@@ -66,11 +66,10 @@ class SimMIM(Method[PatchDraw]):
             layer_scale=chosen.layer_scale,
             key_bias=False,
             drop_path=chosen.drop_path,
-            recompute=model.recompute,
         )
-        self.decoder = Linear(model.dim, 3 * model.patch**2)
+        self.decoder = Linear(model.dim, setup.values)
         init_cut(self)
-        mask = partial(squares, side=setup.side, square=chosen.square, share=chosen.masked)
+        mask = partial(squares, grid=setup.grid, square=chosen.square, share=chosen.masked)
         self.sampler = PatchSampler(mask, model.depth)
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> PatchDraw:
@@ -78,7 +77,7 @@ class SimMIM(Method[PatchDraw]):
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: torch.Tensor, draw: PatchDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images` (B, H, W, 3) uint8 and their masks -> scalar fp32 loss."""
+        """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""
         return self.loss_of_patches(self.patchify(images), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, draw: PatchDraw) -> torch.Tensor:
@@ -86,29 +85,29 @@ class SimMIM(Method[PatchDraw]):
         predictions = self.decoder(self.encoder.masked(patches, draw))
         pixels = patches[draw.patch_index, : predictions.shape[1]]
         total = (predictions.float() - pixels.float()).abs().sum()
-        return total / (predictions.numel() + 3 * EPS)
+        return total / (predictions.numel() + self.setup.data.channels * EPS)
 
     def work(self, draw: PatchDraw) -> Work:
         """The work of a step on a batch, as executed here."""
         model = self.setup.model
         return step_work(
             Transformer(model.dim, model.depth, model.mlp_ratio),
-            patch=model.patch,
+            values=self.setup.values,
             patches=draw.patches,
             masked=draw.lengths.tolist(),
         )
 
 
 def step_work(
-    encoder: Transformer, *, patch: int, patches: int, masked: list[int], used_rows_only: bool = True
+    encoder: Transformer, *, values: int, patches: int, masked: list[int], used_rows_only: bool = True
 ) -> Work:
     """Work of a SimMIM step on images with `masked` patches each.
 
     used_rows_only: the last block and the prediction compute the masked patches alone, as this project's rendering
     does; not the published one.
     """
-    pixels, images = 3 * patch**2, len(masked)
-    embedding = flops.linear(images * patches, pixels, encoder.dim)
+    images = len(masked)
+    embedding = flops.linear(images * patches, values, encoder.dim)
     stack = encoder.forward([1 + patches] * images, masked if used_rows_only else None)
-    head = flops.linear(sum(masked) if used_rows_only else images * patches, encoder.dim, pixels)
+    head = flops.linear(sum(masked) if used_rows_only else images * patches, encoder.dim, values)
     return Work(0, {"encoder": embedding + stack, "decoder": head}, embedding)

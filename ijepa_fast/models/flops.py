@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 # Dense peak of a GPU in bf16 (fp16 on a V100), FLOP/s: data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "V100": 125e12}
+# Its memory, bytes: data sheets; the larger one where there are two.
+MEMORIES = {"H200": 141e9, "H100": 80e9, "GH200": 96e9, "A100": 80e9, "V100": 32e9}
 
 
 @dataclass(frozen=True)

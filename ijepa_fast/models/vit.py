@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ijepa_fast.data import Size, size_of
 from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
@@ -197,12 +198,12 @@ def compile_blocks(*networks: nn.Module, **options: Any) -> None:
 class PatchEmbed(nn.Module):
     """The patch-embedding convolution, stored as one and applied as a matrix product to patches."""
 
-    def __init__(self, patch: int, dim: int):
+    def __init__(self, patch: int, dim: int, channels: int = 3):
         super().__init__()
-        self.proj = PatchLinear(3, dim, kernel_size=patch, stride=patch)
+        self.proj = PatchLinear(channels, dim, kernel_size=patch, stride=patch)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`patches` (T, W), W >= 3*P*P with zeros behind -> (T, D)."""
+        """`patches` (T, W), W >= C*P*P with zeros behind -> (T, D)."""
         return self.proj(patches)
 
 
@@ -218,7 +219,7 @@ class Encoder(nn.Module):
     """ViT. State-dict names are the published code's.
 
     Args:
-        image_size: side of the square crop, pixels; divisible by `patch`.
+        image_size: side of the square crop, or height and width, pixels; divisible by `patch`.
         patch: side of a patch, pixels.
         dim, depth, heads, mlp_ratio: the architecture; see config.ARCHITECTURES.
         class_token: a learned token before the patches.
@@ -230,6 +231,7 @@ class Encoder(nn.Module):
         key_bias: whether keys have a bias.
         drop_path: share of a branch dropped in the last block, rising linearly from 0 at the first; see `keep`.
         readout: what `forward` gives, "patches" or "class".
+        channels: of an image.
         recompute: keep only each block's input for the backward pass (activation checkpointing).
     """
 
@@ -237,7 +239,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Size,
         patch: int,
         dim: int,
         depth: int,
@@ -252,10 +254,12 @@ class Encoder(nn.Module):
         key_bias: bool = True,
         drop_path: float = 0.0,
         readout: str = "patches",
+        channels: int = 3,
         recompute: bool = False,
     ):
         super().__init__()
-        if image_size % patch:
+        size = size_of(image_size)
+        if size[0] % patch or size[1] % patch:
             raise ValueError(
                 f"data.crop={image_size} is not divisible by model.patch={patch}; set data.crop to a multiple of it"
             )
@@ -265,15 +269,15 @@ class Encoder(nn.Module):
             raise ValueError("relative_positions: expected a class token beside them, got none")
         if readout == "class" and not class_token:
             raise ValueError("readout: expected 'patches', for there is no class token, got 'class'")
-        self.image_size, self.patch, self.dim = image_size, patch, dim
-        self.side = image_size // patch
+        self.image_size, self.patch, self.dim = size, patch, dim
+        self.grid = (size[0] // patch, size[1] // patch)  # (rows, columns) of patches
         self.readout, self.drop_path, self.recompute = readout, drop_path, recompute
         extra = int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, extra + self.patches, dim)) if learned_positions else None
         self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if mask_token else None
-        self.patch_embed = PatchEmbed(patch, dim)
-        self.rel_pos_bias = RelativePositions(self.side, heads) if relative_positions else None
+        self.patch_embed = PatchEmbed(patch, dim, channels)
+        self.rel_pos_bias = RelativePositions(self.grid, heads) if relative_positions else None
         if not learned_positions and not relative_positions:
             self.register_buffer("positions", sincos_2d(dim, self.grid), persistent=False)
         self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, EPS, layer_scale, key_bias) for _ in range(depth)])
@@ -290,14 +294,9 @@ class Encoder(nn.Module):
         }
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return (self.side, self.side)
-
-    @property
     def patches(self) -> int:
         """Patches per image, N."""
-        return self.side**2
+        return self.grid[0] * self.grid[1]
 
     def context(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """Embed only the kept `patches` (B*N, W) -> context tokens (T, D) in packed order, final norm applied.
@@ -377,19 +376,19 @@ class Encoder(nn.Module):
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
     def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens of square crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
+        """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
-        side: patches along a crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the mask
-        token.
+        side: patches along a square crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the
+        mask token.
         """
-        side = side or self.side
+        grid = (side, side) if side else self.grid
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)
-        x = self._with_class_token(x.view(-1, side**2, self.dim))
+        x = self._with_class_token(x.view(-1, grid[0] * grid[1], self.dim))
         if self.pos_embed is None and self.rel_pos_bias is not None:
             return x.flatten(0, 1)
-        return (x + self._positions(side).to(x.dtype)).flatten(0, 1)
+        return (x + self._positions(grid).to(x.dtype)).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
         """Packed.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
@@ -408,19 +407,19 @@ class Encoder(nn.Module):
             return x
         return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
-    def _positions(self, side: int) -> torch.Tensor:
-        """The table that is added to the tokens of a crop of side*side patches.
+    def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The table that is added to the tokens of a crop of `grid` patches.
 
         Learned ones of other crops are resampled, bicubic, by the scale factor that DINO and iBOT published.
         """
         if self.pos_embed is None:
             return self.positions if self.cls_token is None else F.pad(self.positions, (0, 0, 1, 0))
-        if side == self.side:
+        if grid == self.grid:
             return self.pos_embed
         extra = self.pos_embed.shape[1] - self.patches
-        table = self.pos_embed[:, extra:].view(1, self.side, self.side, self.dim).permute(0, 3, 1, 2)
-        scale = (side + 0.1) / self.side
-        table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
+        table = self.pos_embed[:, extra:].view(1, *self.grid, self.dim).permute(0, 3, 1, 2)
+        scale = [(new + 0.1) / old for new, old in zip(grid, self.grid)]
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic")
         return torch.cat([self.pos_embed[:, :extra], table.flatten(2).transpose(1, 2)], dim=1)
 
     def _read_out(self, x: torch.Tensor, images: int, readout: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from ijepa_fast.command import one_sentence
 from ijepa_fast.config import Config, ConfigError, load_config
+from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.figures import cells, figures_of, headline
 from ijepa_fast.eval.rankme import rankme
@@ -207,9 +208,12 @@ def _masks(config: Config, sample: pictures.Sample) -> list[tuple[str, str]]:
 
 def _source(config: Config, images: str | Path | None) -> Source:
     if images is not None:
-        return open_source(images)
+        return open_source(images, reading=config.data.reading)
     folders = probe_folders(config)
-    source = open_source(folders[1]) if folders else training_source(config)
+    named = folders[1] if folders else config.data.source
+    if is_code(named):  # a run's folder from elsewhere must not run code
+        raise ValueError(f"{named} is code, which only training imports; name images with --images FOLDER")
+    source = open_source(folders[1], reading=config.data.reading) if folders else training_source(config)
     if source is None:
         raise ValueError(f"data.source={config.data.source} has no images to show; name some with --images FOLDER")
     return source

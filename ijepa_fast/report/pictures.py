@@ -22,7 +22,7 @@ from ijepa_fast.eval.knn import nearest
 from ijepa_fast.eval.labels import Samples
 from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.report.plots import batch_masks, mask_views
+from ijepa_fast.report.plots import as_rgb, batch_masks, mask_views
 
 NEIGHBOURS = 6
 SHOWN = 8
@@ -64,7 +64,7 @@ def take_sample(
     if len(ids) < 2:
         raise ValueError(f"expected at least 2 images that can be decoded in {source.root}, got {len(ids)}")
     names = [source.classes[source.labels[i]] for i in ids] if source.labels is not None else [""] * len(ids)
-    return Sample(torch.cat(images), torch.cat(pooled), torch.cat(patches), names)
+    return Sample(as_rgb(torch.cat(images)), torch.cat(pooled), torch.cat(patches), names)
 
 
 def masks_gallery(images: torch.Tensor, packed: MaskDraw, patch: int) -> str:

@@ -92,6 +92,20 @@ def _border(mask: np.ndarray, width: int) -> np.ndarray:
     return mask & ~shrunk[width:-width, width:-width]
 
 
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Images (n, H, W, C) of any depth as uint8 (n, H, W, 3) to look at.
+
+    RGB of eight bits stays as it is. Of others the first three channels, or the first in grey, are stretched between
+    the 2nd and 98th percentile of each.
+    """
+    if images.dtype == torch.uint8 and images.shape[3] == 3:
+        return images
+    channels = [0, 1, 2] if images.shape[3] >= 3 else [0, 0, 0]
+    values = images[..., channels].numpy().astype(np.float32)
+    low, high = np.percentile(values, (2, 98), axis=(0, 1, 2))
+    return torch.from_numpy((255 * (values - low) / np.maximum(high - low, 1e-12)).clip(0, 255).astype(np.uint8))
+
+
 def mask_views(
     image: np.ndarray, context: Indices, targets: Iterable[Indices], patch: int, least: int = 160
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,13 +151,13 @@ def batch_masks(packed: MaskDraw) -> tuple[list[np.ndarray], np.ndarray]:
 def plot_masks(images: torch.Tensor, packed: MaskDraw, patch: int, path: Path, columns: int = 2) -> None:
     """Draw masks over images as a PNG: for each image the image, its (first) context, its target blocks.
 
-    images: uint8 (b, H, W, 3), the first b of the batch that packed, a MaskDraw, belongs to. patch: side of a
-    patch, pixels. path: of the PNG to write. columns: images side by side.
+    images: (b, H, W, C), the first b of the batch that packed, a MaskDraw, belongs to. patch: side of a patch, pixels.
+    path: of the PNG to write. columns: images side by side.
     """
     from PIL import Image
 
     contexts, targets = batch_masks(packed)
-    tiles = [mask_tiles(np.asarray(image), contexts[i], targets[:, i], patch) for i, image in enumerate(images)]
+    tiles = [mask_tiles(np.asarray(image), contexts[i], targets[:, i], patch) for i, image in enumerate(as_rgb(images))]
     height, width = tiles[0].shape[:2]
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)

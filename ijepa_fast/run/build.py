@@ -58,7 +58,7 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     cls = method_class(config.objective.method, foreign)
     _check_capabilities(config, cls)
     torch.manual_seed(config.seed)
-    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch))
+    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch, foreign))
     if not isinstance(getattr(method, "encoder", None), Encoder):
         raise ConfigError(
             f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
@@ -75,7 +75,7 @@ def with_options(config: Config, method: Method) -> Config:
 def _check_capabilities(config: Config, method: type[Method]) -> None:
     engine = config.engine
     wanted = {
-        "graphs": ("engine.cuda_graphs=true", engine.cuda_graphs),
+        "graphs": ("engine.cuda_graphs=on", engine.cuda_graphs == "on"),
         "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
         "target_stream": ("engine.target_stream=true", engine.target_stream),
     }
@@ -153,10 +153,11 @@ def build_loader(
         "draw": build_draw(config, method, device, rank, ranks),
     }
     if source is None:
-        sides = [view.crop for view in views] if views else data.crop
-        return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, **common)
+        sides: Any = [view.crop for view in views] if views else data.size
+        depth = "uint8" if data.depth == "auto" else data.depth
+        return SyntheticLoader(count=SYNTHETIC_IMAGES, crop=sides, channels=data.channels, depth=depth, **common)
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.crop)
+    make = partial(ViewLoader, views=views) if views else partial(TrainLoader, crop=data.size)
     return make(
         source,
         scale=(data.scale[0], data.scale[1]),
@@ -169,5 +170,6 @@ def build_loader(
         bad_files=config.folder / "bad_files.txt",
         max_bad_share=data.max_bad_share,
         max_pixels=data.max_pixels,
+        memory=data.memory,
         **common,
     )

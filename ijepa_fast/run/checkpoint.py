@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +28,12 @@ from safetensors import SafetensorError, safe_open
 
 from ijepa_fast import config
 from ijepa_fast.config import is_fixed, present
+from ijepa_fast.data import Size
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.optim import STATES
 from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
+from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.interop.weights import (
     Arch,
     State,
@@ -42,13 +44,13 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
-from ijepa_fast.run.digests import is_sealed, seal, write_tensors
+from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
 
 T = TypeVar("T")
 FORMAT = 3
 FORMATS = (1, 2, 3)  # that are read; the first had no digests, the first two were of runs that drew masks by rank
-KEYS = {"step", "shapes", "config"}  # of every state.json
+KEYS = {"step": int, "shapes": dict, "config": dict}  # of every state.json
 WHOLE = "weights.safetensors"
 
 
@@ -161,8 +163,8 @@ def _said(work: Callable[[], T], folder: Path, final: Path, needed: int) -> T:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of the run in `folder`, oldest first: step-00000500, and nothing of another name."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=step_of)
+    named = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    return sorted((path for path in named if path.name == f"step-{step_of(path):08d}" and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -173,14 +175,14 @@ def step_of(path: Path) -> int:
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those of a multiple of `keep_every` steps."""
     for path in checkpoints(folder)[:-keep]:
-        if not keep_every or step_of(path) % keep_every:
+        if not (path.is_symlink() or (keep_every and step_of(path) % keep_every == 0)):
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
 def clear(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote or removed a checkpoint."""
     for path in (folder / "checkpoints").glob(".step-*"):
-        if re.fullmatch(r"\.step-\d{8,}\.(draft|removed)", path.name):
+        if re.fullmatch(r"\.step-[0-9]{8,}\.(draft|removed)", path.name):
             shutil.rmtree(path)
 
 
@@ -287,7 +289,7 @@ def _check_settings(
     }
 
 
-def begin(weights: Weights, engine: Engine, heads: int, crop: int) -> None:
+def begin(weights: Weights, engine: Engine, heads: int, crop: int | Size) -> None:
     """Bring `engine` to the networks of `weights`, averages to theirs; moments and step stay at zero.
 
     Fixed positions are resampled where the crop is another. A network that `weights` lacks, a predictor say, stays as
@@ -337,16 +339,18 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path}: no readable state.json ({error}); is it a checkpoint folder?") from None
     if not isinstance(state, dict) or "format" not in state:
         raise Damaged(f"{path}: state.json does not say its format")
+    # First of all, as what says that there are no digests may itself be damaged.
+    if (state["format"] != 1 or "sha256" in state) and not is_sealed(state):
+        raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
     if state["format"] not in FORMATS:
         raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMATS}")
-    if missing := sorted((KEYS if state["format"] == 1 else KEYS | {"files"}) - state.keys()):
+    needed = KEYS if state["format"] == 1 else KEYS | {"files": dict}
+    if missing := sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind)):
         raise Damaged(f"{path}: state.json has no {', '.join(missing)}")
-    if state["format"] > 1 and not is_sealed(state):
-        raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
     if path.name.startswith("step-") and path.name != f"step-{state['step']:08d}":
         raise Damaged(f"{path}: state.json is of step {state['step']}")
     return state
@@ -356,7 +360,7 @@ def architecture(engine: Engine, model: config.Model, data: config.Data, method:
     """What is needed to rebuild the encoders of a run from weights.safetensors. method: objective.method."""
     encoder = engine.method.encoder
     return Arch(
-        image_size=data.crop,
+        image_size=data.crop if isinstance(data.crop, int) else data.size,
         patch=model.patch,
         dim=model.dim,
         depth=model.depth,
@@ -374,6 +378,11 @@ def architecture(engine: Engine, model: config.Model, data: config.Data, method:
         mask_token=encoder.masked_embed is not None,
         readout=encoder.readout,
         **encoder.kind,
+        stretch=data.stretch,
+        low=data.pixels.low,
+        high=data.pixels.high,
+        channel_names=data.pixels.names,
+        reading=replace(data.reading, where=None, depth="uint8" if data.depth == "auto" else data.depth),
     )
 
 
@@ -422,6 +431,8 @@ class _Reader:
         self._folder = folder
         self._files = []
         for path in sorted(folder.glob("rank-*.safetensors")):
+            if not re.fullmatch(r"rank-[0-9]{5,}\.safetensors", path.name):  # somebody's copy
+                continue
             try:
                 self._files.append(safe_open(path, "pt"))
             except (SafetensorError, OSError) as error:

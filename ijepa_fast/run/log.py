@@ -65,19 +65,22 @@ class Meter:
         self._tokens += draw.tokens
         self._wait += wait
 
-    def read(self, steps: tuple[int, int], health: torch.Tensor, skipped: int) -> dict[str, Any]:
+    def read(
+        self, steps: tuple[int, int], health: torch.Tensor, skipped: int, squares: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         """Means since the last reading, over all ranks; the only place that waits for the device.
 
         steps: first and last step of the window, for the message. health: Engine.health(). skipped: Engine.skipped.
-        Raises NonFiniteLoss.
+        squares: Engine.gradient_squares(). Raises NonFiniteLoss.
         """
         ranks = torch.distributed.get_world_size()
         names = list(self._sums)
-        values = torch.zeros(ranks, len(names) + 1, dtype=torch.float64, device=self._device)
+        values = torch.zeros(ranks, len(names) + 2, dtype=torch.float64, device=self._device)
         mine = torch.stack([self._sums[name] for name in names]) / self._count
-        values[torch.distributed.get_rank()] = torch.cat([mine, health[None]])
+        parts = torch.stack([health, torch.zeros_like(health) if squares is None else squares])
+        values[torch.distributed.get_rank()] = torch.cat([mine, parts])
         torch.distributed.all_reduce(values)
-        *means, healths = values.cpu().T
+        *means, healths, norms = values.cpu().T
         for what, of_ranks in (("loss is", means[0]), ("weights are", healths)):
             bad = [rank for rank, finite in enumerate(of_ranks.isfinite().tolist()) if not finite]
             if bad:
@@ -96,6 +99,8 @@ class Meter:
         }
         if terms:
             window["loss_terms"] = dict(zip(names[1:], terms, strict=True))
+        if squares is not None:
+            window["gradient_norm"] = float(norms.sum().sqrt())
         if skipped:
             window["skipped"] = skipped
         self._reset()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.scenes import ensure_scenes
+from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
@@ -35,7 +37,7 @@ def training_source(config: Config) -> Source | None:
     try:
         if config.data.source == "scenes":
             return open_source(_scenes(config, "train"))
-        source = open_source(config.data.source, cache=cache)
+        source = open_source(config.data.source, cache=cache, reading=config.data.reading)
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.source: {error}") from None
     if os.environ.get("RANK", "0") == "0":
@@ -44,6 +46,22 @@ def training_source(config: Config) -> Source | None:
         if source.index.problem:
             print(f"data.source: trained without labels: {source.index.problem}", file=sys.stderr)
     return source
+
+
+def with_depth(config: Config, source: Source | None) -> Config:
+    """The same configuration with the depth of the images for `auto`.
+
+    Raises ConfigError where mean and std are those of photographs and the images are others.
+    """
+    data, depth = config.data, "uint8" if source is None else source.reading.depth
+    if source is not None and (depth != "uint8" or data.stretch != "none") and not is_measured(data):
+        what = f"images of {depth}" if depth != "uint8" else f"data.stretch={data.stretch}"
+        raise ConfigError(
+            f"data.mean, data.std: the defaults are those of photographs of 8 bits, and do not go with {what}; "
+            f"{STATS.format(data.source, data.channels)}"
+        )
+    check_shares(data, depth)
+    return config if data.depth == depth else replace(config, data=replace(data, depth=depth))
 
 
 def label_columns(source: Source | None) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
@@ -60,7 +78,8 @@ def identity(source: Source | None) -> dict[str, Any] | None:
         return None
     index, digest = source.index, hashlib.sha256()
     shards = json.dumps([Path(shard).name for shard in index.shards]).encode()
-    for part in (index.names.blob, index.names.ends, shards, index.shard, index.start, index.size):
+    places = (index.page, index.y, index.x)  # which add nothing where a file is an image
+    for part in (index.names.blob, index.names.ends, shards, index.shard, index.start, index.size, *places):
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
     return {"images": len(source), "sha256": digest.hexdigest()}
 
@@ -79,9 +98,10 @@ def probe_folders(config: Config) -> tuple[str, str] | None:
 
 def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -> tuple[Labelled, Labelled, Options]:
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
-    train, test = (open_labelled(folder, cache=_index_cache(config)) for folder in folders)
+    cache, reading = _index_cache(config), config.data.reading
+    train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
     options = Options(
-        crop=config.data.crop,
+        crop=config.data.size,
         resize=config.probe.resize,
         interpolation=config.data.interpolation,
         device=device,
@@ -99,7 +119,7 @@ def untrained(config: Config, device: torch.device) -> Encode:
 
 
 def encode_with(method: Method) -> Encode:
-    """The encoder that a method leaves: images uint8 (b, H, W, 3) -> features (b, N, D); of a class token, N is 1."""
+    """The encoder that a method leaves: images (b, H, W, C) -> features (b, N, D); of a class token, N is 1."""
     encoder = method.probed
 
     def encode(images: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 
 from ijepa_fast.ranks import STARTED_BY
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME = 2.0  # seconds in which further signals are the first again: a launcher passes on what its ranks already got
 PATIENCE = 120.0  # seconds, at least, in which a step must end after a signal; three steps where those are longer
 LAUNCHERS = (b"deepspeed", b"torchrun", b"torch.distributed")
@@ -45,10 +45,10 @@ def follow_launcher() -> None:
 
 class Stop:
     """What `after(step)` says once a step is done: which signal ends the run there, whether a checkpoint is due, and
-    whether one could not be written.
+    whether something beside the steps failed on a rank, such as writing the last one.
 
-    A context; inside of it, SIGTERM, SIGINT, SIGUSR1 and SIGHUP do no more than set the flag, but a second one (after
-    two seconds) ends the process at once. One that was ignored before stays so.
+    A context; inside of it, SIGNALS do no more than set the flag, but a second one (after two seconds) ends the process
+    at once. One that was ignored before stays so.
 
     minutes: between two checkpoints; 0: the clock asks for none. timeout: seconds to wait for the other ranks.
     """
@@ -87,10 +87,10 @@ class Stop:
         os.close(self._writer)
 
     def after(self, step: int, failed: bool) -> tuple[int, bool, bool]:
-        """(number of the signal to end by, or 0; whether a checkpoint is due; whether any rank's writer failed), the
-        same on all ranks.
+        """(number of the signal to end by, or 0; whether a checkpoint is due; whether any rank has failed beside its
+        steps), the same on all ranks.
 
-        failed: whether this rank's did. Called by every rank when step `step` is done. With several ranks it is what
+        failed: whether this rank has. Called by every rank when step `step` is done. With several ranks it is what
         they had to say a step ago.
         """
         now = time.monotonic()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ijepa_fast.run import pulse
+
 T = TypeVar("T")
 LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "refused", "nccl")
 HEAD_START = 2.0  # seconds in which the rank that met an error says it, before those that lost it do
@@ -58,7 +60,13 @@ def sentence(error: Exception) -> str | None:
     if lost:
         time.sleep(HEAD_START)
         said = " ".join(str(error).split())
-        return f"error: rank {rank} lost another rank, which ended or was silent for engine.timeout seconds: {said}"
+        if not torch.distributed.is_initialized():
+            return f"error: rank {rank} waited in vain for all {os.environ.get('WORLD_SIZE')} ranks to start: {said}"
+        heard = pulse.last_heard()
+        return (
+            f"error: rank {rank} lost another rank, which ended or was silent for engine.timeout seconds "
+            f"({heard or 'which is not known'}): {said}"
+        )
     if rank == "0":
         return f"error: {error}"
     time.sleep(HEAD_START)

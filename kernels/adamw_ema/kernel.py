@@ -1,4 +1,4 @@
-"""AdamW, the EMA of the parameters and their low-precision copies in Triton, on one flat buffer, in place.
+"""AdamW, the EMA of the parameters and their low-precision copies in Triton, in place: one buffer or a list.
 
     m = m + (1 - beta1) (g - m)            v = beta2 v + (1 - beta2) g^2
     p = decay p - step_size m / (sqrt(v) / correction2 + eps)
@@ -9,12 +9,17 @@ per parameter with a bf16 gradient and two bf16 copies.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from ijepa_fast.kernels.common.aot import Case
 
 BLOCK, WARPS = 1024, 4
+CHUNK = 8192  # elements of one program where all tensors are one launch
+TABLES = 8  # of pointers, kept on the device: gradients that lie elsewhere in every step need a new one each time
+
+_tables: dict[tuple, list[tuple]] = {}
 
 
 # `n` is specialised on, unlike a token count: it is a constant of the run, and wide accesses want it divisible by 16.
@@ -73,6 +78,75 @@ def _adamw_ema_kernel(
             tl.store(ema_out_ptr + i, ema.to(ema_out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _adamw_ema_groups_kernel(
+    table_ptr,  # (n, 9) int64: see _tables_of
+    chunks_ptr,  # (programs, 2) int32
+    scalars_ptr,  # (groups, 9) fp64
+    grad_like,  # of the gradients' dtype; nothing is read from it
+    param_out_like,  # of the copies' dtype, or None
+    ema_out_like,
+    ALIGNED: tl.constexpr,  # pointers and sizes are multiples of 16
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = table_ptr + tl.load(chunks_ptr + 2 * program).to(tl.int64) * 9
+    first = tl.load(chunks_ptr + 2 * program + 1).to(tl.int64) * CHUNK
+    fp32 = tl.pointer_type(tl.float32)
+    param_ptr = tl.load(row).to(fp32)
+    grad_ptr = tl.load(row + 1).to(tl.pointer_type(grad_like.dtype.element_ty))
+    exp_avg_ptr = tl.load(row + 2).to(fp32)
+    exp_avg_sq_ptr = tl.load(row + 3).to(fp32)
+    ema_ptr = tl.load(row + 4).to(fp32)
+    has_ema = tl.load(row + 4) != 0
+    n = tl.load(row + 7)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
+        param_ptr = tl.multiple_of(param_ptr, 16)
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+        exp_avg_ptr = tl.multiple_of(exp_avg_ptr, 16)
+        exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, 16)
+        ema_ptr = tl.multiple_of(ema_ptr, 16)
+    scalars_ptr += tl.load(row + 8) * 9
+    decay = tl.load(scalars_ptr).to(tl.float32)
+    gain1 = tl.load(scalars_ptr + 1).to(tl.float32)
+    beta2 = tl.load(scalars_ptr + 2).to(tl.float32)
+    gain2 = tl.load(scalars_ptr + 3).to(tl.float32)
+    step_size = tl.load(scalars_ptr + 4).to(tl.float32)
+    correction2 = tl.load(scalars_ptr + 5).to(tl.float32)
+    eps = tl.load(scalars_ptr + 6).to(tl.float32)
+    momentum = tl.load(scalars_ptr + 7).to(tl.float32)
+    gain_ema = tl.load(scalars_ptr + 8).to(tl.float32)
+    for at in range(0, CHUNK, BLOCK):
+        i = first + at + tl.arange(0, BLOCK)
+        mask = i < n
+        g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(param_ptr + i, mask=mask, other=0.0)
+        m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
+        v = tl.load(exp_avg_sq_ptr + i, mask=mask, other=0.0)
+        m += gain1 * (g - m)
+        v = beta2 * v + gain2 * g * g
+        denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction2) + eps
+        p = decay * p - step_size * tl.div_rn(m, denominator)
+        tl.store(param_ptr + i, p, mask=mask)
+        tl.store(exp_avg_ptr + i, m, mask=mask)
+        tl.store(exp_avg_sq_ptr + i, v, mask=mask)
+        if param_out_like is not None:
+            param_out_ptr = tl.load(row + 5).to(tl.pointer_type(param_out_like.dtype.element_ty))
+            if ALIGNED:
+                param_out_ptr = tl.multiple_of(param_out_ptr, 16)
+            tl.store(param_out_ptr + i, p.to(param_out_like.dtype.element_ty), mask=mask)
+        if has_ema:
+            ema = momentum * tl.load(ema_ptr + i, mask=mask, other=0.0) + gain_ema * p
+            tl.store(ema_ptr + i, ema, mask=mask)
+            if ema_out_like is not None:
+                ema_out_ptr = tl.load(row + 6).to(tl.pointer_type(ema_out_like.dtype.element_ty))
+                if ALIGNED:
+                    ema_out_ptr = tl.multiple_of(ema_out_ptr, 16)
+                tl.store(ema_out_ptr + i, ema.to(ema_out_like.dtype.element_ty), mask=mask)
+
+
 def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, scalars, param_out=None, ema_out=None):
     """One tensor, in place; `scalars` as made by step_scalars, on the host or on the device."""
     n = param.numel()
@@ -97,10 +171,55 @@ def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, scalars, param_out=None, e
 
 
 def adamw_ema_multi_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, param_outs=(), ema_outs=()):
-    """A list of tensors, one after the other; the last three lists may be empty."""
-    for i, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs)):
-        ema, param_out, ema_out = (rest[i] if len(rest) else None for rest in (emas, param_outs, ema_outs))
-        adamw_ema_(*tensors, ema, scalars, param_out, ema_out)
+    """A list of tensors in one launch; the last three lists may be empty."""
+    if params:
+        scalars = scalars.view(1, -1).to(params[0].device, non_blocking=True)
+        groups = [0] * len(params)
+        adamw_ema_groups_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, groups, param_outs, ema_outs)
+
+
+def adamw_ema_groups_(params, grads, exp_avgs, exp_avg_sqs, emas, scalars, groups, param_outs=(), ema_outs=()) -> None:
+    """All tensors in one launch, two where some are not aligned; see ops.adamw_ema_groups_."""
+    columns = [params, grads, exp_avgs, exp_avg_sqs, emas, param_outs, ema_outs]
+    pointers = [[x.data_ptr() for x in column] for column in columns]
+    key = (*map(tuple, pointers), tuple(groups), params[0].device)
+    if key not in _tables:
+        while len(_tables) >= TABLES:
+            del _tables[next(iter(_tables))]
+        _tables[key] = _tables_of(pointers, [p.numel() for p in params], groups, params[0].device)
+    for table, chunks, aligned in _tables[key]:
+        _adamw_ema_groups_kernel[(len(chunks),)](
+            table,
+            chunks,
+            scalars,
+            grads[0],
+            param_outs[0] if len(param_outs) else None,
+            ema_outs[0] if len(ema_outs) else None,
+            ALIGNED=aligned,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+
+
+def _tables_of(pointers, sizes, groups, device) -> list[tuple]:
+    """For aligned tensors and the others, where there are any: (table, chunks, whether they are aligned).
+
+    table: (n, FIELDS) int64, the seven pointers of a tensor, its size and its row of the scalars; chunks: (programs, 2)
+    int32, tensor and number of its chunk.
+    """
+    rows = []
+    for i, (size, group) in enumerate(zip(sizes, groups)):
+        rows.append([column[i] if i < len(column) else 0 for column in pointers] + [size, group])
+    tables = []
+    for aligned in (True, False):
+        chosen = [row for row in rows if row[7] and all(value % 16 == 0 for value in row[:8]) is aligned]
+        if chosen:
+            count = [-(-row[7] // CHUNK) for row in chosen]
+            chunks = [torch.stack([torch.full((n,), i), torch.arange(n)], dim=1) for i, n in enumerate(count)]
+            table = torch.tensor(chosen, dtype=torch.int64).to(device)
+            tables.append((table, torch.cat(chunks).to(device, torch.int32), aligned))
+    return tables
 
 
 def aot_cases(capability: int = 9) -> list[Case]:
@@ -115,7 +234,18 @@ def aot_cases(capability: int = 9) -> list[Case]:
         "bf16, no EMA": ("scalars_ptr", "ema_ptr", "ema_out_ptr"),
     }
     fp32 = types | {"grad_ptr": "*fp32"}
-    return [
+    listed = {"table_ptr": "*i64", "chunks_ptr": "*i32", "scalars_ptr": "*fp64"}
+    listed |= dict.fromkeys(("grad_like", "param_out_like", "ema_out_like"), "*bf16")
+    constants = {"CHUNK": CHUNK, "BLOCK": BLOCK}
+    several = [
+        Case(f"adamw_ema of a list, {kind}", _adamw_ema_groups_kernel, constants | others, WARPS, types=listed)
+        for kind, others in {
+            "bf16 +copies": {"ALIGNED": True},
+            "bf16 +copies, not aligned": {"ALIGNED": False},
+            "bf16, no copies": {"ALIGNED": True, "param_out_like": None, "ema_out_like": None},
+        }.items()
+    ]
+    return several + [
         Case(
             f"adamw_ema {kind}",
             _adamw_ema_kernel,

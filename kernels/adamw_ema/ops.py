@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ijepa_fast.kernels.adamw_ema import reference
+from ijepa_fast.kernels.adamw_ema import cpu, reference
 from ijepa_fast.kernels.adamw_ema.reference import step_scalars
 from ijepa_fast.kernels.common import native
 from ijepa_fast.kernels.common.checks import check_tensor
@@ -21,12 +21,17 @@ _TENSORS = "Tensor(a!){0} param{1}, Tensor{0} grad{1}, Tensor(b!){0} exp_avg{1},
 native.register(
     f"adamw_ema_({_TENSORS.format('', '')}"
     "Tensor(d!)? ema, Tensor scalars, Tensor(e!)? param_out, Tensor(f!)? ema_out) -> ()",
-    reference,
+    cpu,
 )
 native.register(
     f"adamw_ema_multi_({_TENSORS.format('[]', 's')}"
     "Tensor(d!)[] emas, Tensor scalars, Tensor(e!)[] param_outs, Tensor(f!)[] ema_outs) -> ()",
-    reference,
+    cpu,
+)
+native.register(
+    f"adamw_ema_groups_({_TENSORS.format('[]', 's')}"
+    "Tensor(d!)[] emas, Tensor scalars, int[] groups, Tensor(e!)[] param_outs, Tensor(f!)[] ema_outs) -> ()",
+    cpu,
 )
 
 
@@ -120,6 +125,63 @@ def adamw_ema_multi_(
     for kind, rows in calls.items():
         lists = [list(column) if dtype else [] for dtype, column in zip(kind, zip(*rows))]
         _choose("adamw_ema_multi_", params[0])(*lists[:5], scalars, *lists[5:])
+
+
+def adamw_ema_groups_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    emas: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    groups: Sequence[int],
+    param_outs: Sequence[torch.Tensor] = (),
+    ema_outs: Sequence[torch.Tensor] = (),
+) -> None:
+    """`adamw_ema_` for each tensor of a list, with hyperparameters by group that lie on the device: one launch.
+
+    A CUDA graph that holds it reads them anew in every replay.
+
+    Args:
+        params: as in `adamw_ema_multi_`, as are the moments.
+        grads: all of one dtype.
+        exp_avgs: first moments.
+        exp_avg_sqs: second moments.
+        emas: averages of the first len(emas) parameters; the others have none.
+        scalars: (G, 9) fp64 on the device, a row of `step_scalars` for each group.
+        groups: the row of each parameter.
+        param_outs: copies of all new parameters, of one dtype, or ().
+        ema_outs: copies of all averages, of one dtype, or ().
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or layout, and lists of other lengths.
+    """
+    count = len(params)
+    if len(groups) != count:
+        raise ValueError(f"adamw_ema_groups_: groups: expected {count} of them, got {len(groups)}")
+    lists = {"grads": (grads, count), "exp_avgs": (exp_avgs, count), "exp_avg_sqs": (exp_avg_sqs, count)}
+    lists |= {"param_outs": (param_outs, count if param_outs else 0), "emas": (emas, min(len(emas), count))}
+    lists |= {"ema_outs": (ema_outs, len(emas) if ema_outs else 0)}
+    for name, (given, expected) in lists.items():
+        if len(given) != expected:
+            raise ValueError(f"adamw_ema_groups_: {name}: expected {expected} of them, got {len(given)}")
+    check_tensor("adamw_ema_groups_", "scalars", scalars, (None, 9), torch.float64, params[0].device)
+    if not 0 <= min(groups) <= max(groups) < len(scalars):
+        raise ValueError(f"adamw_ema_groups_: groups: expected rows of {len(scalars)}, got {sorted(set(groups))}")
+    for i in range(count):
+        rest = [tensors[i] if i < len(tensors) else None for tensors in (emas, param_outs, ema_outs)]
+        _check(f"s[{i}]", params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], *rest)
+        for name, tensors in (("grads", grads), ("param_outs", param_outs), ("ema_outs", ema_outs)):
+            if i < len(tensors) and tensors[i].dtype != tensors[0].dtype:
+                raise ValueError(f"adamw_ema_groups_: {name}[{i}]: expected {tensors[0].dtype}, got {tensors[i].dtype}")
+    if choice("adamw_ema") == "auto":
+        function: Callable = torch.ops.ijepa_fast.adamw_ema_groups_
+    elif runs_triton("adamw_ema", params[0]):
+        function = triton_launcher(reference, "adamw_ema_groups_")
+    else:
+        function = reference.adamw_ema_groups_
+    state = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, emas)]
+    function(*state, scalars, list(groups), list(param_outs), list(ema_outs))
 
 
 def _choose(name: str, tensor: torch.Tensor) -> Callable:

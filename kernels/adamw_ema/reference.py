@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -64,3 +64,21 @@ def adamw_ema_multi_(
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         rest = [tensors[i] if len(tensors) else None for tensors in (emas, param_outs, ema_outs)]
         adamw_ema_(param, grad, exp_avg, exp_avg_sq, rest[0], scalars, *rest[1:])
+
+
+def adamw_ema_groups_(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    emas: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    groups: Sequence[int],
+    param_outs: Sequence[torch.Tensor] = (),
+    ema_outs: Sequence[torch.Tensor] = (),
+    multi: Callable = adamw_ema_multi_,
+) -> None:
+    """A list of tensors, each with the row of `scalars` that `groups` says; the first len(emas) have an average."""
+    for i, group in enumerate(groups):
+        rest = [list(tensors[i : i + 1]) for tensors in (emas, param_outs, ema_outs)]
+        multi([params[i]], [grads[i]], [exp_avgs[i]], [exp_avg_sqs[i]], rest[0], scalars[group], *rest[1:])

@@ -45,7 +45,7 @@ def _chosen(op: str, device: str) -> tuple[str, str]:
         loops = native.loops()
         if loops is not None:
             return f"csrc ({loops})", "built, the fastest on a CPU"
-        return "torch", "csrc is not built"
+        return ("torch" if _has(op, "cpu") else "reference"), "csrc is not built"
     return ("torch" if _has(op, "cpu") else "reference"), "no other for a CPU"
 
 

@@ -14,4 +14,4 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the top of the heap
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest that glibc takes: larger tensors are mapped one by one
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor is mapped by itself, whatever its size

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ijepa_fast.kernels.common.native import WIDTH
+from ijepa_fast.kernels.common.native import unsupported as unsupported_by_csrc
 from ijepa_fast.kernels.linear import native
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -96,5 +96,5 @@ def _dweight(dy, x):
 
 def _dbias(dy):
     """The sum of dy's rows: (T, O) -> (O,)."""
-    bf16 = dy.dtype == torch.bfloat16 and dy.shape[1] % WIDTH == 0
-    return native.column_sums(dy) if bf16 else dy.sum(0)
+    csrc = unsupported_by_csrc((torch.bfloat16,), dy) is None
+    return native.column_sums(dy) if csrc else dy.sum(0)

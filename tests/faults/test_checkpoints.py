@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ pytest.importorskip("nvidia.dali")
 
 from safetensors.torch import load_file
 
-from ijepa_fast.run.checkpoint import checkpoints, prune
-from ijepa_fast.run.digests import damage, is_sealed, seal, write_tensors
+from ijepa_fast.interop.tensors import write_tensors
+from ijepa_fast.run import checkpoint
+from ijepa_fast.run.checkpoint import CheckpointError, Damaged, checkpoints, clear, prune, read_state
+from ijepa_fast.run.digests import damage, is_sealed, seal
 
 STEPS = ("optim.epochs=9", "log.checkpoint_every=2", "log.keep=9")
 
@@ -62,8 +66,19 @@ def edit(path):
     path.write_bytes(path.read_bytes().replace(b'"step": 4', b'"step": 3').replace(b"F32", b"I32", 1))
 
 
+def unsay(path):
+    """One bit: format 3 becomes the first format, which had no digests."""
+    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 1').replace(b"F32", b"I32", 1))
+
+
+def replace(path):
+    """A folder of that name, as a synchronisation that went wrong leaves it."""
+    path.unlink()
+    path.mkdir()
+
+
 FILES = ("rank-00000.safetensors", "weights.safetensors", "state.json")
-DAMAGES = (truncate, empty, zero, flip, swap, delete, edit)
+DAMAGES = (truncate, empty, zero, flip, swap, delete, edit, unsay, replace)
 IN_EVERY_RUN = {(truncate, FILES[0]), (zero, FILES[0]), (edit, FILES[2])}
 
 
@@ -106,6 +121,8 @@ def test_no_good_checkpoint_is_an_error(trained, tmp_path):
 def test_resume_from_a_named_checkpoint(trained, tmp_path):
     folder = tmp_path / "quickstart"
     shutil.copytree(trained, folder)
+    mine = folder / "checkpoints" / "step-00000002" / FILES[0]
+    shutil.copyfile(mine.parents[1] / "step-00000004" / FILES[0], mine.with_name("rank-00000 (copy).safetensors"))
     assert run(tmp_path, *STEPS, "optim.steps=4", "resume=step-2", "log.keep=1") == folder
     assert losses(folder) == losses(trained)
     assert saved(folder) == [4]
@@ -130,12 +147,68 @@ def test_a_checkpoint_of_the_first_format_is_read(trained, tmp_path):
 
 def test_pruning_removes_only_what_was_made_here(tmp_path):
     made = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
-    others = ["step-00000004-keep", "step-best", "step-4", "step-00000002.aside", "mine"]
+    others = ["step-00000004-keep", "step-best", "step-4", "step-00000002.aside", "mine", "step-000000001"]
+    others += ["step-\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0661", ".step-mine.draft"]
     for name in [*made, *others]:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001").write_text("a file")
+    (tmp_path / "checkpoints" / "step-00000003").symlink_to(tmp_path / "checkpoints" / "mine")
+    others += ["step-00000001", "step-00000003"]
+    for name in (".step-00000002.draft", ".step-00000002.removed"):  # of a killed process
+        (tmp_path / "checkpoints" / name).mkdir()
+    clear(tmp_path)
     prune(tmp_path, keep=1, keep_every=4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted([*others, made[1], made[3]])
-    assert [path.name for path in checkpoints(tmp_path)] == [made[1], made[3]]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", made[1], made[3]]
+
+
+STATE = {"format": 3, "step": 4, "shapes": {}, "config": {}, "data": None, "files": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        b"\xff\xfe",
+        json.dumps(STATE),
+        seal(STATE | {"step": 3}),
+        seal(STATE).replace('"step": 4', '"step": 5'),
+        *(
+            seal({key: value for key, value in STATE.items() if key != missing})
+            for missing in ("step", "files", "config")
+        ),
+        *(seal(STATE | {key: value}) for key, value in (("step", "4"), ("shapes", []), ("files", None))),
+        json.dumps({"format": 1, "step": 4, "shapes": {}}),
+    ],
+)
+def test_a_state_that_is_not_what_was_written_is_damage(tmp_path, text):
+    path = tmp_path / "step-00000004"
+    path.mkdir()
+    (path / "state.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Damaged, match="step-00000004"):
+        read_state(path)
+
+
+def test_a_checkpoint_of_a_later_version_is_not_damage(tmp_path):
+    (tmp_path / "state.json").write_text(seal(STATE | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99, this version reads") as caught:
+        read_state(tmp_path)
+    assert not isinstance(caught.value, Damaged)
+
+
+def test_room_is_of_bytes_and_of_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    checkpoint._check_room(tmp_path / "not" / "yet", 1000)
+    here = os.statvfs(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._check_room(tmp_path, here.f_bavail * here.f_frsize * 2)
+    for files, favail, full in ((1000, 4, True), (1000, 5, False), (0, 0, False)):
+        status = SimpleNamespace(f_bavail=1000, f_frsize=4096, f_files=files, f_favail=favail)
+        monkeypatch.setattr(os, "statvfs", lambda _, status=status: status)
+        with pytest.raises(OSError, match=r"No inodes left on device \(5 needed, 4 free\)") if full else nullcontext():
+            checkpoint._check_room(tmp_path, 1000)
 
 
 def test_digests(tmp_path):

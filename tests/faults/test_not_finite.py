@@ -37,8 +37,8 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def engine_of(zero, precision):
-    overrides = [*TINY, f"engine.zero={zero}", f"engine.precision={precision}", "engine.device=cpu"]
+def engine_of(zero, precision, *others):
+    overrides = [*TINY, *others, f"engine.zero={zero}", f"engine.precision={precision}", "engine.device=cpu"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
     device, threads = choose_device("cpu"), torch.get_num_threads()
     start(device, config.engine.timeout)
@@ -80,6 +80,26 @@ def test_ops_of_a_step(zero, precision):
     with Count() as count:
         engine.step(1e-3, 0.1, 0.99)
     assert sum(count.ops.values()) <= OPS.get((zero, precision), 345), count.ops
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+@pytest.mark.parametrize(("zero", "precision"), CASES)
+def test_the_norm_of_a_gradient_where_it_is_asked_for(zero, precision, clip):
+    engine, method, backward = engine_of(zero, precision, f"optim.clip={clip}")
+    grads = {}
+    for name, p in method.named_parameters():
+        p.register_hook(lambda grad, name=name: grads.__setitem__(name, grad.double().square().sum()))
+    for asked in (True, False):
+        backward(0)
+        engine.step(1e-3, 0.1, 0.99, norm=asked)
+        found = engine.gradient_squares()
+        if not asked:
+            assert found is None
+            continue
+        assert found.dtype == torch.float64
+        clipped = clip and (zero, precision) == (0, "fp32")  # where DeepSpeed does not tell the norm before
+        expected = found.new_tensor(clip).square() if clipped else sum(grads.values())
+        torch.testing.assert_close(found, expected, rtol=1e-2 if precision == "bf16" else 1e-4, atol=0)
 
 
 INJECT = """

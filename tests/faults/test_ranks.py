@@ -1,11 +1,12 @@
 """Ranks that are killed, that stop, or that meet an error alone."""
 
+import re
 import signal
 import time
 
 import pytest
 
-from tests.faults.run import LONG, logged, wait_for
+from tests.faults.run import LONG, logged, saved, wait_for
 from tests.launch import finish, losses, run, start
 
 pytest.importorskip("deepspeed")
@@ -42,17 +43,23 @@ def test_a_kill_at_any_moment(unbroken, tmp_path, ranks, moment):
 
 
 @pytest.mark.multi_rank
-def test_a_rank_that_stops_ends_the_run_after_the_timeout(tmp_path):
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_stops_ends_the_run_after_the_timeout_and_is_named(tmp_path, rank):
     processes = start(tmp_path, *LONG, "engine.timeout=8", ranks=2)
     wait_for(lambda: logged(tmp_path / "quickstart") >= 2)
-    processes[1].send_signal(signal.SIGSTOP)
+    processes[rank].send_signal(signal.SIGSTOP)
     began = time.time()
-    statuses, errors = finish(processes[:1], timeout=90)
-    processes[1].kill()
-    processes[1].communicate()
+    statuses, errors = finish([processes[1 - rank]], timeout=90)
+    processes[rank].kill()
+    processes[rank].communicate()
     assert time.time() - began > 6
     assert statuses == [1]
-    assert "rank 0 lost another rank, which ended or was silent for engine.timeout seconds" in errors
+    assert f"rank {1 - rank} lost another rank, which ended or was silent for engine.timeout seconds" in errors
+    if rank == 0:
+        assert "rank 0, which knows of all ranks, does not answer" in errors
+    else:
+        (ago,) = re.findall(r"last heard of: rank 1 (\d+) s ago, [a-z ]+ after step \d+; rank 0 [0-4] s ago", errors)
+        assert int(ago) >= 5
     assert "Traceback" not in errors
 
 
@@ -78,4 +85,42 @@ def test_an_error_that_one_rank_meets_is_said_with_its_number(tmp_path):
     assert statuses == [1, 1]
     assert "error: rank 1: something that this rank alone has met" in errors
     assert "error: rank 0 lost another rank" in errors
+    assert "Traceback" not in errors
+
+
+SLOW_WRITER = """
+import os, resource
+if os.environ["RANK"] == "1":
+    from ijepa_fast.run import checkpoint
+    write = checkpoint._write_fragments
+
+    def fails(draft, taken):
+        if taken.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        return write(draft, taken)
+
+    checkpoint._write_fragments = fails
+"""
+
+
+@pytest.mark.multi_rank
+def test_a_checkpoint_that_one_rank_cannot_write_ends_the_run_on_all(tmp_path):
+    """In the writer's thread, while the steps go on: said once, with the rank."""
+    statuses, errors = finish(start(tmp_path, *LONG, "log.checkpoint_every=2", ranks=2, first=SLOW_WRITER))
+    assert statuses == [1, 1]
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "step-00000004 cannot be written by rank 1: File too large" in error
+    assert saved(tmp_path / "quickstart") == [2]
+    assert not list((tmp_path / "quickstart" / "checkpoints").glob(".step-*"))
+    assert "Traceback" not in errors
+
+
+def test_a_rank_that_does_not_start_is_said(tmp_path):
+    code = "from ijepa_fast.engine import engine; engine.RENDEZVOUS = 4"
+    processes = start(tmp_path, *LONG, "engine.timeout=4", ranks=2, first=code)
+    processes[1].kill()
+    processes[1].communicate()
+    statuses, errors = finish(processes[:1], timeout=120)
+    assert statuses == [1]
+    assert "error: rank 0 waited in vain for all 2 ranks to start" in errors
     assert "Traceback" not in errors

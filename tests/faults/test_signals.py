@@ -14,7 +14,9 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", pytest.param("SIGUSR2", marks=pytest.mark.slow)]
+)
 def test_one_rank_without_a_launcher(tmp_path, name):
     folder, number = tmp_path / "quickstart", getattr(signal, name)
     processes = start(tmp_path, *LONG)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ijepa_fast.kernels.adamw_ema import adamw_ema_, adamw_ema_multi_, reference, step_scalars
+from ijepa_fast.kernels.adamw_ema import adamw_ema_, adamw_ema_groups_, adamw_ema_multi_, reference, step_scalars
 from ijepa_fast.kernels.common import dispatch, native
 from tests import oracle
 
@@ -125,6 +125,73 @@ def test_list_is_each_tensor_by_itself(implementation, kind):
     for row, other in zip(actual, expected):
         for x, y in zip(row, other):
             assert x is None if y is None else torch.equal(x, y)
+
+
+GROUPS = (2, 0, 1, 1, 0, 2, 1)
+OF_GROUPS = ({}, {"weight_decay": 0.0}, {"lr": 0.1, "momentum": 0.5})
+
+
+def in_groups(rows, scalars, averaged):
+    """One step of `rows`, each with the scalars of its group; the first `averaged` have an average."""
+    params, grads, exp_avgs, exp_avg_sqs, emas, param_outs, ema_outs = zip(*rows)
+    param_outs, ema_outs = (() if None in column else column for column in (param_outs, ema_outs[:averaged]))
+    adamw_ema_groups_(
+        params, grads, exp_avgs, exp_avg_sqs, emas[:averaged], scalars, GROUPS, param_outs, ema_outs[:averaged]
+    )
+
+
+@pytest.mark.parametrize("averaged", [0, 4, len(SIZES)])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "mixed"])
+def test_groups_are_each_tensor_by_itself(implementation, kind, averaged):
+    """Bit for bit, with the hyperparameters of its group."""
+    rows = [make(shape, kind, implementation) for shape in SIZES]
+    for row in rows[averaged:]:
+        row[4] = row[6] = None
+    expected = [step(row, **OF_GROUPS[group]) for row, group in zip(rows, GROUPS, strict=True)]
+    scalars = torch.stack([step_scalars(**HYPER | changes) for changes in OF_GROUPS]).to(implementation)
+    actual = [copies(row) for row in rows]
+    in_groups(actual, scalars, averaged)
+    for row, other in zip(actual, expected, strict=True):
+        for x, y in zip(row, other, strict=True):
+            assert x is None if y is None else torch.equal(x, y)
+
+
+def test_a_list_is_one_launch(triton_everywhere, monkeypatch):
+    """H/14's 539 tensors were as many. Pointers are kept: a second step makes no new table."""
+    from ijepa_fast.kernels.adamw_ema import kernel
+
+    launches, tables = [], []
+    launch, make_tables = kernel._adamw_ema_groups_kernel, kernel._tables_of
+    kinds = {"__getitem__": lambda self, grid: lambda *a, **k: (launches.append(grid), launch[grid](*a, **k))}
+    monkeypatch.setattr(kernel, "_adamw_ema_groups_kernel", type("Counted", (), kinds)())
+    monkeypatch.setattr(kernel, "_tables_of", lambda *a: (tables.append(1), make_tables(*a))[1])
+    rows = [make((16 * (i + 1),), "bf16", triton_everywhere) for i in range(len(GROUPS))]
+    scalars = torch.stack([step_scalars(**HYPER | changes) for changes in OF_GROUPS]).to(triton_everywhere)
+    expected = [step(step(row, **OF_GROUPS[group]), **OF_GROUPS[group]) for row, group in zip(rows, GROUPS)]
+    for _ in range(2):
+        in_groups(rows, scalars, 4)
+    assert launches == [(len(GROUPS),)] * 2
+    assert len(tables) == 1
+    for row, other in zip(rows[:4], expected):
+        assert torch.equal(row[0], other[0])
+        assert torch.equal(row[6], other[6])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"groups": [0, 3]}, r"groups: expected rows of 1, got \[0, 3\]"),
+        ({"grads": [torch.zeros(4)]}, "grads: expected 2 of them, got 1"),
+        ({"emas": [torch.zeros(4)] * 3}, "emas: expected 2 of them, got 3"),
+        ({"scalars": torch.zeros(1, 8, dtype=torch.float64)}, "scalars"),
+        ({"grads": [torch.zeros(4), torch.zeros(4).bfloat16()]}, r"grads\[1\]: expected torch.float32"),
+    ],
+)
+def test_bad_groups(changes, says):
+    given = {name: [torch.zeros(4), torch.zeros(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")}
+    given |= {"scalars": torch.zeros(1, 9, dtype=torch.float64), "groups": [0, 0]}
+    with pytest.raises(ValueError, match=says):
+        adamw_ema_groups_(**given | changes)
 
 
 def test_empty_list(implementation):

@@ -5,6 +5,7 @@ import torch
 
 from ijepa_fast.kernels.bias_gelu import bias_gelu
 from ijepa_fast.kernels.common import dispatch
+from ijepa_fast.kernels.common import native as extension
 from ijepa_fast.kernels.linear import cpu, linear, native, ops, reference
 from tests import oracle
 
@@ -147,3 +148,17 @@ def test_compiles_once_for_many_token_counts():
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         linear(*change(*make(4, 6, 10)))
+
+
+def test_bfloat16_without_the_extension(monkeypatch):
+    """Where csrc is not built, the bias's gradient is PyTorch's sum."""
+    monkeypatch.setattr(extension, "_has_loops", lambda: False)
+    monkeypatch.setattr(cpu.native, "_column_sums", None)
+    monkeypatch.setattr(cpu.native, "_dweight", None)
+    x, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((5, 32), (48, 32), (48,)))
+    dy = torch.randn(5, 48).bfloat16()
+    if cpu.unsupported(x, weight):
+        pytest.skip("oneDNN has no bfloat16 product here")
+    cpu.linear(x, weight, bias).backward(dy)
+    assert torch.equal(bias.grad, dy.sum(0))
+    torch.testing.assert_close(weight.grad.float(), dy.float().T @ x.detach().float(), rtol=0.02, atol=0.05)

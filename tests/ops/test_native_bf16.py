@@ -217,7 +217,8 @@ def test_linear(poisoned, tokens, inputs, outputs):
 
 @needs_amx
 @pytest.mark.parametrize(
-    ("tokens", "inputs", "outputs"), [(0, 16, 16), (1, 16, 32), (513, 528, 272), (70, 48, 16), (1030, 1040, 48)]
+    ("tokens", "inputs", "outputs"),
+    [(0, 16, 16), (1, 16, 32), (513, 528, 272), (70, 48, 16), (1030, 1040, 48), (300, 400, 1536)],
 )
 def test_weight_gradient(poisoned, tokens, inputs, outputs):
     """Tokens, rows and columns beyond one block, tiles that are not full."""

@@ -15,14 +15,14 @@ def make(batch, rows, columns, patch, device="cpu"):
     return torch.randint(0, 256, (batch, rows * patch, columns * patch, 3), dtype=torch.uint8).to(device)
 
 
-def check(images, patch, width, dtype):
-    arguments = images, patch, MEAN, STD
-    width = width or (3 * patch * patch + 7) // 8 * 8
+def check(images, patch, width, dtype, mean=MEAN, std=STD):
+    arguments, channels = (images, patch, mean, std), images.shape[3]
+    width = width or (channels * patch * patch + 7) // 8 * 8
     actual = patchify(*arguments, dtype=dtype, width=width)
     oracle.assert_within_budget(
         actual, reference.patchify(*arguments, dtype, width), reference.patchify(*arguments, torch.float64, width)
     )
-    assert not actual[:, 3 * patch * patch :].any()
+    assert not actual[:, channels * patch * patch :].any()
 
 
 @pytest.mark.gpu
@@ -47,6 +47,23 @@ def test_matches_reference(triton_everywhere, poisoned, batch, rows, columns, pa
     check(make(batch, rows, columns, patch, triton_everywhere), patch, width, dtype)
 
 
+PIXELS = {
+    torch.uint8: lambda shape: torch.randint(256, shape, dtype=torch.uint8),
+    torch.uint16: lambda shape: torch.randint(1 << 16, shape, dtype=torch.int32).to(torch.uint16),
+    torch.float32: lambda shape: 40 * torch.randn(shape) - 3,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize(("channels", "patch", "width"), [(1, 8, None), (2, 5, 56), (3, 4, None), (13, 4, 240)])
+def test_any_channels_and_depths(triton_everywhere, poisoned, channels, patch, width, pixels, dtype):
+    images = PIXELS[pixels]((3, 2 * patch, 3 * patch, channels)).to(triton_everywhere)
+    unit = 40.0 if pixels == torch.float32 else 1.0
+    mean, std = torch.rand(channels).mul(unit).tolist(), (torch.rand(channels) + 0.1).mul(unit).tolist()
+    check(images, patch, width, dtype, mean, std)
+
+
 @pytest.mark.parametrize("patch", [14, 16])
 def test_is_the_input_of_the_convolution(triton_everywhere, patch):
     images = make(2, 2, 3, patch, triton_everywhere)
@@ -69,6 +86,8 @@ def test_every_byte_is_exact(triton_everywhere):
 def test_opcheck(triton_everywhere):
     images = make(2, 2, 3, 4, triton_everywhere)
     oracle.opcheck(torch.ops.ijepa_fast.patchify, images, 4, list(MEAN), list(STD), torch.float32, 56)
+    many = PIXELS[torch.float32]((2, 8, 12, 5)).to(triton_everywhere)
+    oracle.opcheck(torch.ops.ijepa_fast.patchify, many, 4, [0.0] * 5, [1.0] * 5, torch.float32, 80)
 
 
 def test_compiles_once(triton_everywhere):
@@ -79,13 +98,18 @@ def test_compiles_once(triton_everywhere):
 @pytest.mark.parametrize(
     ("argument", "change", "message"),
     [
-        ("images", lambda x: x.float(), "images: expected dtype torch.uint8"),
+        ("images", lambda x: x.double(), "images: expected dtype torch.uint8 or torch.uint16 or torch.float32"),
         ("images", lambda x: x[0], "images: expected shape"),
-        ("images", lambda x: x.permute(0, 3, 1, 2), r"images: expected shape \(any, any, any, 3\)"),
+        ("images", lambda x: x.permute(0, 3, 1, 2).contiguous(), "multiples of patch=14, got 3 x 28"),
+        (
+            "images",
+            lambda x: x[..., :2].contiguous(),
+            "expected 2 values each, one per channel, got 3 and 3",
+        ),
         ("images", lambda x: x.mT.contiguous().mT, "images: expected a contiguous"),
         ("patch", lambda x: 16, "multiples of patch=16, got 28 x 28"),
         ("patch", lambda x: 0, "multiples of patch=0"),
-        ("mean", lambda x: (0.5,), "mean, std: expected three values each, got 1 and 3"),
+        ("mean", lambda x: (0.5,), "mean, std: expected 3 values each, one per channel, got 1 and 3"),
         ("dtype", lambda x: torch.int8, "dtype: expected a floating-point dtype"),
         ("dtype", lambda x: torch.float64, "dtype: the Triton kernel computes in fp32"),
         ("width", lambda x: 587, "width: expected at least"),

@@ -1,0 +1,141 @@
+"""From files to samples, where a file is not one image: stacks of images, pages, windows of large images."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ijepa_fast.data.formats import STACKS, TIFF, count, extension, labels, open_image
+from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.index import Index, Names
+from ijepa_fast.data.reading import Raster, Reading
+from ijepa_fast.data.tables import add_column
+
+_THREADS = 8
+_SHARE = 0.5  # of a window must lie where the map says, at least
+
+
+def is_single(path: str) -> bool:
+    """Whether one path is a source of its own: a file of arrays, or a TIFF."""
+    return extension(path.rstrip("/")) in (*STACKS, *TIFF) and os.path.exists(path)
+
+
+def expand(index: Index, root: str, reading: Reading) -> Index:
+    """The index with a sample for each image of each file, and for each window of each image.
+
+    A stack's own labels are taken where the collection has no others. Raises ValueError, naming the file that cannot be
+    opened, and ImportError for a package that reading it needs.
+    """
+    names = [index.names[number] for number in range(len(index))]
+    if index.shards or not names:
+        if reading.window and names:
+            raise ValueError("data.window: images in archives are not read by windows; unpack them")
+        return index
+    paths = [os.path.join(root, name) for name in names]
+    several = extension(names[0]) in STACKS or (extension(names[0]) in TIFF and reading.page == "each")
+    if several:
+        counts = _counts(paths, reading)
+        if max(counts) > 1 or len(counts) == 1:
+            rows = np.repeat(np.arange(len(names)), counts)
+            index = _taken(index, rows)
+            index.page = np.concatenate([np.arange(number) for number in counts])
+            if not index.labels:
+                own = [part for path in paths if (part := labels(path, reading)) is not None]
+                if len(own) == len(paths):
+                    values = np.concatenate(own)
+                    add_column(index.labels, index.classes, "class", [str(value) for value in values.tolist()])
+    return index if reading.window is None else _windows(index, root, reading)
+
+
+def _counts(paths: list[str], reading: Reading) -> list[int]:
+    """How many images each file holds. One among others that cannot be opened holds one, which is bad when it is read.
+
+    Raises ValueError, for the first, where none can be opened.
+    """
+    problems: list[ValueError | OSError] = []
+
+    def of(path: str) -> int:
+        try:
+            return count(path, reading)
+        except (ValueError, OSError) as error:
+            problems.append(error)
+            return 1
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        counts = list(pool.map(of, paths))
+    if len(problems) == len(paths):
+        raise problems[0]
+    return counts
+
+
+def _taken(index: Index, rows: np.ndarray) -> Index:
+    """The index of the samples `rows` of another."""
+    return Index(
+        Names.of([index.names[row] for row in rows.tolist()]),
+        labels={name: np.asarray(values)[rows] for name, values in index.labels.items()},
+        classes=index.classes,
+        page=index.page[rows] if len(index.page) else index.page,
+        watched=index.watched,
+        left_out=index.left_out,
+        problem=index.problem,
+    )
+
+
+def _windows(index: Index, root: str, reading: Reading) -> Index:
+    """The index of the windows of all images: a grid of squares, the last ones moved in to the border."""
+    size = reading.window or 0
+    rows: list[int] = []
+    corners: list[np.ndarray] = []
+    for number in range(len(index)):
+        name, page = index.names[number], int(index.page[number]) if len(index.page) else 0
+        path = os.path.join(root, name)
+        try:
+            raster = open_image(name, path, reading, page)
+        except BadImage as error:
+            raise ValueError(f"{path}: {error}") from None
+        places = [np.array([y, x]) for y in _starts(raster.height, size) for x in _starts(raster.width, size)]
+        if reading.where is not None:
+            places = _where(places, raster, size, name, reading)
+        corners += places
+        rows += [number] * len(places)
+    if not rows:
+        raise ValueError(f"data.where={reading.where} leaves no window of {root}; is it nonzero where data are?")
+    if len(index.page) == 0:
+        index.page = np.zeros(len(index), np.int64)
+    index = _taken(index, np.array(rows))
+    index.y, index.x = np.stack(corners).T.astype(np.int64).copy()
+    return index
+
+
+def _starts(length: int, size: int) -> list[int]:
+    """Where windows of `size` begin along an axis: side by side, the last one ending at the border."""
+    if length <= size:
+        return [0]
+    count = -(-length // size)
+    return [min(number * size, length - size) for number in range(count)]
+
+
+def _where(places: list[np.ndarray], raster: Raster, size: int, name: str, reading: Reading) -> list[np.ndarray]:
+    """Those places whose window lies where the map is not zero, by half of it at least. The map may be coarser."""
+    path = str(reading.where)
+    if os.path.isdir(path):
+        stem = os.path.splitext(os.path.basename(name))[0]
+        found = sorted(file for file in os.listdir(path) if os.path.splitext(file)[0] == stem)
+        if not found:
+            raise ValueError(f"data.where={path}: expected a map named {stem}.*, found none; add one, empty or full")
+        path = os.path.join(path, found[0])
+    try:
+        opened = open_image(path, path, Reading(channels=1, depth="float32"))
+    except BadImage as error:
+        raise ValueError(f"data.where={path}: {error}") from None
+    inside = opened.read(0, 0, opened.height, opened.width).max(axis=2) > 0
+    scale = np.array(inside.shape) / (raster.height, raster.width)
+    kept = []
+    for place in places:
+        low = np.floor(place * scale).astype(int)
+        high = np.maximum(np.ceil((place + size) * scale).astype(int), low + 1)
+        if inside[low[0] : high[0], low[1] : high[1]].mean() >= _SHARE:
+            kept.append(place)
+    return kept

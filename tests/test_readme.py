@@ -1,0 +1,131 @@
+"""Every command of the README runs, from a folder of its own; what is too large here runs smaller, by overrides."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("nvidia.dali")
+
+from PIL import Image
+
+from ijepa_fast import configs
+from tests.launch import ROOT, unlaunched
+
+README = (ROOT / "README.md").read_text()
+SMALL = ["model.arch=null", "model.dim=32", "model.depth=2", "model.heads=2", "model.predictor_dim=16"]
+SMALL += ["model.predictor_depth=1", "data.crop=64", "batch_size=8", "optim.steps=2", "optim.epochs=40", "log.every=1"]
+SMALL += ["engine.precision=fp32"]
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in re.findall(r"(?:^    [^ \n].*\n)+", README, re.MULTILINE)
+    for line in block.splitlines()
+]
+# By scripts of their own: .ci/run sets up, tests and packages.
+ELSEWHERE = {"pip install .": ".ci/package"}
+ADDED = {
+    "--config quickstart": [*SMALL, "model.patch=8", "data.scenes=64", "data.scenes_size=32", "probe.images=60"],
+    "--config photos": [*SMALL],
+    "--config vit_small16": [*SMALL],
+    "--config in1k_vith14_ep300": ["--print-config"],
+    "--checkpoint runs/photos --data": ["--resize", "64", "--batch-size", "8"],
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An empty folder, with images in data/ and cat.jpg, and `ijepa-fast`, `deepspeed` on its path."""
+    folder = tmp_path_factory.mktemp("readme")
+    generator = np.random.default_rng(0)
+    for part, count in (("photos", 40), ("train", 24), ("val", 12)):
+        for i in range(count):
+            kind = folder / "data" / part / ("red" if i % 2 else "blue")
+            kind.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 200, (6, 8, 3), dtype=np.uint8)
+            pixels[..., 0 if i % 2 else 2] = 255
+            Image.fromarray(pixels).resize((96, 72), Image.Resampling.BICUBIC).save(kind / f"{i}.jpg")
+    shutil.copy(folder / "data" / "train" / "red" / "1.jpg", folder / "cat.jpg")
+    (folder / "hosts").write_text("localhost slots=1\n")
+    (folder / "bin").mkdir()
+    script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ijepa_fast "$@"\n'
+    (folder / "bin" / "ijepa-fast").write_text(script)
+    (folder / "bin" / "ijepa-fast").chmod(0o755)
+    return folder
+
+
+def run(place: Path, command: str) -> str:
+    added = [word for words, more in ADDED.items() if words in command for word in more]
+    if "plan" in command.split()[:2]:
+        added = [word for word in added if word.startswith(("batch_size", "optim.epochs"))]
+    words = [*shlex.split(command.replace("/data/", f"{place}/data/")), *added]
+    words = [str(ROOT / word) if word == "ijepa_fast/train.py" else word for word in words]
+    if "--hostfile" in words:  # other machines there are none: the rest of the line is checked
+        words = [sys.executable, *words[words.index("--hostfile") + 2 :]]
+    path = f"{place / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    environment = unlaunched(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TRITON_INTERPRET="0")
+    environment |= {"PATH": path, "PYTHONPATH": str(ROOT)}
+    if words[0] == "deepspeed":
+        words[1:1] = ["--num_gpus", "1", "--master_port", "29517"]
+    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) >= 12
+    assert "ijepa-fast train --config quickstart" in COMMANDS
+    for command, script in ELSEWHERE.items():
+        assert command in COMMANDS
+        assert script in (ROOT / ".ci" / "run").read_text()
+
+
+# In the README's order: later ones use what earlier ones leave.
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_a_command_of_the_readme(place, command):
+    said = run(place, command)
+    if "train" in command.split()[:2] and "--hostfile" not in command:
+        name = re.search(r"name=(\S+)", command) or re.search(r"--config (\S+)", command)
+        assert f"results are in runs/{name.group(1)}/" in said
+    if "plan" in command.split()[:2]:
+        assert "40 images" in said
+        assert "fits on 1 x" in said
+    if "check-data" in command:
+        assert "40 files, 0 bad" in said
+
+
+def test_the_lines_of_python(place, monkeypatch):
+    """Six of them, on what the commands left."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(block.splitlines()) <= 7
+    monkeypatch.chdir(place)
+    there = {}
+    exec(block, there)
+    assert there["vectors"].shape == (1, 32)
+
+
+def test_the_first_screen():
+    """What, for whom, a picture, a figure with its machine and command, lines of Python and of output, in 60 lines."""
+    screen = "\n".join(README.splitlines()[:52])
+    for words in ("docs/masks.png", "times as fast as the published code", "Zen 5", "bench/throughput.py", "```python"):
+        assert words in screen
+    assert (ROOT / "docs" / "masks.png").stat().st_size > 10_000
+    assert len(README.splitlines()) < 126
+
+
+def test_the_figure_is_the_measured_one():
+    results = (ROOT / "docs" / "results.md").read_text()
+    rows = re.findall(r"^\| (fast|published) \| truncate \| no \| ([\d.]+) \|", results, re.MULTILINE)
+    place = rows.index(("published", "4.0"))
+    assert rows[place - 1] == ("fast", "8.6")
+    assert "8.6 against 4.0 images/s" in README
+
+
+def test_every_ready_configuration_is_named():
+    assert [name for name in configs.names() if f"`{name}`" not in README] == []
