@@ -26,6 +26,7 @@ import torch
 from bench import throughput
 from bench.baselines.case import Case
 from bench.baselines.contenders import work_of
+from ijepa_fast.methods.method import method_class
 from ijepa_fast.run.provenance import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ class Run:
 
 
 # Epochs of iBOT L/16: table 1 of I-JEPA's paper; of B/16: iBOT's paper, 1,600 effective ones, of which multi-crop makes
-# four of one.
+# four of one. DINO S/16: 1.75 days on 8 GPUs, its README. The others: published commands for the smallest network.
 RUNS = (
     Run("I-JEPA H/14", "ijepa", "vit_huge", 14, 300, 2048, 128, 16 * 72, "A100"),
     Run("I-JEPA L/16", "ijepa", "vit_large", 16, 600, 2048, 128),
@@ -62,6 +63,10 @@ RUNS = (
     Run("iBOT S/16", "ibot", "vit_small", 16, 800, 1024, 64, 16 * 193.4, "V100"),
     Run("iBOT B/16", "ibot", "vit_base", 16, 400, 1024, 64),
     Run("iBOT L/16", "ibot", "vit_large", 16, 250, 1024, 64),
+    Run("DINO S/16", "dino", "vit_small", 16, 100, 512, 64, 8 * 42, "V100"),
+    Run("data2vec B/16", "data2vec", "vit_base", 16, 800, 2048, 128),
+    Run("BEiT B/16", "beit", "vit_base", 16, 800, 2048, 128),
+    Run("SimMIM B/16", "simmim", "vit_base", 16, 800, 2048, 128),
 )
 OURS = RUNS[0]
 
@@ -87,8 +92,7 @@ CLAIMS = (
 def measure(run: Run, args: argparse.Namespace) -> dict:
     """Throughput of `run` on this machine, as bench/throughput.py reports it."""
     cuda = args.device.startswith("cuda")
-    # iBOT's batches are all of different shapes, so that no graph of one would be used again.
-    impl = "fast-graphs" if cuda and run.method != "ibot" else "fast"
+    impl = "fast-graphs" if cuda and "graphs" in method_class(run.method).capabilities else "fast"
     batch = args.batch or (BATCHES[run.arch] if cuda else 2)
     options = ["--method", run.method, "--impl", impl, "--context", args.context, "--device", args.device]
     options += ["--model", run.arch, "--patch", str(run.patch), "--crop", str(run.crop), "--batch", str(batch)]

@@ -39,8 +39,10 @@ if __package__ in (None, ""):
 
 import torch
 
+from bench.baselines.others import PLAIN
 from bench.registry import MODELS, OPS
 from bench.run import ROOT, about, slug
+from ijepa_fast.methods.method import METHODS
 
 TEST_SECONDS = 60  # of one test
 SHARDS = {"varlen_attention": 4}  # processes for an op's tests, where not one: most of their time is compilation
@@ -114,6 +116,17 @@ PLAN = (
     steps("mae-h14", "--method mae --model vit_huge --patch 14 --batch 64 --impl fast,fast-graphs,plain", 25),
     steps("ibot-s16", "--method ibot --model vit_small --batch 32 --impl fast,plain", 20),
     steps("ijepa-h14-largest", "--model vit_huge --patch 14 --max-batch --impl fast", 40, toy=None),
+)
+# And every registered method that has none, by its own name; with its plain rendering where there is one.
+PLAN += tuple(
+    steps(
+        f"{name}-s16",
+        f"--method {name} --model vit_small --batch 32 --impl fast{',plain' * (name in PLAIN)}",
+        20,
+        toy=None,
+    )
+    for name in METHODS
+    if name not in ("ijepa", "mae", "ibot")
 )
 
 

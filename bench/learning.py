@@ -36,6 +36,7 @@ from ijepa_fast.engine.engine import choose_device
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import against, figures_of
 from ijepa_fast.interop.load import load
+from ijepa_fast.methods.method import METHODS
 from ijepa_fast.report.plots import COLOURS, read_log
 from ijepa_fast.report.summary import train_seconds
 from ijepa_fast.run.build import build_draw, build_method
@@ -52,8 +53,12 @@ RUNS = {
     "mae": ("mae_cifar10", []),
     "pixels": ("cifar10", ["objective.options.target=pixels", "objective.options.loss=l2"]),
     "ibot": ("ibot_cifar10", ["model.patch=4"]),  # as the others have
-} | {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
-GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels")}
+    "dino": ("dino_cifar10", ["model.patch=4"]),
+}
+# Every other method by its own config.
+RUNS |= {name: (f"{name}_cifar10", []) for name in METHODS if name not in RUNS}
+RUNS |= {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
+GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels"), "all": METHODS}
 BATCHES = 20  # whose work is averaged
 HEADS = ("linear", "20-NN")  # probes in the table and the plot
 
@@ -112,14 +117,15 @@ def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
     epochs = preset.steps * preset.batch / images
     rate = preset.rates.get("ijepa" if name in MASKS else name)
     found = [] if rate is None else [f"optim.lr={rate}"]
-    if name == "mae":
+    method = build_method(load_config(RUNS[name][0], RUNS[name][1]))
+    if not method.averaged:
         return found
     # One in 150 of the first weights is left in the average at the end.
     ema = max(0.9, 1 - 5 / preset.steps)
     found += [f"optim.ema={ema}", f"optim.final_ema={ema}"]
-    if name != "ibot":
-        return found
     shares = {"temperature_epochs": 0.3 * epochs, "frozen_epochs": 0.05 * epochs}
+    if not shares.keys() <= vars(method.options).keys():
+        return found
     return [*found, *(f"objective.options.{key}={value}" for key, value in shares.items())]
 
 

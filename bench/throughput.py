@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
+from bench.baselines import others
 from bench.baselines.case import Case
 from bench.baselines.contenders import FAST, LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
@@ -34,10 +35,10 @@ from bench.timing import synchronise
 from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.methods import ibot, mae
+from ijepa_fast.methods.method import METHODS, method_class
 from ijepa_fast.models.flops import PEAKS
 from ijepa_fast.run.provenance import device_name
 
-METHODS = ("ijepa", "mae", "ibot")
 IMPLS = (*FAST, "strong", "plain", "published")
 CONTEXTS = ("truncate", "full", "budget")
 # Relative differences of loss and gradient norm by rounding: fp32, and low precision whose casts differ.
@@ -246,6 +247,8 @@ def stream(case: Case, folder: str, threads: int):
     source, common = open_source(folder), {"batch_size": case.batch, "seed": case.seed, "threads": threads}
     if case.method == "ibot":
         loader = ViewLoader(source, views=ibot.views_of(case.crop, case.patch), **common)
+    elif case.method not in ("ijepa", "mae") and (views := others.sketch(case).views()):
+        loader = ViewLoader(source, views=views, **common)
     else:
         loader = TrainLoader(source, crop=case.crop, **(mae.VIEW if case.method == "mae" else {}), **common)
     try:
@@ -329,8 +332,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("fast,strong" if cuda else "none")
     for impl in args.impl:
-        if "graphs" in impl and (args.method == "ibot" or not cuda):
-            parser.error(f"--impl {impl}: expected --method ijepa or mae, and --device cuda")
+        if "graphs" in impl and ("graphs" not in method_class(args.method).capabilities or not cuda):
+            able = " or ".join(name for name in METHODS if "graphs" in method_class(name).capabilities)
+            parser.error(f"--impl {impl}: expected --method {able}, and --device cuda")
         if "fp8" in impl and (args.method != "ijepa" or args.precision != "bf16"):
             parser.error(f"--impl {impl}: expected --method ijepa and --precision bf16, which it is compared with")
     return args

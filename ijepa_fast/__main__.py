@@ -18,6 +18,7 @@ COMMANDS = {
     "report": ("ijepa_fast.report", "make one HTML page of a run"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
     "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),
+    "tokenizer": ("ijepa_fast.eval.tokens", "fit a tokenizer of patches, for methods that predict tokens"),
     "configs": ("ijepa_fast.configs", "list the ready configurations, or print one"),
     "doctor": ("ijepa_fast.doctor", "say what this machine has, and try it"),
 }

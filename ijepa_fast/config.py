@@ -105,6 +105,7 @@ class Optim:
     start_lr: float = key(2e-4, "learning rate at the start of the warm-up", least=0)
     lr: float = key(1e-3, "learning rate at its end", least=0)
     final_lr: float = key(1e-6, "learning rate at the end of the run", least=0)
+    drop_epochs: list[float] = key([], "epochs at which it falls to a tenth; none: it falls as a cosine", least=0)
     weight_decay: float = key(0.04, "at the start", least=0)
     final_weight_decay: float = key(0.4, "at the end of the run", least=0)
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
@@ -113,7 +114,8 @@ class Optim:
     ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps", least=0, most=1)
     final_ema: float = key(1.0, "momentum of the EMA at the end of the run", least=0, most=1)
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
-    clip: float = key(0.0, "largest global gradient norm; 0: no clipping", least=0)
+    clip: float = key(0.0, "largest norm of the gradient; 0: no clipping", least=0)
+    clip_by: str = key("whole", "whose norm: of all together, or of each parameter", choices=("whole", "parameter"))
 
 
 @dataclass

@@ -64,6 +64,7 @@ def train(config: Config) -> None:
     hooks = functions("hooks", config.hooks)
     schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
     method = build_method(config, length.steps_per_epoch)
+    method.ready()
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
     pulse.begin(rank, ranks)

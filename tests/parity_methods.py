@@ -8,10 +8,8 @@ from torch import nn
 
 from ijepa_fast.masks.crops import lay_out, teacher_temperature
 from ijepa_fast.methods import ibot, mae
-from tests.parity import patches_of, relative_error, weights
+from tests.parity import RAW, patches_of, relative_error, weights
 from tests.small import from_masks, setup_of
-
-RAW = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # the archives' images are normalised
 
 
 def parity_mae(archive) -> dict[str, float]:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("deepspeed")
+
 from ijepa_fast.config import load_config
 from ijepa_fast.masks.crops import LARGE
 from ijepa_fast.run.build import build_draw, build_method

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from bench.baselines.case import Case
+from bench.baselines.contenders import make_contenders, work_of
+from bench.baselines.others import PLAIN
 from bench.baselines.plain import Encoder, PlainStep, Predictor, load_published
+from bench.baselines.plain_data2vec import PlainData2VecStep
+from bench.baselines.plain_dino import PlainDINOStep
 from bench.baselines.plain_ibot import PlainIBOTStep
 from bench.baselines.plain_mae import PlainMAEStep
 from bench.baselines.strong import StrongStep
+from ijepa_fast.methods.method import METHODS
 from tests.parity import relative_error
+from tests.parity_masked import config_of
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-4
@@ -109,3 +116,74 @@ def test_plain_ibot_is_the_published_one():
         assert relative_error(step.patch_centre, archive["center2_after"]) < TOLERANCE
         for name, golden in state(archive, "grad").items():
             assert relative_error(step.student.get_parameter(name).grad, golden) < TOLERANCE, name
+
+
+def test_plain_dino_is_the_published_one():
+    with np.load(DATA / "dino_step.npz") as archive:
+        config = config_of(archive)
+        backbone = {"image_size": config["image"]} | {k: config[k] for k in ("patch", "dim", "depth", "heads")}
+        head = {"hidden": config["hidden"], "bottleneck": config["bottleneck"], "prototypes": config["out"]}
+        step = PlainDINOStep(backbone | {"drop_path": 0.0}, head)
+        step.student.load_state_dict(ungained(state(archive, "student")))
+        step.teacher.load_state_dict(ungained(state(archive, "teacher")))
+        for network, prefix in ((step.student, "student"), (step.teacher, "teacher")):
+            give_gains(network.head.last_layer, torch.from_numpy(archive[f"{prefix}/head.last_layer.weight_g"]))
+        step.centre = torch.from_numpy(archive["center_before"])
+        crops = [torch.from_numpy(archive[f"crop{i}"]) for i in range(2 + config["locals"])]
+        loss = step.loss(crops, float(archive["teacher_temp"]))
+        loss.backward()
+        assert relative_error(loss, archive["loss"]) < TOLERANCE
+        assert relative_error(step.centre, archive["center_after"]) < TOLERANCE
+        for name, golden in ungained(state(archive, "grad")).items():
+            assert relative_error(step.student.get_parameter(name).grad, golden) < TOLERANCE, name
+
+
+def ungained(tensors):
+    """Without the gains of prototypes, which are 1 in the rendering."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("weight_g")}
+
+
+def give_gains(layer, gains):
+    """The archive's prototypes have gains."""
+    layer.forward = lambda x: torch.nn.functional.linear(
+        x, gains * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
+    )
+
+
+def test_plain_data2vec_is_the_published_one():
+    with np.load(DATA / "data2vec_step.npz") as archive:
+        config = config_of(archive)
+        sizes = {"image_size": config["image"]} | {k: config[k] for k in ("patch", "dim", "depth", "heads")}
+        sizes |= {"layer_scale": config["layer_scale"], "drop_path": 0.0}
+        step = PlainData2VecStep(sizes, config["target_layers"], config["l1_beta"])
+        for network, prefix in ((step.network, "model"), (step.average, "model_ema")):
+            golden = state(archive, prefix)
+            network.load_state_dict({k: v for k, v in golden.items() if not k.endswith("position_index")})
+        mask = torch.from_numpy(archive["bool_masked_pos"]).flatten(1)
+        loss = step.loss(torch.from_numpy(archive["images"]), mask)
+        loss.backward()
+        assert relative_error(loss, archive["loss"]) < TOLERANCE
+        for name, golden in state(archive, "grad").items():
+            assert relative_error(step.network.get_parameter(name).grad, golden) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_a_rendering_and_this_projects_step_are_one(name):
+    """The same loss and the same gradient of the patch embedding, on the benchmark's own images and draws."""
+    head = {"dino": {"hidden": 16, "bottleneck": 8, "prototypes": 32, "small_crops": 2}}
+    head["data2vec"] = {"masked": 30, "layers": 1, "layer_scale": 0.5}
+    widths = (32, 2, 2, 4.0, 16)
+    case = Case(name, widths=widths, crop=64, patch=8, batch=2, batches=1, head=head[name] | {"drop_path": 0.0})
+    ours, plain = (contender.fingerprint() for contender in make_contenders(case, ["fast", "plain"], ["truncate"]))
+    assert plain == pytest.approx(ours, rel=1e-4)
+    tokens, published, executed = work_of(case)
+    assert tokens > 0
+    assert 0.5 * published < executed < published
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_registered_method_has_work_and_a_step(name):
+    case = Case(name, widths=(32, 6, 2, 4.0, 32), crop=224, patch=16, batch=2, batches=1, predictor_depth=1)
+    assert min(work_of(case, "truncate")) > 0
+    (contender,) = make_contenders(case, ["fast"], ["truncate"])
+    assert contender.run(0).isfinite()

@@ -29,7 +29,7 @@ def test_a_file_comes_before_a_name_and_a_folder_does_not(tmp_path, monkeypatch)
     [
         ("quickstrat", "did you mean quickstart, of the ready ones "),
         ("elsewhere/quickstart.yaml", "there is no file elsewhere/quickstart.yaml; did you mean quickstart"),
-        ("xyz", "the ready ones are cifar10, "),
+        ("xyz", "the ready ones are beit_cifar10, "),
     ],
 )
 def test_an_unknown_one_lists_the_ready_ones(name, words, tmp_path, monkeypatch):

@@ -45,15 +45,13 @@ def test_ibot_gets_two_large_and_ten_small_views_and_resumes_exactly(photos):
     assert all(torch.equal(a, b) for a, b in zip(resumed.images, batches[2].images))
 
 
-def plain(monkeypatch, **chances):
-    """No jitter and no grey, and the given chances."""
-    for name, value in ({"_JITTER": 0.0, "_GREY": 0.0} | chances).items():
-        monkeypatch.setattr(f"ijepa_fast.data.views.{name}", value)
+def plain(crop=64, **options):
+    """A view without jitter and grey, but for the `options`."""
+    return View(crop, **({"scale": (0.5, 1.0), "jitter": 0.0, "grey": 0.0} | options))
 
 
-def test_a_view_without_augmentation_is_its_window_or_the_mirror_of_it(photos, monkeypatch):
-    plain(monkeypatch)
-    (batch,) = take(photos, 1, views=[View(64, (1.0, 1.0), blur=0.0)], ratio=(1.0, 1.0), interpolation="bilinear")
+def test_a_view_without_augmentation_is_its_window_or_the_mirror_of_it(photos):
+    (batch,) = take(photos, 1, views=[plain(scale=(1.0, 1.0))], ratio=(1.0, 1.0), interpolation="bilinear")
     mirrored = 0
     for index, image in zip(batch.indices.tolist(), batch.images[0].numpy().astype(int)):
         with Image.open(photos.name(index)) as whole:
@@ -66,26 +64,30 @@ def test_a_view_without_augmentation_is_its_window_or_the_mirror_of_it(photos, m
     assert 0 < mirrored < 8
 
 
-def test_grey_solarisation_and_blur_do_what_they_say(photos, monkeypatch):
-    plain(monkeypatch)
-    view = View(64, (0.5, 1.0), blur=0.0)
-    base = take(photos, 1, views=[view])[0].images[0].int()
+def test_grey_solarisation_and_blur_do_what_they_say(photos):
+    base = take(photos, 1, views=[plain()])[0].images[0].int()
 
-    solarised = take(photos, 1, views=[View(64, (0.5, 1.0), blur=0.0, solarise=1.0)])[0].images[0].int()
+    solarised = take(photos, 1, views=[plain(solarise=1.0)])[0].images[0].int()
     assert torch.equal(solarised, torch.where(base >= 128, 255 - base, base))
 
-    blurred = take(photos, 1, views=[View(64, (0.5, 1.0), blur=1.0)])[0].images[0].int()
+    blurred = take(photos, 1, views=[plain(blur=1.0)])[0].images[0].int()
     steps = [(images[:, 1:] - images[:, :-1]).abs().float().mean() for images in (base, blurred)]
     assert steps[1] < 0.8 * steps[0]
 
-    plain(monkeypatch, _GREY=1.0)
-    grey = take(photos, 1, views=[view])[0].images[0].int()
+    grey = take(photos, 1, views=[plain(grey=1.0)])[0].images[0].int()
     assert (grey.amax(-1) - grey.amin(-1)).max() <= 2
     luma = (base.float() @ torch.tensor([0.299, 0.587, 0.114]) - grey[..., 0]).abs()
     assert luma.mean() < 2
 
-    plain(monkeypatch, _JITTER=1.0)
-    assert (take(photos, 1, views=[view])[0].images[0].int() - base).abs().float().mean() > 3
+    assert (take(photos, 1, views=[plain(jitter=1.0)])[0].images[0].int() - base).abs().float().mean() > 3
+
+
+def test_a_view_like_another_is_the_same_at_another_size(photos):
+    views = [plain(jitter=1.0), plain(crop=32, jitter=1.0, like=0), plain(crop=32, jitter=1.0)]
+    large, small, other = take(photos, 1, views=views)[0].images
+    halved = large.float().unflatten(1, (32, 2)).unflatten(3, (32, 2)).mean((2, 4))
+    assert (halved - small.float()).abs().mean() < 3
+    assert (halved - other.float()).abs().mean() > 6
 
 
 def test_views_of_one_image_differ(photos):

@@ -9,7 +9,8 @@ import torch
 
 from ijepa_fast.masks.crops import CropSampler, draw_masks, lay_out
 from ijepa_fast.methods.ibot import Options
-from ijepa_fast.models.vit import Encoder, Packed
+from ijepa_fast.models.layouts import Packed
+from ijepa_fast.models.vit import Encoder
 from tests.parity import TOLERANCE
 from tests.parity_methods import parity_ibot
 from tests.small import loss_of, small_ibot

@@ -26,6 +26,7 @@ from ijepa_fast.run.build import build_method
 from ijepa_fast.train import main as train
 from tests.data_images import write_photos
 
+TOKENS = f"tokenizer: {ROOT / 'tests' / 'data' / 'patch_tokens.safetensors'}, vocabulary: 32, token_patch: 4"
 # The config that each method is tried with, and what makes it small.
 TRIED = {
     "ijepa": ("quickstart", []),
@@ -37,8 +38,30 @@ TRIED = {
             "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",
         ],
     ),
+    "simmim": ("simmim_cifar10", ["mask.min_keep=null"]),
+    "data2vec": ("data2vec_cifar10", ["mask.min_keep=null", "objective.options={masked: 20, smallest: 4, layers: 2}"]),
+    "beit": ("beit_cifar10", ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4}}"]),
+    "dino": (
+        "dino_cifar10",
+        [
+            "mask.min_keep=null",
+            "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, norm_last_layer: false}",
+        ],
+    ),
     "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
+HEADED = ["target_encoder", "target_head"]
+CARRIED = {"ibot": 2, "dino": 1, "toy": 1}  # tensors that lie in a checkpoint beside the weights
+AVERAGED = {
+    "mae": [],
+    "simmim": [],
+    "beit": [],
+    "ibot": HEADED,
+    "dino": HEADED,
+}  # where not the encoder alone
+BY_CLASS = {"ibot", "dino"}  # read by the class token
+NO_CLASS_TOKEN = {"ijepa", "toy"}
+BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
 
 
@@ -101,16 +124,16 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
     carried = [tensor for key, tensor in found.items() if "|carried|" in key]
-    assert len(carried) == {"ibot": 2, "toy": 1}.get(name, 0)
+    assert len(carried) == CARRIED.get(name, 0)
     assert all(tensor.any() for tensor in carried)
     assert json.loads((broken / "summary.json").read_text())["steps"] == 6
 
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2)])
 def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
-    """Of iBOT on two ranks, whose centres are one."""
+    """Of iBOT and DINO on two ranks, whose centres are one; of DINO with each parameter's gradient clipped."""
     options = ("optim.steps=3",)
     folders = [
         train_small(tmp_path, name, f"name=stage{stage}", f"engine.zero={stage}", *options, ranks=ranks)
@@ -130,11 +153,11 @@ class TestEveryRunCanBeUsed:
     def test_load(self, finished, name):
         encoder = ijepa_fast.load(finished(name))
         features = encoder(torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8))
-        assert features.shape == (3, 1 if name == "ibot" else 64, 32)
+        assert features.shape == (3, 1 if name in BY_CLASS else 64, 32)
         assert features.isfinite().all()
         weights = read(finished(name))
         averaged = [network for network in weights.networks if network.startswith("target_")]
-        assert averaged == {"mae": [], "ibot": ["target_encoder", "target_head"]}.get(name, ["target_encoder"])
+        assert averaged == AVERAGED.get(name, ["target_encoder"])
         with pytest.raises(ValueError, match="'target_encoder' or 'encoder'"):
             ijepa_fast.load(finished(name), network="head")
 
@@ -154,6 +177,10 @@ class TestEveryRunCanBeUsed:
     def test_export(self, finished, name, form, tmp_path):
         """What is written gives the same features when it is loaded again, by this project."""
         out = tmp_path / ("out.safetensors" if form == "safetensors" else "out")
+        if form == "timm" and name in BEITS:
+            assert export.main(["--checkpoint", str(finished(name)), "--format", form, "--out", str(out)]) == 1
+            assert not out.exists()
+            return
         assert export.main(["--checkpoint", str(finished(name)), "--format", form, "--out", str(out)]) == 0
         images = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
         torch.testing.assert_close(ijepa_fast.load(out)(images), ijepa_fast.load(finished(name))(images))
@@ -164,14 +191,16 @@ class TestEveryRunCanBeUsed:
         model, loading = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
         assert not loading["unexpected_keys"]
         assert not [key for key in loading["missing_keys"] if "pooler" not in key]
-        assert type(model).__name__ == ("ViTModel" if name in ("mae", "ibot") else "IJepaModel")
+        kind = "IJepaModel" if name in NO_CLASS_TOKEN else "BeitModel" if name in BEITS else "ViTModel"
+        assert type(model).__name__ == kind
         encoder = ijepa_fast.load(finished(name))
         images = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
         mean, std = (torch.tensor(values)[:, None, None] for values in (encoder.mean, encoder.std))
         pixels = (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
         with torch.no_grad():
             tokens = model.eval()(pixels).last_hidden_state
-        tokens = {"ibot": tokens[:, :1], "mae": tokens[:, 1:]}.get(name, tokens)
+        if name not in NO_CLASS_TOKEN:
+            tokens = tokens[:, :1] if name in BY_CLASS else tokens[:, 1:]
         assert (encoder(images) - tokens).abs().max() < 1e-5
 
     def test_the_published_layout_is_ijepas(self, finished, name, tmp_path, capsys):
@@ -201,7 +230,7 @@ class TestEveryRunCanBeUsed:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ijepa", "mae", "ibot"])
+@pytest.mark.parametrize("name", ["ijepa", "mae", "ibot", "simmim"])
 def test_init_from_another_librarys_folder(finished, name, tmp_path):
     """A run that does not move has the exported encoder's features."""
     assert export.main(["--checkpoint", str(finished(name)), "--format", "hf", "--out", str(tmp_path / "hf")]) == 0

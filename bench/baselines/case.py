@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ijepa_fast.config import ARCHITECTURES, Data, Mask, Model
-from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
+from ijepa_fast.masks.crops import LARGE, CropSampler
+from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods import ibot, mae
 from ijepa_fast.methods.method import Setup
@@ -32,7 +33,7 @@ class Case:
     batches: int = 4  # distinct ones, taken in turn
     seed: int = 0
     compile: tuple[str, ...] = ()  # implementations that torch.compile may change
-    head: dict = field(default_factory=dict)  # iBOT's, where not as published
+    head: dict = field(default_factory=dict)  # the method's options, where not as published (not I-JEPA's, MAE's)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -79,19 +80,28 @@ class Case:
         return Setup(model, Data(source="synthetic", crop=self.crop), mask, options)
 
     def images(self, i: int) -> torch.Tensor | list[torch.Tensor]:
-        """Random images of batch `i`, uint8 (B, H, W, 3); for iBOT a list of them, one a view."""
+        """Random images of batch `i`, uint8 (B, H, W, 3); of several views a list of them."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + i)
 
         def draw(side: int) -> torch.Tensor:
             return torch.randint(256, (self.batch, side, side, 3), dtype=torch.uint8, generator=generator)
 
-        if self.method != "ibot":
+        if self.method in ("ijepa", "mae"):
             return draw(self.crop)
+        if self.method != "ibot":
+            from bench.baselines import others  # which is made of cases
+
+            sides = [view.crop for view in others.sketch(self).views()]
+            return [draw(side) for side in sides] if sides else draw(self.crop)
         small = ibot.small_crop_side(self.grid[0]) * self.patch
         return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
 
-    def masks(self, i: int) -> Masks | CropDraw:
-        """The masks of batch `i`; of iBOT a whole draw."""
+    def masks(self, i: int) -> Masks | Draw:
+        """The masks of batch `i`; of methods but I-JEPA and MAE a whole draw."""
+        if self.method not in ("ijepa", "mae", "ibot"):
+            from bench.baselines import others
+
+            return others.sketch(self).draw(self.batch, self.seed, i)
         if self.method == "ibot":
             side, published = self.grid[0], ibot.Options
             temperatures = published.first_temperature, published.temperature

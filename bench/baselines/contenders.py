@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench.baselines import plain
+from bench.baselines import others, plain
 from bench.baselines.case import Case
 from bench.baselines.plain import PlainStep, load_published, plain_batch
 from bench.baselines.plain_ibot import PlainIBOTStep
@@ -33,6 +33,7 @@ from ijepa_fast.methods import ibot, ijepa, mae
 from ijepa_fast.methods.ibot import IBOT
 from ijepa_fast.methods.ijepa import IJEPA
 from ijepa_fast.methods.mae import MAE
+from ijepa_fast.methods.method import METHODS as REGISTERED
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.flops import Transformer, Work
 
@@ -347,4 +348,29 @@ def _plain_crop_batch(views, draw):
     return views[:LARGE], views[LARGE:], list(masks), draw.temperature
 
 
-METHODS = {"ijepa": (_ijepa, _ijepa_work), "mae": (_mae, _mae_work), "ibot": (_ibot, _ibot_work)}
+def _other(case: Case, impls, contexts, external, engine) -> list[Contender]:
+    """Of a method that needs no word of its own."""
+    facts = count, work, _ = others.work(case)
+    steps = _fast(case, impls, lambda: others.make(case))
+    contenders = [Contender(impl, "full", _as_drawn, step, step.loss, step.method, *facts) for impl, step in steps]
+    if "plain" in impls:
+        if case.method not in others.PLAIN:
+            known = ", ".join(["ijepa", "mae", "ibot", *others.PLAIN])
+            raise ValueError(f"--impl plain: there is no plain rendering of {case.method}; there are of {known}")
+        plain = others.PLAIN[case.method]
+        step = plain.step(case, others.make(case))
+        network = step.student if hasattr(step, "student") else step.network
+        contenders.append(Contender("plain", "full", plain.prepare, step, step.loss_of, network, count, work, work))
+    return contenders
+
+
+def _other_work(case: Case, context: str) -> tuple[float, float, float]:
+    return others.work(case)
+
+
+def _as_drawn(images, draw):
+    return images, draw
+
+
+METHODS = dict.fromkeys(REGISTERED, (_other, _other_work))
+METHODS |= {"ijepa": (_ijepa, _ijepa_work), "mae": (_mae, _mae_work), "ibot": (_ibot, _ibot_work)}

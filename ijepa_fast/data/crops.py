@@ -17,16 +17,21 @@ TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe use
 class View:
     """How one view is made.
 
-    crop: its side, pixels. scale: lowest and highest share of the image's area. blur,
-    solarise: the chances of blur and of solarisation. sigma: range of the blur's standard deviation, pixels of the
-    view.
+    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise, jitter, grey: the
+    chances of blur, of solarisation, of colour jitter and of grey. sigma: range of the blur's standard deviation,
+    pixels of the view. strengths: the jitter's largest changes of brightness, contrast and saturation, as shares, and
+    of the hue, in turns. like: the number of the view whose window, mirroring and colours it has; None: its own.
     """
 
     crop: int
     scale: tuple[float, float]
-    blur: float
+    blur: float = 0.0
     solarise: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
+    jitter: float = 0.8
+    strengths: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grey: float = 0.2
+    like: int | None = None
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -18,9 +18,6 @@ from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
 from ijepa_fast.data.sources import Source
 
-# For every view: the chances of colour jitter and of grey, and the jitter's strengths.
-_JITTER, _GREY = 0.8, 0.2
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 36.0  # hue in degrees
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
 _NO_BLUR = 0.05  # standard deviation in pixels that changes nothing: DALI's filter needs one above 0
 
@@ -89,9 +86,10 @@ class ViewLoader(TrainLoader):
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
         sizes = np.array([row[2:] for row in rows])
+        streams = [_STREAM + (number if view.like is None else view.like) for number, view in enumerate(self.views)]
         draws = [
-            _draw(view, sizes, counter_uniform(self._seed, positions, 2 * TRIES + 12, _STREAM + number), self._ratio)
-            for number, view in enumerate(self.views)
+            _draw(view, sizes, counter_uniform(self._seed, positions, 2 * TRIES + 12, stream), self._ratio)
+            for view, stream in zip(self.views, streams)
         ]
         parameters = np.stack(draws)  # (V, B, 11)
         low, high = parameters[:, :, 0:2].min(0), parameters[:, :, 2:4].max(0)
@@ -111,14 +109,15 @@ def _draw(view: View, sizes: np.ndarray, uniform: np.ndarray, ratio: tuple[float
     windows = random_resized_crop(sizes, uniform[:, : 2 * TRIES + 2], view.scale, ratio)
     x, y, w, h = windows.T
     mirror, jitter, brightness, contrast, saturation, hue, grey, blur, sigma, solarise = uniform[:, 2 * TRIES + 2 :].T
-    strength = (jitter < _JITTER).astype(float)
+    jittered = (jitter < view.jitter).astype(float)
+    by = dict(zip(_COLOURS, (jittered * strength for strength in view.strengths), strict=True))
     columns = [
         *(y, x, y + h, x + w),
         mirror < 0.5,
-        1 + strength * _BRIGHTNESS * (2 * brightness - 1),
-        1 + strength * _CONTRAST * (2 * contrast - 1),
-        np.where(grey < _GREY, 0, 1 + strength * _SATURATION * (2 * saturation - 1)),
-        strength * _HUE * (2 * hue - 1),
+        1 + by["brightness"] * (2 * brightness - 1),
+        1 + by["contrast"] * (2 * contrast - 1),
+        np.where(grey < view.grey, 0, 1 + by["saturation"] * (2 * saturation - 1)),
+        360 * by["hue"] * (2 * hue - 1),
         np.where(blur < view.blur, view.sigma[0] + (view.sigma[1] - view.sigma[0]) * sigma, _NO_BLUR),
         solarise < view.solarise,
     ]

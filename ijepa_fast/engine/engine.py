@@ -14,6 +14,7 @@ import torch
 from ijepa_fast import config
 from ijepa_fast.config import ConfigError
 from ijepa_fast.cores import threads
+from ijepa_fast.engine.clipping import ClipEach
 from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS, Sharded
@@ -131,7 +132,7 @@ class Engine:
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values())
-        groups = parameter_groups(method.trained, method.averaged)
+        groups = parameter_groups(method.trained, method.averaged, method.undecayed)
         self.optimizer = AdamWEMA(
             [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
             betas=(optim.betas[0], optim.betas[1]),
@@ -142,15 +143,19 @@ class Engine:
             for group in groups
             for name, param in zip(group["names"], group["params"], strict=True)
         }
+        each = optim.clip > 0 and optim.clip_by == "parameter"
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=self.optimizer,
-            config=deepspeed_config(settings, optim.clip, micro_batch, device),
+            config=deepspeed_config(settings, 0 if each else optim.clip, micro_batch, device),
         )
         _bound_waits(settings.timeout + (AFTER if device.type == "cuda" else 0))
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
         self.optimizer.state.clear()
         self.layout = LAYOUTS[settings.zero](self._engine, self.optimizer, groups)
+        if each:
+            held = self.layout.partitions, self.layout.replicated
+            self.optimizer.clip = ClipEach(*held, optim.clip, list(self.shapes))
         averages = method.averaged.items()
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
         if settings.target_precision == "fp8" and has_fp8(device):

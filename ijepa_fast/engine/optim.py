@@ -42,6 +42,7 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema)
         super().__init__(params, defaults)
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
+        self.clip: Callable[[list[torch.Tensor]], object] | None = None  # of the gradients of a group's parameters
         self._scalars: torch.Tensor | None = None  # (groups, 9), on the device
         self.squares: torch.Tensor | None = None  # where set, a fp64 scalar: `step` adds the gradients' squares to it
 
@@ -131,6 +132,8 @@ class AdamWEMA(torch.optim.Optimizer):
             if self.squares is not None:
                 norms = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
                 self.squares += torch.stack(norms).double().square().sum()
+            if self.clip is not None:
+                self.clip(params)
             for state in states:
                 state["step"] += 1
             adamw_ema_multi_(
@@ -151,10 +154,13 @@ class AdamWEMA(torch.optim.Optimizer):
         return loss
 
 
-def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = ()) -> list[dict]:
+def parameter_groups(
+    trained: dict[str, nn.Module], averaged: Collection[str] = (), undecayed: Collection[str] = ()
+) -> list[dict]:
     """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an EMA.
 
-    trained: the networks by name. Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
+    trained: the networks by name. undecayed: names of other parameters that are not decayed.
+    Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
     (whether weight decay applies).
     """
     groups = []
@@ -162,8 +168,13 @@ def parameter_groups(trained: dict[str, nn.Module], averaged: Collection[str] = 
         networks = {name: network for name, network in trained.items() if (name in averaged) is ema}
         named = [(f"{name}.{key}", p) for name, network in networks.items() for key, p in network.named_parameters()]
         for decay in (True, False):
-            chosen = [(n, p) for n, p in named if (p.ndim > 1 and not n.endswith("bias")) is decay]
+            chosen = [(n, p) for n, p in named if decays(n, p, undecayed) is decay]
             if chosen:
                 names, params = zip(*chosen)
                 groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay})
     return groups
+
+
+def decays(name: str, param: torch.Tensor, undecayed: Collection[str] = ()) -> bool:
+    """Whether weight decay applies to the parameter `name`; see `parameter_groups`."""
+    return param.ndim > 1 and not name.endswith("bias") and name not in undecayed

@@ -18,7 +18,8 @@ class Schedule:
 
     Args:
         optim: the section `optim`. The learning rate rises linearly from start_lr to lr over warmup_epochs, which may
-            be a fraction, and falls as a cosine to final_lr. Weight decay goes to final_weight_decay as a cosine
+            be a fraction, and falls as a cosine to final_lr; with drop_epochs it stays, but for a fall to a tenth at
+            each of these. Weight decay goes to final_weight_decay as a cosine
             (published code) or linearly (paper), the EMA's momentum to final_ema linearly (published code) or as a
             cosine (DINO, iBOT). `horizon` stretches all of it beyond the epochs trained ("ipe_scale" in the published
             code).
@@ -42,6 +43,9 @@ class Schedule:
         step, warmup = step + 1, int(self.optim.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
             return self.optim.start_lr + step / max(1, warmup) * (self.optim.lr - self.optim.start_lr)
+        if self.optim.drop_epochs:
+            fallen = sum(step > int(epoch * self.steps_per_epoch) for epoch in self.optim.drop_epochs)
+            return self.optim.lr * 0.1**fallen
         progress = (step - warmup) / max(1, self.steps - warmup)
         return max(self.optim.final_lr, _cosine(self.optim.lr, self.optim.final_lr, progress))
 

@@ -1,6 +1,7 @@
 """Hugging Face folders, in and out: config.json, model.safetensors, preprocessor_config.json.
 
-An encoder without class token is an `IJepaModel`, one with a class token a `ViTModel`.
+An encoder without class token is an `IJepaModel`, one with a class token a `ViTModel`, one without a key bias a
+`BeitModel`.
 
 Written with the names of the checkpoints on the Hub (`encoder.layer.0.attention.attention.query...`), which
 transformers 4 and 5 both read; read with these or the names of transformers 5's modules.
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ijepa_fast.data import DEPTHS, IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.interop.beit import MODEL_TYPE, from_beit, to_beit
 from ijepa_fast.interop.reference import load_tensors
 from ijepa_fast.interop.weights import (
     Arch,
@@ -58,8 +61,11 @@ _V5 = {  # transformers 5's module names -> the Hub's
 
 
 def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
-    """Published encoder state dict -> (config.json's content, state dict of IJepaModel or ViTModel)."""
-    config: dict[str, Any] = {
+    """Published encoder state dict -> (config.json's content, state dict of IJepaModel, ViTModel or BeitModel)."""
+    if not arch.key_bias:
+        config, out = to_beit(state, arch)
+        return config | ({_IMAGES: images} if (images := arch.images()) else {}), out
+    config = {
         "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
         "model_type": "vit" if arch.class_token else "ijepa",
         "hidden_size": arch.dim,
@@ -142,8 +148,13 @@ def from_hf(folder: str | Path) -> Weights:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in ("ijepa", "vit"):
-        raise ValueError(f"{folder}/config.json: expected model_type 'ijepa' or 'vit', got {kind!r}")
+    if kind not in ("ijepa", "vit", MODEL_TYPE):
+        raise ValueError(f"{folder}/config.json: expected model_type 'ijepa', 'vit' or '{MODEL_TYPE}', got {kind!r}")
+    if kind == MODEL_TYPE:
+        arch, state = from_beit(config, _hf_tensors(folder), folder)
+        arch = replace(arch, **_processor(folder), **images_of(config.get(_IMAGES, {})))
+        _check_config(config, arch, state, folder)
+        return Weights(arch, {"encoder": state, "target_encoder": state})
     state = _published(_hf_tensors(folder), folder)
     if (kind == "vit") != ("cls_token" in state):
         held = "a class token" if "cls_token" in state else "no class token"

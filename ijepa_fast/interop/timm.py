@@ -62,6 +62,8 @@ def save_timm(folder: str | Path, state: State, arch: Arch) -> None:
     """Write a folder that timm's create_model("local-dir:...") reads. What only training needs is left out."""
     from safetensors.torch import save_file
 
+    if not arch.key_bias:
+        raise ValueError(f"--format: timm cannot hold the encoder of {arch.method} as it is; take hf or safetensors")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = with_class_position(state, arch)

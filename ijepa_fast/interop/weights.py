@@ -26,10 +26,12 @@ from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import EIGHT_BITS
 from ijepa_fast.interop.tensors import write_tensors
 from ijepa_fast.models.positions import sincos_2d
+from ijepa_fast.models.relative import resample_table
 
 State = dict[str, torch.Tensor]
 HEADS = {dim: heads for dim, _, heads, _ in ARCHITECTURES.values()}  # the published width -> heads
 MAX_HEADER = 1 << 24  # bytes of a safetensors header; its JSON takes some hundred times as many in memory
+TABLE = "rel_pos_bias.relative_position_bias_table"  # of relative positions
 HEADER = "ijepa_fast"  # key of the header's metadata
 
 
@@ -45,7 +47,8 @@ class Arch:
 
     mean, std, stretch, low, high, channel_names: the training's, see data.reading.Pixels. reading: how its files became
     images, with a depth that is known. interpolation: of its resizing, bilinear or bicubic. step: of the training,
-    where it is known. method: that trained it. class_token to readout are models.vit.Encoder's.
+    where it is known. method: that trained it. class_token to key_bias are models.vit.Encoder's, of layer_scale whether
+    it is 0.
     """
 
     image_size: int | Size
@@ -65,6 +68,9 @@ class Arch:
     learned_positions: bool = False
     mask_token: bool = False
     readout: str = "patches"
+    relative_positions: bool = False
+    layer_scale: float = 0.0
+    key_bias: bool = True
     stretch: str = "none"
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
@@ -96,8 +102,9 @@ class Arch:
     def encoder_options(self) -> dict[str, Any]:
         """Arguments of models.vit.Encoder."""
         sizes = ("image_size", "patch", "dim", "depth", "heads", "mlp_ratio")
-        parts = ("class_token", "learned_positions", "mask_token", "readout")
-        return {name: getattr(self, name) for name in sizes + parts} | {"channels": len(self.mean)}
+        parts = ("class_token", "learned_positions", "mask_token", "readout", "relative_positions", "layer_scale")
+        options = {name: getattr(self, name) for name in (*sizes, *parts, "key_bias")}
+        return options | {"channels": len(self.mean)}
 
 
 def images_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,6 +300,8 @@ def load_weights(path: str | Path) -> Weights:
     if arch.predictor_dim is not None:
         widths["predictor"] = arch.predictor_dim
     for name in widths.keys() & networks.keys():  # a file of the first version has no tables, which were the usual ones
+        if arch.relative_positions and not name.startswith("predictor"):
+            continue
         networks[name].setdefault(position_key(name), sincos_2d(widths[name], arch.grid)[None])
     return Weights(arch, networks)
 
@@ -337,6 +346,8 @@ def with_image_size(weights: Weights, image_size: int | Size) -> Weights:
             networks[name][key] = resample_positions(
                 state[key], old, arch.grid, arch.learned_positions and arch.class_token
             )
+        if TABLE in state:
+            networks[name][TABLE] = resample_table(state[TABLE], old, arch.grid)
     return Weights(arch, networks)
 
 

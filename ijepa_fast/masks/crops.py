@@ -5,12 +5,12 @@ Shapes: B images, L small crops per image, N and n patches of a large and a smal
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ijepa_fast.masks.blocks import fill
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
@@ -99,7 +99,7 @@ class CropSampler:
 
     side, small_side: patches along a large and a small crop. small: small crops per image. depth: blocks.
     warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
-    frozen_steps: in which the prototypes do not learn.
+    frozen_steps: in which the prototypes do not learn. masked: whether patches of large crops are masked.
     """
 
     side: int
@@ -109,14 +109,16 @@ class CropSampler:
     temperatures: tuple[float, float]
     warmup_steps: int = 0
     frozen_steps: int = 0
+    masked: bool = True
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> CropDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        mask = np.empty((LARGE, images, self.side**2), dtype=bool)
+        mask = np.zeros((LARGE, images, self.side**2), dtype=bool)
         chance = np.empty((self.depth, 2, LARGE + self.small, images), dtype=np.float32)
         for image in range(images):
             rng = np.random.default_rng([seed, step, first + image])
-            mask[:, image] = draw_masks(rng, LARGE, self.side)
+            if self.masked:
+                mask[:, image] = draw_masks(rng, LARGE, self.side)
             chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
         frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)
@@ -142,18 +144,5 @@ def _block_mask(rng: np.random.Generator, side: int) -> np.ndarray:
     mask = np.zeros((side, side), dtype=bool)
     left = round(rng.uniform(0.1, 0.5) * side**2) if rng.random() < 0.5 else 0
     smallest = min((side // 3) ** 2, left)
-    failures = 0
-    while left > 0 and failures < 10:
-        area, aspect = rng.uniform(smallest, left), math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        failures += 1
-        if not (0 < height < side and 0 < width < side):
-            continue
-        top, first = rng.integers(side - height + 1), rng.integers(side - width + 1)
-        block = mask[top : top + height, first : first + width]
-        added = block.size - int(np.count_nonzero(block))
-        if 0 < added <= left:
-            block[:] = True
-            left -= added
-            smallest, failures = min(smallest, left), 0
+    fill(rng, mask, left, lambda left: (min(smallest, left), left))
     return mask

@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.config import ConfigError, key
+from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.vit import INIT_STD, Dense, Encoder, LinearGELU, Packed, Rows, init_weights, run_blocks
+from ijepa_fast.models.heads import Head, HeadSizes
+from ijepa_fast.models.layouts import Dense, Packed, Rows
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
@@ -49,38 +51,6 @@ class Options:
     frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
 
 
-class Prototypes(nn.Module):
-    """Weight-normed linear layer of fixed gain 1, without bias."""
-
-    def __init__(self, width: int, count: int):
-        super().__init__()
-        self.weight_v = nn.Parameter(torch.empty(count, width).uniform_(-(width**-0.5), width**-0.5))
-
-    def forward(self, x: torch.Tensor, frozen: bool = False) -> torch.Tensor:
-        """(r, width) -> (r, Q); `frozen`: the weight's gradient is zero."""
-        # Zero, not None: the engine reduces every gradient. What weight decay does to it, the norm undoes.
-        weight = self.weight_v.detach() + 0 * self.weight_v if frozen else self.weight_v
-        return F.linear(x, F.normalize(weight, dim=1))
-
-
-class Head(nn.Module):
-    """The projection head, shared by class tokens and patches."""
-
-    def __init__(self, dim: int, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 8192):
-        super().__init__()
-        # The published names count the activations.
-        self.mlp = nn.ModuleDict(
-            {"0": LinearGELU(dim, hidden), "2": LinearGELU(hidden, hidden), "4": nn.Linear(hidden, bottleneck)}
-        )
-        self.last_layer = Prototypes(bottleneck, prototypes)
-
-    def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
-        """(r, D) -> (r, bottleneck), of length 1."""
-        for layer in self.mlp.values():
-            x = layer(x)
-        return F.normalize(x, dim=1)
-
-
 class IBOT(Method[CropDraw]):
     """The student's `encoder` and `head`, and their averages, the teacher.
 
@@ -93,10 +63,7 @@ class IBOT(Method[CropDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """Crops are squares."""
-        if setup.grid[0] != setup.grid[1]:
-            raise ConfigError(
-                f"data.crop: expected a square for objective.method=ibot, got {setup.data.crop}; set a side"
-            )
+        check_square(setup, cls)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -235,21 +202,6 @@ def small_crop_side(side: int) -> int:
     return max(1, round(side * SMALL_VIEW.crop / LARGE_VIEWS[0].crop))
 
 
-@dataclass(frozen=True)
-class HeadSizes:
-    """Sizes of the head: two hidden layers, a bottleneck, the prototypes."""
-
-    hidden: int = Options.hidden
-    bottleneck: int = Options.bottleneck
-    prototypes: int = Options.prototypes
-
-    def forward(self, inputs: int, rows: int, prototype_rows: int) -> int:
-        """Work of `rows` through the layers up to the bottleneck, `prototype_rows` of them on to the prototypes."""
-        narrow = flops.linear(rows, inputs, self.hidden) + flops.linear(rows, self.hidden, self.hidden)
-        narrow += flops.linear(rows, self.hidden, self.bottleneck)
-        return narrow + flops.linear(prototype_rows, self.bottleneck, self.prototypes)
-
-
 def step_work(
     encoder: Transformer,
     head: HeadSizes,
@@ -266,18 +218,19 @@ def step_work(
     """Work of an iBOT step on `globals_` large and `locals_` small crops per image.
 
     masked: masked patches of the batch. None: every token of every crop goes through the whole head, as published.
-    A number: the student's head sees class tokens and masked patches alone; so does the teacher's last layer, with one
-    row more for the patch centre, as this project's rendering does.
+    A number: the student's last block and head see class tokens and masked patches alone; so does the teacher's last
+    layer, with one row more for the patch centre, as this project's rendering does.
     """
     crops = images * [1 + global_patches] * globals_ + images * [1 + local_patches] * locals_
     pixels = channels * patch**2
     large, small = images * globals_, images * locals_
     embedding = flops.linear(sum(crops) - len(crops), pixels, encoder.dim)
     tokens = large * (1 + global_patches)
-    student_rows, prototype_rows = sum(crops), tokens
+    student_rows, prototype_rows, wanted = sum(crops), tokens, None
     if masked is not None:
+        wanted = [1 + masked, *[1] * (len(crops) - 1)]  # in whichever large crops they lie
         student_rows, prototype_rows = large + small + masked, large + masked + 1
     student_head = head.forward(encoder.dim, student_rows, student_rows)
     teacher = flops.linear(large * global_patches, pixels, encoder.dim) + encoder.forward(crops[:large])
     teacher += head.forward(encoder.dim, tokens, prototype_rows)
-    return Work(teacher, {"student": embedding + encoder.forward(crops), "head": student_head}, embedding)
+    return Work(teacher, {"student": embedding + encoder.forward(crops, wanted), "head": student_head}, embedding)

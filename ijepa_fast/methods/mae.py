@@ -26,8 +26,9 @@ from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.layouts import Dense, Packed, Rows
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, INIT_STD, Block, Dense, Encoder, LayerNorm, Packed, Rows, run_blocks
+from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, run_blocks
 
 MASKED_SHARE = 0.75
 PIXEL_EPS = 1e-6  # beside the variance of a patch's pixels

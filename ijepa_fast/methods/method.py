@@ -81,6 +81,7 @@ class Method(nn.Module, Generic[D]):
             read nothing from the device and change nothing that stays; `use_graphs` and `largest` may be of use. fp8:
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
+        undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
             empty where the method has none, and then the engine keeps none.
@@ -93,6 +94,7 @@ class Method(nn.Module, Generic[D]):
     Options: ClassVar[type] = NoOptions
     capabilities: ClassVar[frozenset[str]] = frozenset()
     reads_mask: ClassVar[bool] = False
+    undecayed: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}
     encoder: Encoder
 
@@ -117,6 +119,9 @@ class Method(nn.Module, Generic[D]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """Raise ConfigError, naming `objective.options.<key>`, for options that cannot be."""
+
+    def ready(self) -> None:
+        """Called once before training: load what training alone needs. Raises ConfigError."""
 
     def views(self) -> list[View]:
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""
@@ -188,6 +193,15 @@ class Method(nn.Module, Generic[D]):
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) in the encoder's dtype."""
         return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
+
+
+def check_square(setup: Setup, method: type[Method]) -> None:
+    """ConfigError unless crops are squares, as views are."""
+    if setup.grid[0] != setup.grid[1]:
+        name = method.__module__.rpartition(".")[2]
+        raise ConfigError(
+            f"data.crop: expected a square for objective.method={name}, got {setup.data.crop}; set a side"
+        )
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:

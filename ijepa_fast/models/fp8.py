@@ -9,7 +9,8 @@ import torch
 
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
 from ijepa_fast.kernels.varlen_attention import dense_attention
-from ijepa_fast.models.vit import Block, Dense
+from ijepa_fast.models.layouts import Dense
+from ijepa_fast.models.vit import Block
 
 
 class FP8Block:

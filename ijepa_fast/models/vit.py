@@ -8,8 +8,8 @@ LayerNorm are one pass over memory. A parameter is used only in the `forward` of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,67 +24,14 @@ from ijepa_fast.kernels.layer_norm import layer_norm
 from ijepa_fast.kernels.linear import linear, linear_gelu
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
+from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.packing import MaskDraw
+from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences
 from ijepa_fast.models.positions import sincos_2d
+from ijepa_fast.models.relative import RelativePositions
 
 EPS = 1e-6  # of every LayerNorm
 INIT_STD = 0.02
-
-
-@dataclass(frozen=True)
-class Dense:
-    """`count` sequences of equal length, all of whose outputs are wanted."""
-
-    count: int
-
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        """The wanted rows of `x` (T, D): all."""
-        return x
-
-    def scale(self, branch: torch.Tensor, number: int) -> torch.Tensor:
-        """The `branch` of a block: no sequence drops it."""
-        return branch
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows whose outputs alone are wanted.
-
-    pick: (T, D) -> (U, D). They lie in sequences of their own, cu_seqlens (n+1,) int32, none longer than max_seqlen.
-    """
-
-    pick: Callable[[torch.Tensor], torch.Tensor]
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Sequences of any length: cu_seqlens (n+1,) int32, none longer than max_seqlen.
-
-    rows: the wanted ones; None: all. keep: (2, n) factors of a block's two branches for each sequence: 0 where
-    stochastic depth drops it.
-    """
-
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
-    rows: Rows | None = None
-    keep: torch.Tensor | None = None
-
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        """The wanted rows of `x` (T, D)."""
-        return x if self.rows is None else self.rows.pick(x)
-
-    def scale(self, branch: torch.Tensor, number: int) -> torch.Tensor:
-        """The branch `number` of a block, in wanted rows: each sequence times its factor."""
-        if self.keep is None:
-            return branch
-        lengths = (self.cu_seqlens if self.rows is None else self.rows.cu_seqlens).diff()
-        factor = self.keep[number].to(branch.dtype).repeat_interleave(lengths, output_size=len(branch))
-        return branch * factor[:, None]
-
-
-Sequences = Dense | Packed  # where the sequences lie in a batch's tokens
 
 
 class LayerNorm(nn.LayerNorm):
@@ -96,46 +43,66 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` (T, I) -> (T, O)."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` (T, I) -> (T, O); with `gain` (O,) times it, which is cheaper as a factor of the weights."""
+        if gain is None:
+            return linear(x, self.weight, self.bias)
+        return linear(x, self.weight * gain[:, None], self.bias * gain)
 
 
 class QKV(nn.Linear):
     """The joint projection to queries, keys and values; queries may be asked for on some rows only."""
 
-    def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None) -> Any:
-        """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) -> their queries (U, D), all keys-values (T, 2D)."""
+    def forward(self, x: torch.Tensor, selected: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> Any:
+        """`x` (T, D) -> (T, 3D); with `selected` rows (U, D) -> their queries (U, D), all keys-values (T, 2D).
+
+        bias: (3D,), where it is not the layer's own.
+        """
+        bias = self.bias if bias is None else bias
         if selected is None:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.weight, bias)
         width = x.shape[1]
-        queries = linear(selected, self.weight[:width], self.bias[:width])
-        return queries, linear(x, self.weight[width:], self.bias[width:])
+        queries = linear(selected, self.weight[:width], bias[:width])
+        return queries, linear(x, self.weight[width:], bias[width:])
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
+    """Self-attention. key_bias: whether keys have a bias, as queries and values do; BEiT and its kin have none."""
+
+    def __init__(self, dim: int, heads: int, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = QKV(dim, 3 * dim)
+        self.q_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
+        self.v_bias = None if key_bias else nn.Parameter(torch.zeros(dim))
+        self.qkv = QKV(dim, 3 * dim, bias=key_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """Normalised tokens `x` (T, D) -> (T, D), or the wanted rows (U, D)."""
+    def forward(self, x: torch.Tensor, sequences: Sequences, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised tokens `x` (T, D) -> (T, D), or the wanted rows (U, D); times `gain` (D,)."""
         head_dim = x.shape[1] // self.heads
-        if isinstance(sequences, Dense):
-            out = dense_attention(self.qkv(x).view(sequences.count, -1, 3, self.heads, head_dim))
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if isinstance(sequences, Biased):
+            if sequences.rows is None:
+                q, k, v = self.qkv(x, None, bias).view(-1, 3, self.heads, head_dim).unbind(1)
+            else:
+                q, keys_values = self.qkv(x, sequences.queries(x), bias)
+                k, v = keys_values.view(-1, 2, self.heads, head_dim).unbind(1)
+            out = sequences.attend(q.view(-1, self.heads, head_dim), k, v)
+        elif isinstance(sequences, Dense):
+            out = dense_attention(self.qkv(x, None, bias).view(sequences.count, -1, 3, self.heads, head_dim))
         elif sequences.rows is None:
-            qkv = self.qkv(x).view(-1, 3, self.heads, head_dim)
+            qkv = self.qkv(x, None, bias).view(-1, 3, self.heads, head_dim)
             out = varlen_attention_qkv(qkv, sequences.cu_seqlens, sequences.max_seqlen)
         else:
             rows = sequences.rows
-            queries, keys_values = self.qkv(x, rows.pick(x))
+            queries, keys_values = self.qkv(x, rows.pick(x), bias)
             queries = queries.view(-1, self.heads, head_dim)
             keys, values = keys_values.view(-1, 2, self.heads, head_dim).unbind(1)
             ends, longest = (rows.cu_seqlens, sequences.cu_seqlens), (rows.max_seqlen, sequences.max_seqlen)
             out = varlen_attention(queries, keys, values, *ends, *longest)
-        return self.proj(out.reshape(-1, x.shape[1]))
+        return self.proj(out.reshape(-1, x.shape[1]), gain)
 
 
 class LinearGELU(nn.Linear):
@@ -152,17 +119,28 @@ class MLP(nn.Module):
         self.fc1 = LinearGELU(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.fc1(x))
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` (T, D) -> (T, D), times `gain` (D,)."""
+        return self.fc2(self.fc1(x), gain)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. layer_scale: what the branches' gains begin as; 0: they have none."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, eps: float = EPS):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        eps: float = EPS,
+        layer_scale: float = 0.0,
+        key_bias: bool = True,
+    ):
         super().__init__()
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, key_bias)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
@@ -171,9 +149,9 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual stream `x` (T, D), `branch` (T, D) to add to it -> the same two, of the wanted rows (U, D)."""
         normed, x = (self.norm1(x), x) if branch is None else self.norm1(x, branch)
-        branch = self.attn(normed, sequences)
+        branch = self.attn(normed, sequences, self.gamma_1)
         normed, x = self.norm2(sequences.select(x), sequences.scale(branch, 0))
-        return x, sequences.scale(self.mlp(normed), 1)
+        return x, sequences.scale(self.mlp(normed, self.gamma_2), 1)
 
 
 def run_blocks(
@@ -193,7 +171,7 @@ def run_blocks(
     blocks = list(blocks)
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
-        if keep is not None and isinstance(layout, Packed):
+        if keep is not None and not isinstance(layout, Dense):
             layout = replace(layout, keep=keep[i])
         if recompute and torch.is_grad_enabled():
             # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
@@ -246,7 +224,11 @@ class Encoder(nn.Module):
         dim, depth, heads, mlp_ratio: the architecture; see config.ARCHITECTURES.
         class_token: a learned token before the patches.
         learned_positions: instead of the fixed table, in which the class token's position is zero.
+        relative_positions: a bias on attention scores, shared by all blocks, in place of the fixed table (BEiT). It
+            needs a class token.
         mask_token: a learned embedding that stands in for masked patches, see `embed`.
+        layer_scale: what learned gains of every branch begin as; 0: there are none.
+        key_bias: whether keys have a bias.
         drop_path: share of a branch dropped in the last block, rising linearly from 0 at the first; see `keep`.
         readout: what `forward` gives, "patches" or "class".
         channels: of an image.
@@ -266,7 +248,10 @@ class Encoder(nn.Module):
         *,
         class_token: bool = False,
         learned_positions: bool = False,
+        relative_positions: bool = False,
         mask_token: bool = False,
+        layer_scale: float = 0.0,
+        key_bias: bool = True,
         drop_path: float = 0.0,
         readout: str = "patches",
         channels: int = 3,
@@ -280,6 +265,8 @@ class Encoder(nn.Module):
             )
         if dim % heads:
             raise ValueError(f"model.heads={heads} does not divide model.dim={dim}: choose a number of heads that does")
+        if relative_positions and not class_token:
+            raise ValueError("relative_positions: expected a class token beside them, got none")
         if readout == "class" and not class_token:
             raise ValueError("readout: expected 'patches', for there is no class token, got 'class'")
         self.image_size, self.patch, self.dim = size, patch, dim
@@ -290,10 +277,21 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, extra + self.patches, dim)) if learned_positions else None
         self.masked_embed = nn.Parameter(torch.zeros(1, dim)) if mask_token else None
         self.patch_embed = PatchEmbed(patch, dim, channels)
-        if not learned_positions:
+        self.rel_pos_bias = RelativePositions(self.grid, heads) if relative_positions else None
+        if not learned_positions and not relative_positions:
             self.register_buffer("positions", sincos_2d(dim, self.grid), persistent=False)
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, EPS, layer_scale, key_bias) for _ in range(depth)])
         self.norm = LayerNorm(dim, eps=EPS)
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """The options of BEiT's kind of encoder that it was made with; of layer_scale only whether there is one."""
+        names = {name for name, _ in self.named_parameters()}
+        return {
+            "relative_positions": self.rel_pos_bias is not None,
+            "layer_scale": float("blocks.0.gamma_1" in names),
+            "key_bias": "blocks.0.attn.qkv.bias" in names,
+        }
 
     @property
     def patches(self) -> int:
@@ -331,17 +329,51 @@ class Encoder(nn.Module):
         readout: instead of the encoder's own.
         """
         x = self.embed(patches)
-        x = run_blocks(self.blocks, self.norm, x, None, Dense(images), recompute=self.recompute)
+        x = run_blocks(self.blocks, self.norm, x, None, self._whole(images), recompute=self.recompute)
         return self._read_out(x, images, readout or self.readout)
 
     def layers(self, patches: torch.Tensor, images: int, count: int) -> list[torch.Tensor]:
         """Read-outs of the last `count` blocks, without the final norm: what the paper's probe concatenates."""
         x, branch = self.embed(patches), None
-        outputs = []
+        outputs, sequences = [], self._whole(images)
         for block in self.blocks:
-            x, branch = block(x, branch, Dense(images))
+            x, branch = block(x, branch, sequences)
             outputs.append(x + branch)
         return [self._read_out(output, images, self.readout) for output in outputs[-count:]]
+
+    def masked(self, patches: torch.Tensor, draw: PatchDraw) -> torch.Tensor:
+        """Images whose masked patches are hidden, `patches` (B*N, W) -> features of these (R, D), final norm applied.
+
+        In training the draw's branches are dropped. The last block computes the masked patches alone.
+        """
+        keep = self.keep(draw.chance) if self.training and draw.chance is not None else None
+        whole = Biased(draw.images, self._bias())
+        last = replace(whole, rows=draw.rows)
+        x = self.embed(patches, mask=draw.mask)
+        return run_blocks(self.blocks, self.norm, x, None, whole, last, self.recompute, keep)
+
+    def masked_layers(self, patches: torch.Tensor, draw: PatchDraw, chosen: Collection[int]) -> list[torch.Tensor]:
+        """Whole images, nothing hidden -> outputs (R, D) of the `chosen` blocks at masked patches, without final norm.
+
+        What comes after the last of them, and its other rows, is not computed.
+        """
+        x, branch = self.embed(patches), None
+        outputs, whole = [], Biased(draw.images, self._bias())
+        wanted = replace(whole, rows=draw.rows)
+        for number, block in enumerate(self.blocks[: max(chosen) + 1]):
+            final = number == max(chosen)
+            x, branch = block(x, branch, wanted if final else whole)
+            if number in chosen:
+                outputs.append(x + branch if final else wanted.select(x) + wanted.select(branch))
+        return outputs
+
+    def _whole(self, images: int) -> Dense | Biased:
+        """The layout of whole images."""
+        return Dense(images) if self.rel_pos_bias is None else Biased(images, self._bias())
+
+    def _bias(self) -> torch.Tensor | None:
+        """The bias (H, n, n) of the attention scores, where there is one."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
     def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
@@ -354,6 +386,8 @@ class Encoder(nn.Module):
         if mask is not None:
             x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)
         x = self._with_class_token(x.view(-1, grid[0] * grid[1], self.dim))
+        if self.pos_embed is None and self.rel_pos_bias is not None:
+            return x.flatten(0, 1)
         return (x + self._positions(grid).to(x.dtype)).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:

@@ -377,6 +377,7 @@ def architecture(engine: Engine, model: config.Model, data: config.Data, method:
         learned_positions=encoder.pos_embed is not None,
         mask_token=encoder.masked_embed is not None,
         readout=encoder.readout,
+        **encoder.kind,
         stretch=data.stretch,
         low=data.pixels.low,
         high=data.pixels.high,

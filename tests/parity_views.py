@@ -1,0 +1,98 @@
+"""Relative errors against the golden archives of methods of several views; called by tests/parity.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ijepa_fast.config import Optim
+from ijepa_fast.engine.clipping import ClipEach
+from ijepa_fast.engine.partitions import Fragment, Partition
+from ijepa_fast.engine.schedules import Schedule
+from ijepa_fast.masks.crops import LARGE, lay_out, teacher_temperature
+from ijepa_fast.methods import dino
+from ijepa_fast.methods.method import Method
+from tests.parity import RAW, patches_of, relative_error
+from tests.parity_masked import config_of, gradients, load, moved, set_sides, tensors
+from tests.small import optimizer_of, setup_of
+
+
+def clip_each(method: Method, largest: float) -> dict[str, torch.Tensor]:
+    """Clip as the engine does at ZeRO 0. Returns the norms before, by name."""
+    named = dict(method.named_parameters())
+    norms = {name: param.grad.norm() for name, param in named.items()}
+    parts = [Partition(p, [Fragment(name, 0, p.numel(), 0)], False) for name, p in named.items()]
+    ClipEach(parts, True, largest, list(named))([*named.values()])
+    return norms
+
+
+def backbone(name: str) -> str:
+    """A parameter of DINO's student by its name here."""
+    return name.replace("backbone.", "encoder.")
+
+
+def parity_dino(archive) -> dict[str, float]:
+    """Positions, class tokens, logits, loss, centre, every gradient, clipping, schedules, and the step."""
+    config = config_of(archive)
+    options = dino.Options(
+        small_crops=config["locals"],
+        hidden=config["hidden"],
+        bottleneck=config["bottleneck"],
+        prototypes=config["out"],
+        norm_last_layer=config["norm_last_layer"],
+        drop_path=0.0,
+    )
+    model = dino.DINO(setup_of(*set_sides(archive, config), options=options, **RAW))
+    for networks, prefix in ((model.trained, "student/"), (model.averaged, "teacher/")):
+        load(networks["encoder"], tensors(archive, prefix + "backbone."))
+        load(networks["head"], tensors(archive, prefix + "head."))
+    model.carried["centre"] = torch.from_numpy(archive["center_before"].copy())
+    crops = [torch.from_numpy(archive[f"crop{i}"]) for i in range(LARGE + config["locals"])]
+    large, small = (patches_of(torch.cat(part), config["patch"]) for part in (crops[:LARGE], crops[LARGE:]))
+    images, side, small_side = len(crops[0]), model.encoder.grid[0], config["local"] // config["patch"]
+    temperatures = config["warmup_teacher_temp"], config["teacher_temp"]
+    # The published temperature reaches its end in the last epoch of its rise.
+    rise = config["warmup_teacher_temp_epochs"] - 1
+    temperature = teacher_temperature(config["epoch"], rise, temperatures)
+    mask = np.zeros((LARGE, images, side**2), dtype=bool)
+    draw = lay_out(mask, config["locals"], small_side, temperature)
+
+    student, teacher = model.student_tokens(large, small, draw), model.teacher_tokens(large, draw)
+    heads = model.head, model.averaged["head"]
+    outputs = [head.last_layer(head.bottleneck(x)) for head, x in zip(heads, (student, teacher), strict=True)]
+    loss = model.loss_of_patches(large, small, draw)
+    loss.backward()
+    optim = Optim(epochs=10, warmup_epochs=2, start_lr=0, lr=5e-4, ema_shape="cosine")
+    schedule = Schedule(optim, 3)
+    steps = range(len(archive["schedule/momentum"]))
+    published = [
+        teacher_temperature(epoch, rise, temperatures) for epoch in range(len(archive["schedule/teacher_temp"]))
+    ]
+    errors = {
+        "pos_local": relative_error(model.encoder._positions((small_side, small_side)), archive["pos_local"]),
+        "student_cls": relative_error(student, archive["student_cls"]),
+        "teacher_cls": relative_error(teacher, archive["teacher_cls"]),
+        "student_out": relative_error(outputs[0], archive["student_out"]),
+        "teacher_out": relative_error(outputs[1], archive["teacher_out"]),
+        "teacher_temp": relative_error(temperature, archive["teacher_temp"]),
+        "loss": relative_error(loss, archive["loss"]),
+        "center_after": relative_error(model.carried["centre"], archive["center_after"]),
+        "schedule/momentum": relative_error([schedule.ema_momentum(i) for i in steps], archive["schedule/momentum"]),
+        "schedule/teacher_temp": relative_error(published, archive["schedule/teacher_temp"]),
+    }
+    errors |= gradients(model, archive, backbone)
+    norms = clip_each(model, config["clip"])
+    found = torch.stack([norms[backbone(name)] for name in archive["grad_names"].tolist()])
+    errors["grad_norms"] = relative_error(found, archive["grad_norms"])
+    for name, golden in tensors(archive, "clipped/").items():
+        errors[f"clipped/{name}"] = relative_error(model.get_parameter(backbone(name)).grad, golden)
+    optimizer = optimizer_of(model, lr=config["lr"], momentum=config["momentum"])
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config["wd"] if group["decay"] else 0.0
+    optimizer.step()
+    averages = {f"{network}.{k}": p for network, m in model.averaged.items() for k, p in m.named_parameters()}
+    after = {
+        "student/": lambda name: model.get_parameter(backbone(name)),
+        "teacher/": lambda name: averages[backbone(name)],
+    }
+    return errors | moved(archive, after)

@@ -1,0 +1,44 @@
+"""The work that each method counts is what torch's own counter sees of its step, to 1 %."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("deepspeed")
+
+from ijepa_fast import kernels
+from ijepa_fast.config import load_config
+from ijepa_fast.methods.method import METHODS
+from ijepa_fast.run.build import build_method
+from tests.launch import ROOT
+from tests.test_methods import TRIED
+
+SIZES = ["data.crop=64", "model.dim=64", "model.depth=3", "model.heads=2", "model.patch=8"]
+SIZES += ["model.predictor_dim=32", "model.predictor_depth=2"]
+
+
+@pytest.fixture
+def plain():
+    """Every op as plain PyTorch, which the counter can see into."""
+    kernels.use("reference")
+    yield
+    kernels.use("auto")
+
+
+def random_images(method, images):
+    views = method.views()
+    sides = [view.crop for view in views] or [method.setup.data.crop]
+    drawn = [torch.randint(256, (images, side, side, 3), dtype=torch.uint8) for side in sides]
+    return drawn if views else drawn[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_work_agrees_with_the_flop_counter(plain, name):
+    config, options = TRIED[name]
+    method = build_method(load_config(ROOT / "configs" / f"{config}.yaml", [*options, *SIZES]))
+    draw, images = method.draw(3, 0, 0), random_images(method, 3)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss, _ = method(images, draw)
+        loss.backward()
+    assert counter.get_total_flops() == pytest.approx(method.work(draw).total, rel=0.01)
