@@ -37,8 +37,11 @@ class Length:
     steps: int
 
     @classmethod
-    def of(cls, config: Config, images: int | None) -> Length:
-        """The length of a run over `images` images (None: random ones). Raises ConfigError for fewer than a batch."""
+    def of(cls, config: Config, images: int | None, more: int = 0) -> Length:
+        """The length of a run over `images` images (None: random ones). Raises ConfigError for fewer than a batch.
+
+        more: steps that were done so far, less those that the batch size of today would have taken.
+        """
         images = SYNTHETIC_IMAGES if images is None else images
         steps_per_epoch = images // config.batch_size
         if steps_per_epoch == 0:
@@ -46,7 +49,7 @@ class Length:
                 f"batch_size={config.batch_size} is more than the {images} images of {config.data.source}; "
                 f"set batch_size to at most {images}"
             )
-        steps = config.optim.epochs * steps_per_epoch
+        steps = config.optim.epochs * steps_per_epoch + more
         return cls(steps_per_epoch, steps if config.optim.steps is None else min(steps, config.optim.steps))
 
 
