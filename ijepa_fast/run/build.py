@@ -18,6 +18,7 @@ from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
+from ijepa_fast.data.where import Inside
 from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
@@ -146,6 +147,9 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
+    if source is not None and data.where is not None and not views:
+        scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
+        method.inside = Inside(source, config.seed, scale, ratio, data.flip, method.setup.grid)
     common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
