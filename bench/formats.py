@@ -52,7 +52,7 @@ def in_hdf5(path: Path) -> Open:
         import h5py
 
         images = h5py.File(path, "r")["images"]
-        return lambda i: images[i % len(images)]
+        return lambda i: np.asarray(images[i % images.shape[0]])
 
     return make
 
@@ -64,7 +64,7 @@ def in_zarr(path: Path) -> Open:
         import zarr
 
         images = zarr.open(path, mode="r")
-        return lambda i: images[i % len(images)]
+        return lambda i: np.asarray(images[i % images.shape[0]])
 
     return make
 
@@ -98,7 +98,7 @@ def write(folder: Path, args: argparse.Namespace) -> dict[str, tuple[Path, Readi
     with h5py.File(folder / "set.h5", "w") as file:
         file.create_dataset("images", data=deep, chunks=(1, *deep.shape[1:]))
     sets["h5"] = folder / "set.h5", many, in_hdf5(folder / "set.h5")
-    zarr.save_array(folder / "set.zarr", deep, chunks=(1, *deep.shape[1:]))
+    zarr.create_array(folder / "set.zarr", data=deep, chunks=(1, *deep.shape[1:]))
     sets["zarr"] = folder / "set.zarr", many, in_zarr(folder / "set.zarr")
     large = rng.integers(0, 256, (args.large // 16, args.large // 16, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
     tifffile.imwrite(folder / "large.tif", large, tile=(256, 256), photometric="rgb", compression="zlib")

@@ -31,7 +31,7 @@ ROWS = {
     "a folder that is not there": ([*TRAIN, "data.source=/nowhere"], "error: "),
     "the banner": ([*TRAIN, *SMALL, "probe.enabled=false"], "device "),
     "the first step": ([*TRAIN, *SMALL, "probe.enabled=false"], "step=1/"),
-    "the first figure of a probe, after 4 steps": ([*TRAIN, *SMALL], "| "),
+    "the first figure of a probe (4 steps, 200 images)": ([*TRAIN, *SMALL], "task "),
 }
 
 

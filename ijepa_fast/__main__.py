@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 
 from ijepa_fast.spelling import close
@@ -26,7 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command named first; its exit status, 2 for a command there is not."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+        try:
+            return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0
+        except BrokenPipeError:  # `ijepa-fast configs | head`: whoever read has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
     if argv == ["--version"]:
         from ijepa_fast import __version__
 

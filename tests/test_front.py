@@ -114,6 +114,14 @@ def test_help_is_no_error(capsys):
     assert command_line(["--version"]) == 0
 
 
+def test_a_reader_that_has_had_enough():
+    command = f"{sys.executable} -m ijepa_fast train --config quickstart --print-config"
+    words = command + " | true; echo ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, env=unlaunched(), capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip() in ("0", "141")
+
+
 def test_configs_are_listed_and_printed(capsys):
     assert command_line(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -182,7 +190,7 @@ def test_what_all_ranks_meet_is_said_once(tmp_path):
     process = started(tmp_path, "--ranks", "2", "mask.min_keep=99")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert output.count("mask.min_keep") == 1, output
+    assert output.count("error: ") == 1, output
 
 
 def test_the_ranks_of_one_that_is_killed_end(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("triton")
 
 from ijepa_fast.config import ConfigError, flatten, load_config, present
-from ijepa_fast.engine.engine import Engine, choose_device, start, wants_graphs
+from ijepa_fast.engine.engine import Engine, choose_device, has_fp8, start, wants_graphs
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.build import build_method, micro_batch
 from tests.emulated_graphs import EmulatedRecorder
@@ -215,6 +215,17 @@ def test_graphs_are_the_default_on_a_gpu():
 def test_the_switch_is_read_as_yaml_writes_it(given, value, tmp_path):
     assert load_config("quickstart", [f"engine.cuda_graphs={given}"]).engine.cuda_graphs == value
     assert present({"engine.cuda_graphs": False}) == {"engine.cuda_graphs": "off"}
+
+
+@pytest.mark.parametrize(("capability", "there"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_a_gpu_without_fp8_is_said(monkeypatch, capsys, capability, there):
+    config_of()  # ranks are there
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert has_fp8(torch.device("cuda")) is there
+    assert has_fp8(torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert ("NVIDIA A100 has no fp8; the target encoder runs in engine.precision" in said) is not there
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_the_images_of_the_source_are_counted(red_and_blue, capsys):
     [
         (141e9, "fits on 8 x X"),
         (40e9, "does not fit as it is: set model.recompute=true engine.zero=1, on 8 x X"),
-        (12e9, "does not fit as it is: set engine.accumulation=2 model.recompute=true engine.zero=1, on 8 x X"),
+        (12e9, "does not fit as it is: set engine.accumulation=2 model.recompute=true engine.zero=3, on 8 x X"),
         (3e9, "does not fit on X, whatever is set: name more ranks, or a smaller model"),
     ],
 )

@@ -1,14 +1,19 @@
 """The step as a whole: padding changes no result, blocks compile once, and nothing in it waits for the device."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ijepa_fast.engine.graphs import CUDARecorder, Graphs
+from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.masks.packing import GRAPH_BITS, LENGTHS, bucket_of, pack
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.models.vit import compile_blocks
-from tests.small import loss_of, optimizer_of, small_ijepa, to
+from tests.small import loss_of, optimizer_of, small_ijepa, small_mae, to
 
 SAMPLER = make_sampler("multiblock", (8, 8), min_keep=3)
 
@@ -193,3 +198,73 @@ def test_graphs_see_few_shapes():
             seen.add(draw.shape)
             assert draw.context_index.numel() <= draw.context_tokens * (1 + 1 / 32)
     assert len(shapes[GRAPH_BITS]) < 0.65 * len(shapes[True])
+
+
+class Count(TorchDispatchMode):
+    """Counts ops that launch something: neither views nor bare allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = {x.untyped_storage()._cdata for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        if (made - given or writes) and not any(word in func._schema.name for word in ("empty", "set_")):
+            self.ops[func._schema.name] += 1
+        return out
+
+
+@pytest.mark.parametrize(
+    "draw", [pack(SAMPLER(4, 0, 0, 0), padding=True), small_mae().draw(4, 0, 0)], ids=["ijepa", "mae"]
+)
+def test_a_draw_goes_to_a_device_in_one_copy(draw):
+    """Its thirteen index tensors, and more of other methods, were as many copies."""
+    packed = draw.packed()
+    with Count() as count:
+        there = packed.to("meta")
+    assert count.ops == {"aten::_to_copy": 1}
+    assert there.shape == draw.shape
+    assert all(x.device.type == "meta" and x.dtype == draw.tensors[name].dtype for name, x in there.tensors.items())
+    for name, tensor in draw.tensors.items():
+        assert torch.equal(packed.tensors[name], tensor)
+        assert packed.tensors[name].data_ptr() % 16 == packed.buffer.data_ptr() % 16
+    assert draw.buffer is None
+    assert packed.map(torch.clone).buffer is None
+    assert packed.packed().buffer.data_ptr() != packed.buffer.data_ptr()
+
+
+def launches(depth, predictor_depth, monkeypatch):
+    """Ops of a bf16 step on the kernels' path, (forward, backward). What an op launches inside is not seen."""
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    packed = pack(SAMPLER(4, 0, 0, 0), padding=True)
+    with FakeTensorMode() as mode:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model, target = (small_ijepa(depth=depth, predictor_depth=predictor_depth) for _ in range(2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        model.averaged = {"encoder": target.encoder.requires_grad_(False)}
+        for network in model.networks.values():
+            network.positions = network.positions.bfloat16()
+        draw = packed.map(mode.from_tensor)
+        with Count() as forward:
+            loss = loss_of(model, images_of(4), draw)
+        with Count() as backward:
+            torch.autograd.grad(loss, [*model.parameters()])
+    return sum(forward.ops.values()), sum(backward.ops.values())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.usefixtures("ops_as_on_a_gpu")
+def test_launches_of_a_step(monkeypatch):
+    """Of H/14 (32 and 12 blocks) and S/16, B/16 (12 and 6), from what a block adds; docs/LOG.md has the counts."""
+    dispatch.use({"linear": "reference"})  # a product, and in the backward pass two and the bias's sum
+    base, wide, narrow = (launches(*depths, monkeypatch) for depths in ((2, 2), (3, 2), (2, 3)))
+    encoder, predictor = ([a - b for a, b in zip(more, base, strict=True)] for more in (wide, narrow))
+    assert (encoder, predictor) == ([16, 15], [8, 15]), base  # forward: of the target encoder, and of the context's
+    for depths, most in (((32, 12), 1315), ((12, 6), 557)):
+        parts = zip(base, encoder, predictor, strict=True)
+        assert sum(b + (depths[0] - 2) * e + (depths[1] - 2) * p for b, e, p in parts) <= most

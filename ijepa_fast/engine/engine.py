@@ -19,7 +19,10 @@ from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS, Sharded
 from ijepa_fast.engine.update import GraphStep
+from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.memory import keep_freed_memory
+from ijepa_fast.kernels.varlen_attention import measure_dense_attention
+from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import compile_blocks
 
@@ -27,6 +30,7 @@ from ijepa_fast.models.vit import compile_blocks
 CPU_BUCKET = 8_000_000
 RENDEZVOUS = 600  # seconds, at least, for all ranks to start
 AFTER = 60  # seconds that NCCL waits longer than the host, which can say what is wrong; NCCL aborts the process
+FP8 = (8, 9)  # compute capability of the first GPUs with fp8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -123,6 +127,8 @@ class Engine:
             method.carried[name] = tensor.to(device)
         if settings.target_stream and device.type == "cuda":
             method.target_stream = torch.cuda.Stream(device)
+        if device.type == "cuda":
+            measure_target(method, micro_batch, dtype, device)
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values())
@@ -152,7 +158,7 @@ class Engine:
             self.optimizer.clip = ClipEach(*held, optim.clip, list(self.shapes))
         averages = method.averaged.items()
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
-        if settings.target_precision == "fp8":
+        if settings.target_precision == "fp8" and has_fp8(device):
             method.use_fp8()
         self._graphs: GraphStep | None = None
         possible = device if recorder is None else torch.device("cuda")
@@ -160,7 +166,7 @@ class Engine:
             method.use_graphs()
             recorder = recorder or CUDARecorder(device)
             parts = (method, self.optimizer, self.layout, settings.accumulation)
-            self._graphs = GraphStep(*parts, _say_of_rank, recorder)
+            self._graphs = GraphStep(*parts, _say_of_rank, recorder, settings.target_precision == "fp8")
 
     def backward(self, images: Any, draw: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch and its terms (scalars, on the device, detached); its gradient is accumulated."""
@@ -267,6 +273,35 @@ def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, d
     if reason and settings.cuda_graphs == "on":
         raise ConfigError(f"engine.cuda_graphs=on: {reason}, or set engine.cuda_graphs=auto")
     return reason is None
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies fp8; says so where not. A CPU does it by way of fp32, for tests."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8:
+        return True
+    if torch.distributed.get_rank() == 0:
+        print(
+            f"engine.target_precision=fp8: {torch.cuda.get_device_name(device)} has no fp8; the target encoder runs in "
+            f"engine.precision",
+            file=sys.stderr,
+        )
+    return False
+
+
+def measure_target(method: Method, images: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the averaged encoder attend by the fastest backend at `images` whole images, and say which that is."""
+    encoder = method.averaged.get("encoder")
+    if encoder is None or choice("varlen_attention") != "auto":
+        return
+    heads = encoder.blocks[0].attn.heads
+    tokens = encoder.patches + (encoder.cls_token is not None)
+    found = measure_dense_attention(images, tokens, heads, encoder.dim // heads, dtype, device)
+    if torch.distributed.get_rank() == 0:
+        taken = FASTEST[heads, encoder.dim // heads]
+        print(
+            f"target attention: {taken}; " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in found.items()),
+            file=sys.stderr,
+        )
 
 
 def _say_of_rank(text: str) -> None:

@@ -100,7 +100,10 @@ class Captured:
     def load(self, images: torch.Tensor, draw: Draw) -> None:
         """Bring a batch to where the graph reads it."""
         self.images.copy_(images, non_blocking=True)
-        torch._foreach_copy_([*self.draw.tensors.values()], [*draw.tensors.values()], non_blocking=True)
+        if self.draw.buffer is not None and draw.buffer is not None:
+            self.draw.buffer.copy_(draw.buffer, non_blocking=True)
+        else:
+            torch._foreach_copy_([*self.draw.tensors.values()], [*draw.tensors.values()], non_blocking=True)
 
 
 class Graphs:
@@ -220,7 +223,7 @@ class Graphs:
         return True
 
     def _captured_batch(self, images: torch.Tensor, draw: Draw) -> Captured:
-        held = draw.map(torch.clone)
+        held = draw.packed()
         if images.shape not in self._images:
             self._images[images.shape] = images.clone()
         given = self._images[images.shape]
@@ -230,7 +233,7 @@ class Graphs:
     def _difference(self, launched: list[torch.Tensor], replayed: list[torch.Tensor]) -> str | None:
         """What differs by more than rounding, or None. Waits for the device."""
         bounds = BOUNDS[self.params[0].dtype]
-        apart = torch._foreach_norm(torch._foreach_sub(launched, replayed), dtype=torch.float32)
+        apart = [torch.linalg.vector_norm(a - b, dtype=torch.float32) for a, b in zip(launched, replayed, strict=True)]
         sizes = torch._foreach_norm(launched, dtype=torch.float32)
         loss, *others = (torch.stack(apart) / torch.stack(sizes).clamp_min(1e-30)).tolist()
         if not loss <= bounds[0]:

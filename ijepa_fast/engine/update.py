@@ -23,7 +23,7 @@ class GraphStep:
     Args:
         method, optimizer: on their device; layout: of ZeRO 0, 1 or 2.
         accumulation: micro-batches of a step.
-        say, recorder: see `Graphs`.
+        say, recorder: see `Graphs`. fp8: whether the method makes fp8 weights from its averages.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class GraphStep:
         accumulation: int,
         say: Callable[[str], object],
         recorder: Recorder,
+        fp8: bool = False,
     ):
         self.optimizer, self.layout, self.accumulation = optimizer, layout, accumulation
         self.rooms = layout.gradients()
@@ -52,7 +53,8 @@ class GraphStep:
         self.graphs = Graphs(method, [parts[name] for name in names], 1 / accumulation, say, recorder)
         self._done = 0  # micro-batches of this step
         self._apply = Repeated(self._update, self.graphs)
-        self._refresh = Repeated(method.average_changed, self.graphs)
+        # Without fp8 there is nothing to do, and no graph of that.
+        self._refresh = Repeated(method.average_changed, self.graphs) if fp8 else method.average_changed
         self._updates = [(i, *update) for i, room in enumerate(self.rooms) for update in room.updates]
 
     def backward(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+ALIGNMENT = 16  # bytes
 VARIES = {"varies": True}  # metadata of a field that no kernel of the step is launched with
 
 
@@ -40,9 +41,52 @@ class Draw:
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same draw with its tensors on `device`."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same draw with its tensors on `device`; to another than the CPU in one copy."""
+        if torch.device(device).type == "cpu":
+            return self.map(lambda tensor: tensor.to(device))
+        whole = self if self.buffer is not None else self.packed()
+        assert whole.buffer is not None
+        return whole._in(whole.buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same draw with its tensors in pinned host memory."""
-        return self.map(torch.Tensor.pin_memory)
+        """The same draw with its tensors in pinned host memory, side by side."""
+        whole = self.packed()
+        assert whole.buffer is not None
+        return whole._in(whole.buffer.pin_memory())
+
+    def packed(self) -> Self:
+        """A copy whose tensors lie side by side in one `buffer`."""
+        tensors = self.tensors
+        device = next(iter(tensors.values())).device if tensors else None
+        copy = self._in(torch.zeros(sum(map(_room, tensors.values())), dtype=torch.uint8, device=device))
+        for name, tensor in tensors.items():
+            getattr(copy, name).copy_(tensor)
+        return copy
+
+    @property
+    def buffer(self) -> torch.Tensor | None:
+        """The bytes of all tensors, (n,) uint8, where they lie as `packed` lays them; else None."""
+        tensors, end = [*self.tensors.values()], 0
+        for tensor in tensors:
+            place = tensor.storage_offset() * tensor.element_size()
+            same = tensor.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
+            if not (same and tensor.is_contiguous() and place == end):
+                return None
+            end += _room(tensor)
+        if not tensors or tensors[0].untyped_storage().nbytes() != end:
+            return None
+        return torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(tensors[0].untyped_storage())
+
+    def _in(self, buffer: torch.Tensor) -> Self:
+        """The draw whose tensors lie in `buffer`, with what is there."""
+        views: dict[str, Any] = {}
+        for (name, tensor), piece in zip(
+            self.tensors.items(), buffer.split([*map(_room, self.tensors.values())]), strict=True
+        ):
+            views[name] = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return replace(self, **views)
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Bytes from one tensor's first to the next one's, so that all are aligned."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

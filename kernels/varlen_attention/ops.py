@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ijepa_fast.kernels.common.checks import check_sequences, check_tensor
 from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.library import register
-from ijepa_fast.kernels.varlen_attention import backends, cpu, native
+from ijepa_fast.kernels.varlen_attention import backends, cpu, dense, native
 
 
 def varlen_attention(
@@ -101,8 +100,8 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
 
     Args:
         qkv: (B, N, 3, H, d) floating point.
-        backend: as for `varlen_attention`; "auto" is "native" where that can be had, else "sdpa", PyTorch's
-            scaled_dot_product_attention.
+        backend: as for `varlen_attention`; "auto" is "native" where that can be had, without a gradient what
+            `measure_dense_attention` found fastest, else "sdpa", PyTorch's scaled_dot_product_attention.
 
     Returns:
         (B, N, H, d) in qkv's dtype.
@@ -113,12 +112,25 @@ def dense_attention(qkv: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     check_tensor("dense_attention", "qkv", qkv, (None, None, 3, None, None))
     if backend == "auto" and choice("varlen_attention") == "auto" and native.unsupported(qkv, 1.0) is None:
         backend = "native"
-    if backend in ("auto", "sdpa"):
-        q, k, v = qkv.transpose(1, 3).unbind(2)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if backend == "auto" and not (qkv.requires_grad and torch.is_grad_enabled()):
+        backend = dense.FASTEST.get((int(qkv.shape[3]), int(qkv.shape[4])), "auto")
+    if backend in ("auto", "sdpa", "default", *dense.SDPA):
+        return dense.attend(qkv, backend if backend in dense.SDPA else "default")
     images, tokens = qkv.shape[:2]
     cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=qkv.device) * tokens
     return varlen_attention_qkv(qkv.flatten(0, 1), cu_seqlens, tokens, backend=backend).unflatten(0, (images, tokens))
+
+
+def measure_dense_attention(
+    images: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Seconds of `dense_attention` without a gradient by backend, the fastest first, which "auto" is from now on.
+
+    Measured on random values, for all shapes with these heads. Waits for the device.
+    """
+    generator = torch.Generator(device).manual_seed(0)  # the run's own numbers stay as they are
+    qkv = torch.randn(images, tokens, 3, heads, head_dim, device=device, generator=generator).to(dtype)
+    return dense.measure(qkv, lambda qkv: dense_attention(qkv, "triton"))
 
 
 def _resolve(backend: str, q: torch.Tensor, max_seqlen_k: int, scale: float, training: bool) -> str:

@@ -42,6 +42,36 @@ def test_a_kill_at_any_moment(unbroken, tmp_path, ranks, moment):
     assert whole(folder) == whole(unbroken[ranks])
 
 
+KILL = """
+import os, shutil, signal
+
+calls = []
+
+def counted(function):
+    def call(*args):
+        calls.append(None)
+        if len(calls) == {moment}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return call
+
+os.fsync, os.replace, os.rename, shutil.rmtree = map(counted, (os.fsync, os.replace, os.rename, shutil.rmtree))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(1, 25, 2))
+def test_a_kill_at_any_moment_of_a_write(unbroken, tmp_path, moment):
+    """At the flushes, renames and removals of the first checkpoints, of which one is kept."""
+    options = (*END, "log.keep=1")
+    statuses, _ = finish(start(tmp_path, *options, first=KILL.format(moment=moment)))
+    assert statuses == [-signal.SIGKILL]
+    folder = run(tmp_path, *options)
+    assert losses(folder) == losses(unbroken[1])
+    assert whole(folder) == whole(unbroken[1])
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name != ".lock"] == ["step-00000060"]
+
+
 @pytest.mark.multi_rank
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_stops_ends_the_run_after_the_timeout_and_is_named(tmp_path, rank):

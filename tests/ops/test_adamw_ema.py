@@ -284,6 +284,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.ijepa_fast.adamw_ema_.default, (*tensors[:5], scalars, *tensors[5:]))
     lists = [[x, x.clone()] for x in tensors]
     torch.library.opcheck(torch.ops.ijepa_fast.adamw_ema_multi_.default, (*lists[:5], scalars, *lists[5:]))
+    groups = scalars[None].to(DEVICE), [0, 0]
+    torch.library.opcheck(torch.ops.ijepa_fast.adamw_ema_groups_.default, (*lists[:5], *groups, *lists[5:]))
 
 
 def test_compiles_once():

@@ -407,3 +407,34 @@ def test_bad_input_of_self_attention_is_named():
         varlen_attention_qkv(torch.randn(8, 3, 16, 2).mT, cu, 5)
     with pytest.raises(ValueError, match="dense_attention: qkv: expected shape"):
         dense_attention(q)
+
+
+def test_the_target_takes_the_fastest_backend(monkeypatch):
+    """Measured; without a gradient only, and none that is hardly faster, so that two starts choose alike."""
+    from ijepa_fast.kernels.varlen_attention import dense, measure_dense_attention, native
+
+    monkeypatch.setattr(dense, "FASTEST", {})
+    monkeypatch.setattr(dense, "ROUNDS", 1)
+    monkeypatch.setattr(native, "unsupported", lambda *arguments: "not here")
+    state, where = torch.get_rng_state(), torch.device("cpu")
+    found = measure_dense_attention(2, 9, 2, 16, torch.float32, where)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {"default", "flash"} <= found.keys()
+    assert list(found.values()) == sorted(found.values())
+    qkv, asked = torch.randn(2, 9, 3, 2, 16), []
+    attend = dense.attend
+    monkeypatch.setattr(dense, "attend", lambda qkv, name: (asked.append(name), attend(qkv, name))[1])
+    expected = dense_attention(qkv, "sdpa")
+    for fastest in ("default", "flash"):
+        dense.FASTEST[2, 16] = fastest
+        torch.testing.assert_close(dense_attention(qkv), expected)
+        dense_attention(qkv.clone().requires_grad_())
+    assert asked == ["default", "default", "default", "flash", "default"]
+    monkeypatch.setattr(dense, "SDPA", {"flash": dense.SDPBackend.FLASH_ATTENTION})
+    now, times = [], {}
+    monkeypatch.setattr(dense, "attend", lambda qkv, name: (now.append(times[name]), qkv)[1])
+    monkeypatch.setattr(dense.time, "perf_counter", lambda: sum(now))
+    for slower, taken in ((1.0, "default"), (1.2, "flash")):
+        times.update(default=slower, flash=1.0)
+        dense.measure(qkv, lambda qkv: qkv / 0)  # what is wrong is left out
+        assert dense.FASTEST[2, 16] == taken
