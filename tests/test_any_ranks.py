@@ -29,6 +29,8 @@ KINDS = {
 }
 OTHERS = ("simmim", "data2vec", "beit", "dino")
 KINDS |= dict.fromkeys(OTHERS, ())
+KINDS["data2vec"] = ("objective.options={masked: 20, layers: 2}",)
+KINDS["beit"] = ("objective.options={masked: 20}",)
 KINDS["dino"] = ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, drop_path: 0.1}",)
 KEPT = {"full", "truncated", "truncated by group", "budget", "budget by group"}  # strategies with a least context
 
