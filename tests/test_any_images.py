@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("tifffile")
