@@ -117,8 +117,8 @@ PLAN = (
     steps("ibot-s16", "--method ibot --model vit_small --batch 32 --impl fast,plain", 20),
     steps("ijepa-h14-largest", "--model vit_huge --patch 14 --max-batch --impl fast", 40, toy=None),
 )
-# And every registered method that has none, by its own name; with its plain rendering where there is one.
-PLAN += tuple(
+# As time is left at the end: every other registered method, with its plain rendering where there is one.
+OTHER_METHODS = tuple(
     steps(
         f"{name}-s16",
         f"--method {name} --model vit_small --batch 32 --impl fast{',plain' * (name in PLAIN)}",
@@ -363,7 +363,9 @@ def plan() -> str:
         needs = ", ".join(step.needs) or "-"
         lines.append(f"| {begin:.0f} | {step.expected:.0f} | {step.limit:.0f} | {step.name} | {needs} |")
         begin += step.expected
-    return "\n".join([*lines, f"{begin:.0f} s are expected; then ops, the other tests and data, as time is left"])
+    return "\n".join(
+        [*lines, f"{begin:.0f} s are expected; then ops, the other tests, data and other methods, as time is left"]
+    )
 
 
 TESTS = Step("tests of what steps rest on", "pytest", " ".join(FIRST_TESTS), 45, 60)
@@ -429,6 +431,11 @@ def main(argv: list[str] | None = None) -> int:
             suite.run(data_task(args.images, out, device))
         else:
             suite.write("- data: skipped, no --images FOLDER was given")
+    if not args.toy:
+        suite.write("\n## Other methods\n")
+        for step in OTHER_METHODS:
+            if (task := task_of(step, out, device, False, args.external)) is not None:
+                suite.run(task)
     suite.write(f"\n{len(suite.failed)} failed; {suite.left:.0f} s left")
     return bool(suite.failed)
 

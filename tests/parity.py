@@ -135,7 +135,10 @@ def parity(path: str | Path) -> dict[str, float]:
 
         if archive["config"].dtype.kind == "U":
             known = {"simmim": parity_simmim, "data2vec": parity_data2vec, "beit": parity_beit, "dino": parity_dino}
-            return known[json.loads(str(archive["config"]))["method"]](archive)
+            name = json.loads(str(archive["config"]))["method"]
+            if name not in known:
+                raise SystemExit(f"{path}: an archive of {name}, of which there is no method here")
+            return known[name](archive)
         return parity_ibot(archive) if "center_before" in archive.files else parity_mae(archive)
 
 

@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
+pytest.importorskip("yaml")
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("tifffile")
 pytest.importorskip("h5py")
 pytest.importorskip("zarr")
 
+import yaml
 from safetensors.torch import load_file
 
 import ijepa_fast

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from ijepa_fast.config import load_config
+from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.crops import LARGE
 from ijepa_fast.run.build import build_draw, build_method
 from tests.launch import ROOT, TINY
@@ -26,18 +27,26 @@ KINDS = {
     "mae": ("model.predictor_dim=32",),
     "ibot": ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",),
 }
+OTHERS = ("simmim", "data2vec", "beit", "dino")
+KINDS |= dict.fromkeys(OTHERS, ())
+KINDS["data2vec"] = ("objective.options={masked: 20, layers: 2}",)
+KINDS["beit"] = ("objective.options={masked: 20}",)
+KINDS["dino"] = ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, drop_path: 0.1}",)
 KEPT = {"full", "truncated", "truncated by group", "budget", "budget by group"}  # strategies with a least context
 
 
 def config_of(kind, accumulation=1):
     tiny = [option for option in TINY if kind in KEPT or not option.startswith("mask.")]
     options = [*tiny, f"batch_size={BATCH}", f"engine.accumulation={accumulation}", *KINDS[kind]]
-    name = f"{kind}_cifar10" if kind in ("mae", "ibot") else "quickstart"
+    name = f"{kind}_cifar10" if kind in ("mae", "ibot", *OTHERS) else "quickstart"
     return load_config(ROOT / "configs" / f"{name}.yaml", options)
 
 
 def by_image(draw):
     """What the draw says of each of its images, whatever is around them."""
+    if isinstance(draw, PatchDraw):
+        masks = draw.mask.view(draw.images, -1)
+        return [(masks[i].tolist(), draw.chance[..., i].tolist()) for i in range(draw.images)]
     if hasattr(draw, "chance"):
         masks = draw.mask.view(LARGE, draw.images, -1)
         chance = draw.chance.view(*draw.chance.shape[:2], -1, draw.images)

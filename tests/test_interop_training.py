@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("PIL")
+
 from tests.interop_files import HEADS, published
 from tests.launch import ROOT, command, run
 
