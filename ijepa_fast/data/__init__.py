@@ -15,3 +15,8 @@ Size = tuple[int, int]  # height, width
 def size_of(crop: int | Size) -> Size:
     """Height and width of a crop that is given by them, or by the side of a square."""
     return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
+
+
+def crop_of(size: Size) -> int | Size:
+    """The side of a square, another size as it is."""
+    return size[0] if size[0] == size[1] else size

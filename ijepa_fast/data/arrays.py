@@ -107,7 +107,7 @@ class ArrayViewDecoder(ArrayDecoder):
 
     def _view(self, pixels: np.ndarray, view: View, values: np.ndarray) -> np.ndarray:
         top, left, bottom, right = np.rint(values[:4]).astype(int).tolist()
-        out = resized(pixels[top:bottom, left:right], (view.crop, view.crop), self.interpolation)
+        out = resized(pixels[top:bottom, left:right], size_of(view.crop), self.interpolation)
         mirror, brightness, contrast, _, _, sigma, solarise = values[4:].tolist()
         most = _most(out.dtype)
         x = torch.from_numpy(np.ascontiguousarray(out[:, ::-1] if mirror else out)).permute(2, 0, 1).float()

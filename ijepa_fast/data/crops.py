@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ijepa_fast.data import Size
+
 TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe uses
 
 
@@ -17,13 +19,14 @@ TRIES = 10  # as torchvision's RandomResizedCrop, which the published recipe use
 class View:
     """How one view is made.
 
-    crop: its side, pixels. scale: lowest and highest share of the image's area. blur, solarise, jitter, grey: the
-    chances of blur, of solarisation, of colour jitter and of grey. sigma: range of the blur's standard deviation,
-    pixels of the view. strengths: the jitter's largest changes of brightness, contrast and saturation, as shares, and
-    of the hue, in turns. like: the number of the view whose window, mirroring and colours it has; None: its own.
+    crop: its side, or its height and width, pixels. scale: lowest and highest share of the image's area. blur,
+    solarise, jitter, grey: the chances of blur, of solarisation, of colour jitter and of grey. sigma: range of the
+    blur's standard deviation, pixels of the view. strengths: the jitter's largest changes of brightness, contrast and
+    saturation, as shares, and of the hue, in turns. like: the number of the view whose window, mirroring and colours it
+    has; None: its own.
     """
 
-    crop: int
+    crop: int | Size
     scale: tuple[float, float]
     blur: float = 0.0
     solarise: float = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ijepa_fast.data import size_of
 from ijepa_fast.data.arrays import ArrayDecoder, ArrayViewDecoder
 from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop
 from ijepa_fast.data.dali import TrainLoader
@@ -55,7 +56,7 @@ class ViewDecoder(Decoder):
         fn, types = self.dali.fn, self.dali.types
         filter_type = getattr(types, INTERPOLATIONS[self.interpolation])
         window = {"roi_start": values[0:2], "roi_end": values[2:4]}
-        out = fn.resize(images, size=[view.crop] * 2, interp_type=filter_type, antialias=True, **window)
+        out = fn.resize(images, size=list(size_of(view.crop)), interp_type=filter_type, antialias=True, **window)
         out = fn.flip(out, horizontal=fn.cast(values[4], dtype=types.INT32))
         colours = {name: values[5 + place] for place, name in enumerate(_COLOURS)}
         out = fn.gaussian_blur(fn.color_twist(out, **colours), sigma=values[9])

@@ -7,7 +7,7 @@ Shapes: B images of N patches, R masked patches in all, D width, V tokens of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.config import ConfigError, key
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -50,7 +51,6 @@ class BEiT(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are more patches than are masked."""
-        check_square(setup, cls)
         patches = setup.grid[0] * setup.grid[1]
         if options.masked >= patches:
             raise ConfigError(
@@ -125,11 +125,11 @@ def token_views(setup: Setup, token_patch: int, jitter: float) -> list[View]:
 
     Both are resized alike (published: the second by another filter).
     """
-    data = setup.data
+    data, (rows, columns) = setup.data, setup.grid
     strengths = (jitter, jitter, jitter, 0.0)
-    view = View(data.size[0], (data.scale[0], data.scale[1]), jitter=float(jitter > 0), strengths=strengths, grey=0.0)
-    small = View(setup.grid[0] * token_patch, view.scale, jitter=view.jitter, strengths=strengths, grey=0.0, like=0)
-    return [view, small]
+    scale, size = (data.scale[0], data.scale[1]), (rows * token_patch, columns * token_patch)
+    view = View(crop_of(data.size), scale, jitter=float(jitter > 0), strengths=strengths, grey=0.0)
+    return [view, replace(view, crop=crop_of(size), like=0)]
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.config import ConfigError, key
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -51,7 +52,6 @@ class Data2Vec(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are so many patches and blocks."""
-        check_square(setup, cls)
         check_masked(options, setup)
         if options.layers > setup.model.depth:
             raise ConfigError(
@@ -80,7 +80,9 @@ class Data2Vec(Method[PatchDraw]):
     def views(self) -> list[View]:
         """One crop, its colours jittered."""
         data, by = self.setup.data, self.options.jitter
-        return [View(data.size[0], (data.scale[0], data.scale[1]), jitter=1.0, strengths=(by, by, by, 0.0), grey=0.0)]
+        return [
+            View(crop_of(data.size), (data.scale[0], data.scale[1]), jitter=1.0, strengths=(by, by, by, 0.0), grey=0.0)
+        ]
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> PatchDraw:
         """Masks and dropped branches."""

@@ -32,8 +32,9 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-LARGE_VIEWS = (View(224, (0.25, 1.0), blur=1.0), View(224, (0.25, 1.0), blur=0.1, solarise=0.2))
-SMALL_VIEW = View(96, (0.05, 0.25), blur=0.5)
+LARGE_SIDE, SMALL_SIDE = 224, 96
+LARGE_VIEWS = (View(LARGE_SIDE, (0.25, 1.0), blur=1.0), View(LARGE_SIDE, (0.25, 1.0), blur=0.1, solarise=0.2))
+SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.25), blur=0.5)
 
 
 @dataclass
@@ -191,7 +192,7 @@ def views_of(
     blurred by the same share of a crop as published, where it is of 224 pixels.
     """
     large = LARGE_VIEWS[0]
-    sigma = (large.sigma[0] * crop / large.crop, large.sigma[1] * crop / large.crop)
+    sigma = (large.sigma[0] * crop / LARGE_SIDE, large.sigma[1] * crop / LARGE_SIDE)
     views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
     side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
     return views + [replace(SMALL_VIEW, crop=side, scale=share, sigma=sigma)] * small_crops
@@ -199,7 +200,7 @@ def views_of(
 
 def small_crop_side(side: int) -> int:
     """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_VIEW.crop / LARGE_VIEWS[0].crop))
+    return max(1, round(side * SMALL_SIDE / LARGE_SIDE))
 
 
 def step_work(

@@ -28,11 +28,11 @@ class PatchTokenizer:
         self.centres, self.patch, self.vocabulary = centres.float(), patch, len(centres)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, S, S, 3) -> int64 (B, n, n)."""
+        """uint8 (B, H, W, 3) -> int64 (B, rows, columns)."""
         self.centres = self.centres.to(images.device)
-        side = images.shape[1] // self.patch
-        rows = normalised_patches(images, self.patch)
-        return nearest(rows, self.centres).view(len(images), side, side)
+        rows, columns = images.shape[1] // self.patch, images.shape[2] // self.patch
+        found = nearest(normalised_patches(images, self.patch), self.centres)
+        return found.view(len(images), rows, columns)
 
 
 class ExportedTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ijepa_fast.config import Config
+from ijepa_fast.data import size_of
 from ijepa_fast.run.build import build_method
 
 IMAGES = 2
@@ -15,7 +16,8 @@ def saved_values(config: Config) -> float:
     method = build_method(config)
     draw = method.draw(IMAGES, config.seed, 0, 0, IMAGES)
     sides = [view.crop for view in method.views()]
-    many = [torch.zeros(IMAGES, side, side, 3, dtype=torch.uint8) for side in sides or [config.data.crop]]
+    sizes = [(*size_of(side), config.data.channels) for side in sides or [config.data.size]]
+    many = [torch.zeros(IMAGES, *size, dtype=torch.uint8) for size in sizes]
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
