@@ -34,6 +34,7 @@ from ijepa_fast.files import publish
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import read_summary
+from ijepa_fast.run import lock, pulse
 
 POOLS = ("mean", "none")
 
@@ -76,7 +77,11 @@ def train(data: Any = None, config: str | Path = "quickstart", **overrides: Any)
         section["source"] = hold(section["source"])
     given = _dotted(overrides | {f"data.{name}": value for name, value in section.items()})
     settings = load_config(config, [f"{name}={json.dumps(value)}" for name, value in given])
-    training.train(settings)
+    try:
+        training.train(settings)
+    finally:
+        pulse.end()
+        lock.release()
     return Run(settings.folder)
 
 

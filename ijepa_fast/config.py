@@ -161,7 +161,9 @@ class Config:
     name: str = key(MISSING, "the run's folder is runs/<name>")
     runs: str = key("runs", "the folder of all runs")
     seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
-    batch_size: int = fixed(2048, "images of a step, over all ranks", least=1)
+    batch_size: int = key(
+        2048, "images of a step, over all ranks; may change where it divides the images seen", least=1
+    )
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
     hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
     init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")

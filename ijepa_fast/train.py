@@ -60,9 +60,10 @@ def train(config: Config) -> None:
     device = choose_device(config.engine.device)
     source, folders = training_source(config), probe_folders(config)
     config = with_depth(config, source)
-    length = Length.of(config, None if source is None else len(source))
+    count = None if source is None else len(source)
+    length = Length.of(config, count)
     hooks = functions("hooks", config.hooks)
-    schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
+    schedule = Schedule(config.optim, length.steps_per_epoch)
     method = build_method(config, length.steps_per_epoch)
     method.ready()
     config = with_options(config, method)
@@ -74,13 +75,16 @@ def train(config: Config) -> None:
     engine = build_engine(config, method, device, ranks)
     data = identity(source)
     try:
-        step, changed = resume(config, last, engine, data, rank)
+        step, images, changed = resume(config, last, engine, data, rank)
     except ValueError:
         if rank == 0:
             lock.leave(config.folder)
         raise
-    micro_steps = config.engine.accumulation
-    loader = build_loader(config, method, source, device, rank, ranks, first=step * micro_steps)
+    # Steps are counted on where the batch size was changed; schedule, order and draws are those of the images seen.
+    more = step - images // config.batch_size
+    length = Length.of(config, count, more)
+    total, micro_steps = length.steps, config.engine.accumulation
+    loader = build_loader(config, method, source, device, rank, ranks, first=(step - more) * micro_steps)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
     if changed:
         log.write(step, {"changed": changed})
@@ -89,10 +93,10 @@ def train(config: Config) -> None:
     meter, logged = Meter(device), step
     online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
     stopping = Stop(config.log.checkpoint_minutes, config.engine.timeout)
-    saving = Saver(engine, partial(save, config, engine, data), config.engine.timeout)
+    saving = Saver(engine, partial(save, config, engine, data, more), config.engine.timeout)
     with stopping as stop, saving as saver, closing(log), closing(loader):
         while step < total:
-            lr, weight_decay, ema = schedule.at(step)
+            lr, weight_decay, ema = schedule.at(step - more)
             logging = (step + 1) % config.log.every == 0
             for _ in range(micro_steps):
                 begin = time.perf_counter()
@@ -113,7 +117,8 @@ def train(config: Config) -> None:
                 saver.wait()
             to_save = signal or due or step % config.log.checkpoint_every == 0 or step == total
             if to_save or logging:
-                record: dict[str, Any] = {"epoch": batch.epoch, "replaced": loader.replaced}
+                record: dict[str, Any] = {"images": (step - more) * config.batch_size, "epoch": batch.epoch}
+                record["replaced"] = loader.replaced
                 record |= {"lr": lr, "weight_decay": weight_decay} | ({"ema": ema} if method.averaged else {})
                 window = meter.read((logged + 1, step), engine.health(), engine.skipped, engine.gradient_squares())
                 record = window | record | speed.record(step, batch.draw, window) | online.read(step)
@@ -138,24 +143,28 @@ def train(config: Config) -> None:
     torch.distributed.barrier()
 
 
-def save(config: Config, engine: Engine, data: dict[str, Any] | None, taken: checkpoint.Snapshot, group: Any) -> None:
-    """Write a checkpoint of the run. Called by every rank, in a thread."""
+def save(
+    config: Config, engine: Engine, data: dict[str, Any] | None, more: int, taken: checkpoint.Snapshot, group: Any
+) -> None:
+    """Write a checkpoint of the run. Called by every rank, in a thread. more: see Length.of."""
     arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, taken.step)
     keep, keep_every = config.log.keep, config.log.keep_every
-    checkpoint.write(config.folder, taken, flatten(config), arch, keep, keep_every, data, group)
+    images = (taken.step - more) * config.batch_size
+    checkpoint.write(config.folder, taken, images, flatten(config), arch, keep, keep_every, data, group)
 
 
 def resume(
     config: Config, last: Path | None, engine: Engine, data: dict[str, Any] | None, rank: int
-) -> tuple[int, dict[str, tuple[Any, Any]]]:
+) -> tuple[int, int, dict[str, tuple[Any, Any]]]:
     """Load the checkpoint `last` into `engine`, the weights of `init` where there is none.
 
-    Returns the step to go on from, and the settings of training that are others than before, {key: (then, now)}.
+    Returns the step to go on from, the images seen until then, and the settings of training that are others than
+    before, {key: (then, now)}.
     """
-    step = 0
+    step = images = 0
     changed: dict[str, tuple[Any, Any]] = {}
     if last is not None:
-        step, changed = checkpoint.load(last, engine, flatten(config), data)
+        step, images, changed = checkpoint.load(last, engine, flatten(config), data)
         on_first(lambda: set_newer_aside(last))
     elif config.init is not None:
         weights = read(config.init, config.model.heads)
@@ -165,11 +174,11 @@ def resume(
             anew = f", with a new {fresh}" if fresh else ""
             print(f"starting from {config.init}{anew}", file=sys.stderr)
     if rank == 0 and step:
-        print(f"continuing {config.folder} from step {step}", file=sys.stderr)
+        print(f"continuing {config.folder} from step {step}, after {images:,} images", file=sys.stderr)
         for key, (then, now) in changed.items():
             print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
     on_first(lambda: save_config(config, config.folder / "config.yaml"))
-    return step, changed
+    return step, images, changed
 
 
 class _Callable(ModuleType):

@@ -187,6 +187,7 @@ def test_a_run_lies_inside_the_folder_of_runs(name):
         ("data.source", True),
         ("objective.options.loss", True),
         ("optim.lr", False),
+        ("batch_size", False),
         ("engine.zero", False),
     ],
 )

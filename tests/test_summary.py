@@ -45,6 +45,9 @@ def test_seconds_are_the_logs():
     log += [{"step": 15, "loss": 1, "images_per_second": 32}]
     assert train_seconds(log, 10, 64) == 10
     assert train_seconds(log, 15, 64) == 20
+    log = [record | {"images": 64 * record["step"]} for record in log]
+    log.append({"step": 17, "images": 15 * 64 + 2 * 32, "loss": 1, "images_per_second": 32})  # goes on with 32 a step
+    assert train_seconds(log, 17, 32) == 22
 
 
 def test_every_figure_has_its_untrained_value(summary):

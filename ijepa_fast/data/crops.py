@@ -34,6 +34,7 @@ class View:
     like: int | None = None
 
 
+_WINDOWS = 0  # the stream of random numbers of windows, see counter_bits
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,6 +59,16 @@ def counter_bits(seed: int, positions: np.ndarray, draws: int, stream: int = 0) 
 def counter_uniform(seed: int, positions: np.ndarray, draws: int, stream: int = 0) -> np.ndarray:
     """Uniform random numbers: float64 (B, draws) in [0, 1), made from `counter_bits` with the same arguments."""
     return (counter_bits(seed, positions, draws, stream) >> np.uint64(11)) * 2.0**-53
+
+
+def drawn_crops(
+    seed: int, positions: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of the samples at `positions` (B,) of the stream, as `random_resized_crop` gives them, and whether
+    each is mirrored where half of them are: bool (B,).
+    """
+    uniform = counter_uniform(seed, positions, 2 * TRIES + 3, _WINDOWS)
+    return random_resized_crop(sizes, uniform[:, :-1], scale, ratio), uniform[:, -1] < 0.5
 
 
 def random_resized_crop(

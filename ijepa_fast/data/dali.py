@@ -24,7 +24,7 @@ import torch
 
 from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import ArrayDecoder
-from ijepa_fast.data.crops import TRIES, counter_bits, counter_uniform, random_resized_crop
+from ijepa_fast.data.crops import counter_bits, drawn_crops
 from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
@@ -40,8 +40,7 @@ _READERS = 8  # threads that read files
 _REPLACEMENTS = 100  # samples tried in the place of a bad file
 _PATIENCE = 10  # seconds that `close` waits for a read to return
 
-# Streams of random numbers, see crops.counter_bits. The replacement of try t has the stream _REPLACE + t.
-_WINDOWS, _REPLACE = 0, 1
+_REPLACE = 1  # the replacement of try t has the stream of random numbers _REPLACE + t, see crops.counter_bits
 
 
 @dataclass(frozen=True)
@@ -302,13 +301,13 @@ class TrainLoader:
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> Work:
         sizes = np.array([row[2:] for row in rows])
-        uniform = counter_uniform(self._seed, positions, 2 * TRIES + 3, _WINDOWS)
+        windows, mirrored = drawn_crops(self._seed, positions, sizes, self._scale, self._ratio)
         return Work(
             ids=np.array([row[0] for row in rows]),
             positions=positions,
             encoded=[row[1] for row in rows],
-            windows=random_resized_crop(sizes, uniform[:, :-1], self._scale, self._ratio),
-            flip=(uniform[:, -1] < 0.5).astype(np.int32) if self._flip else None,
+            windows=windows,
+            flip=mirrored.astype(np.int32) if self._flip else None,
         )
 
     def _repair(self, work: Work, reasons: dict[int, str]) -> Work:

@@ -119,18 +119,7 @@ def _starts(length: int, size: int) -> list[int]:
 
 def _where(places: list[np.ndarray], raster: Raster, size: int, name: str, reading: Reading) -> list[np.ndarray]:
     """Those places whose window lies where the map is not zero, by half of it at least. The map may be coarser."""
-    path = str(reading.where)
-    if os.path.isdir(path):
-        stem = os.path.splitext(os.path.basename(name))[0]
-        found = sorted(file for file in os.listdir(path) if os.path.splitext(file)[0] == stem)
-        if not found:
-            raise ValueError(f"data.where={path}: expected a map named {stem}.*, found none; add one, empty or full")
-        path = os.path.join(path, found[0])
-    try:
-        opened = open_image(path, path, Reading(channels=1, depth="float32"))
-    except BadImage as error:
-        raise ValueError(f"data.where={path}: {error}") from None
-    inside = opened.read(0, 0, opened.height, opened.width).max(axis=2) > 0
+    inside = read_map(str(reading.where), name)
     scale = np.array(inside.shape) / (raster.height, raster.width)
     kept = []
     for place in places:
@@ -139,3 +128,23 @@ def _where(places: list[np.ndarray], raster: Raster, size: int, name: str, readi
         if inside[low[0] : high[0], low[1] : high[1]].mean() >= _SHARE:
             kept.append(place)
     return kept
+
+
+def read_map(where: str, name: str) -> np.ndarray:
+    """The map of the image `name`, bool (H, W), of any resolution. Raises ValueError.
+
+    where: a file, or a folder with one for each image, of the same stem.
+    """
+    path = where
+    if os.path.isdir(path):
+        stem = os.path.splitext(os.path.basename(name))[0]
+        found = sorted(file for file in os.listdir(path) if os.path.splitext(file)[0] == stem)
+        if not found:
+            raise ValueError(f"data.where={path}: expected a map named {stem}.*, found none; add one, empty or full")
+        path = os.path.join(path, found[0])
+    try:
+        opened = open_image(path, path, Reading(channels=1, depth="float32"))
+        inside: np.ndarray = opened.read(0, 0, opened.height, opened.width).max(axis=2) > 0
+    except BadImage as error:
+        raise ValueError(f"data.where={path}: {error}") from None
+    return inside

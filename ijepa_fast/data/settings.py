@@ -38,7 +38,9 @@ class Data:
         None, "pixels of this value, and NaN, are filled with the mean; null: there are none", **ANY
     )
     window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1)
-    where: str | None = fixed(None, "a map of where windows may lie (not zero): a file, or a folder of one per image")
+    where: str | None = fixed(
+        None, "a map of where windows and targets lie (not zero): a file, or a folder of one per image"
+    )
     stretch: str = fixed("none", "of pixels, before mean and std", choices=STRETCHES)
     low: list[float] | None = fixed(None, "of the stretch, for each channel", **ANY)
     high: list[float] | None = fixed(None, "of the stretch, for each channel", **ANY)
@@ -109,6 +111,10 @@ def check(data: Data, patch: int) -> None:
         raise ConfigError(
             f"data.crop={data.crop} is not divisible by model.patch={patch}; "
             f"set data.crop to {whole[0] if len(whole) == 1 else whole}"
+        )
+    if data.where is not None and data.window is None:
+        raise ConfigError(
+            f"data.where={data.where}: expected data.window with it, as it says where windows lie; set both"
         )
     _check_channels(data)
     for name in ("scale", "ratio"):

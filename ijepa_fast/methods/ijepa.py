@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from ijepa_fast.config import ConfigError, check_width, key
 from ijepa_fast.data.crops import counter_uniform
 from ijepa_fast.kernels.target_loss import target_loss
+from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.method import Method, Setup
@@ -107,7 +109,11 @@ class IJEPA(Method[MaskDraw]):
         stop = last
         if self.policy["policy"] != "full":
             start, stop = whole_groups(first, last, batch or last, self.policy["group"])
-        masks = self.sampler(stop - start, seed, step, start)
+        sample = partial(self.sampler, stop - start, seed, step)
+        if self.inside is None:
+            masks = sample(start)
+        else:
+            masks = held(sample, start, self.inside(step * (batch or last) + np.arange(start, stop)))
         drawn = pack(masks, **self.policy, part=slice(first - start, last - start))
         if not self.hidden:
             return drawn

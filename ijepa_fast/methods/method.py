@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -89,6 +90,8 @@ class Method(nn.Module, Generic[D]):
             they lie in checkpoints. They are on the device of the networks and keep their dtype.
         watch: where set, a method whose targets are features calls it in every step with them (U, D) and its draw.
         target_stream: where set, a CUDA stream for what needs no gradient.
+        inside: where set, how much of each patch lies where `data.where` says: float (B, N) in 0..1, for positions (B,)
+            of the stream of samples. A method that draws target blocks holds them to it.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -105,6 +108,7 @@ class Method(nn.Module, Generic[D]):
         self.carried: dict[str, torch.Tensor] = {}
         self.watch: Callable[[torch.Tensor, Draw], object] | None = None
         self.target_stream: torch.cuda.Stream | None = None
+        self.inside: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
     def parse(cls, setup: Setup) -> Any:

@@ -76,8 +76,12 @@ def _head(config: Config, training: list[Record]) -> dict[str, str]:
     rate = np.median([record["images_per_second"] for record in training])
     tokens = np.mean([record["tokens_per_image"] for record in training])
     model = config.model
+    steps, seen = training[-1]["step"], training[-1].get("images")
+    one_size = seen is None or seen == steps * config.batch_size
     return {
-        "steps": f"{training[-1]['step']:,} <small>of {config.batch_size:,} images</small>",
+        "steps": f"{steps:,} <small>of {config.batch_size:,} images</small>"
+        if one_size
+        else f"{steps:,} <small>of {seen:,} images in all</small>",
         "loss": f"{training[0]['loss']:.4f} → {training[-1]['loss']:.4f}",
         "images per second": f"{rate:,.0f} <small>at {tokens:.0f} tokens</small>",
         "waiting for data": f"{100 * np.mean([record['data_wait'] for record in training]):.2g}%",

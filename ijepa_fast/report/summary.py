@@ -90,8 +90,11 @@ def train_seconds(records: list[dict[str, Any]], step: int, batch: int) -> float
     seconds, last = 0.0, 0
     for record in records:
         if "loss" in record and record["step"] <= step:
-            seconds += (record["step"] - last) * batch / record["images_per_second"]
-            last = record["step"]
+            images = record.get(
+                "images", record["step"] * batch
+            )  # earlier versions logged none, and kept the batch size
+            seconds += (images - last) / record["images_per_second"]
+            last = images
     return seconds
 
 

@@ -18,6 +18,7 @@ from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
+from ijepa_fast.data.where import Inside
 from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
@@ -37,8 +38,11 @@ class Length:
     steps: int
 
     @classmethod
-    def of(cls, config: Config, images: int | None) -> Length:
-        """The length of a run over `images` images (None: random ones). Raises ConfigError for fewer than a batch."""
+    def of(cls, config: Config, images: int | None, more: int = 0) -> Length:
+        """The length of a run over `images` images (None: random ones). Raises ConfigError for fewer than a batch.
+
+        more: steps that were done so far, less those that the batch size of today would have taken.
+        """
         images = SYNTHETIC_IMAGES if images is None else images
         steps_per_epoch = images // config.batch_size
         if steps_per_epoch == 0:
@@ -46,7 +50,7 @@ class Length:
                 f"batch_size={config.batch_size} is more than the {images} images of {config.data.source}; "
                 f"set batch_size to at most {images}"
             )
-        steps = config.optim.epochs * steps_per_epoch
+        steps = config.optim.epochs * steps_per_epoch + more
         return cls(steps_per_epoch, steps if config.optim.steps is None else min(steps, config.optim.steps))
 
 
@@ -143,6 +147,9 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
+    if source is not None and data.where is not None and not views:
+        scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
+        method.inside = Inside(source, config.seed, scale, ratio, data.flip, method.setup.grid)
     common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,

@@ -4,7 +4,7 @@
         rank-00000.safetensors   this rank's fragments of weights, moments and EMA: "<parameter>|<key>|<first element>",
                                  and in the first one, whole, what the method carries: "<name>|carried|0"
         weights.safetensors      every network and its average, whole, fp32, under the published names
-        state.json               step, shapes, the configuration the run had, its data, size and digest of every file
+        state.json               step, images seen, shapes, configuration, data, size and digest of every file
 
 A folder is written under another name, flushed to disk and renamed: a kill at any moment leaves the last one good.
 run/recover.py chooses the one to go on from, and verifies it.
@@ -48,8 +48,10 @@ from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
 
 T = TypeVar("T")
-FORMAT = 3
-FORMATS = (1, 2, 3)  # that are read; the first had no digests, the first two were of runs that drew masks by rank
+FORMAT = 4
+# Those that are read: the first had no digests, the first two were of runs that drew masks by rank, the first three of
+# runs that had one batch size.
+FORMATS = (1, 2, 3, 4)
 KEYS = {"step": int, "shapes": dict, "config": dict}  # of every state.json
 WHOLE = "weights.safetensors"
 
@@ -103,6 +105,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def write(
     folder: Path,
     taken: Snapshot,
+    images: int,
     settings: Mapping[str, Any],
     arch: Arch,
     keep: int,
@@ -112,10 +115,11 @@ def write(
 ) -> Path:
     """Write a checkpoint and remove old ones. Called by every rank.
 
-    folder: the run's. taken: by each rank, after the same step. settings: the run's flattened configuration. arch: of
-    its encoder. keep: the newest that stay. keep_every: every checkpoint of a multiple of so many steps stays too; 0:
-    none. data: what the run trains on (run/sources.py). group: of all ranks, on the host, where the default one is in
-    use meanwhile. Raises CheckpointError on all ranks where one cannot write; earlier checkpoints stay as they are.
+    folder: the run's. taken: by each rank, after the same step. images: seen until then, each as often as it was seen.
+    settings: the run's flattened configuration. arch: of its encoder. keep: the newest that stay. keep_every: every
+    checkpoint of a multiple of so many steps stays too; 0: none. data: what the run trains on (run/sources.py). group:
+    of all ranks, on the host, where the default one is in use meanwhile. Raises CheckpointError on all ranks where one
+    cannot write; earlier checkpoints stay as they are.
     """
     final = folder / "checkpoints" / f"step-{taken.step:08d}"
     draft = draft_of(final)
@@ -127,8 +131,9 @@ def write(
 
         def finish() -> None:
             files[WHOLE] = write_tensors(draft / WHOLE, _whole_weights(draft, taken), header(arch))
-            state = {"format": FORMAT, "step": taken.step, "shapes": taken.shapes, "config": dict(settings)}
-            (draft / "state.json").write_text(seal(state | {"data": data, "files": files}))
+            state = {"format": FORMAT, "step": taken.step, "images": images, "shapes": taken.shapes}
+            state |= {"config": dict(settings), "data": data, "files": files}
+            (draft / "state.json").write_text(seal(state))
             stack.close()  # flushed and renamed
             prune(folder, keep, keep_every)
 
@@ -208,15 +213,18 @@ def _check_room(folder: Path, needed: int) -> None:
 
 def load(
     path: Path, engine: Engine, settings: Mapping[str, Any], data: Mapping[str, Any] | None = None
-) -> tuple[int, dict[str, tuple[Any, Any]]]:
+) -> tuple[int, int, dict[str, tuple[Any, Any]]]:
     """Bring `engine` to the state in `path`. Raises CheckpointError before anything is changed.
 
     settings: the flattened configuration of the run that goes on. data: what it trains on. What is read is taken for
-    verified. Returns the step, and the settings of training that have another value now: {key: (then, now)}.
+    verified. Returns the step, the images seen until then, and the settings of training that have another value now:
+    {key: (then, now)}.
     """
     state = read_state(path)
     then, now = present(state["config"]), json.loads(json.dumps(dict(settings)))
     changed = _check_settings(path, then, now, _check_data(path, state.get("data"), data, now))
+    images = state["images"] if "images" in state else state["step"] * then["batch_size"]
+    _check_batch(path, images, now, images if data is None else data["images"])
     names = {name: today(name, engine.method.former_names) for name in state["shapes"]}
     shapes = {names[name]: shape for name, shape in state["shapes"].items()}
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
@@ -238,7 +246,26 @@ def load(
     for name, tensor in carried.items():
         engine.method.carried[name].copy_(tensor)
     engine.restored()
-    return state["step"], changed
+    return state["step"], images, changed
+
+
+def _check_batch(path: Path, images: int, settings: Mapping[str, Any], most: int) -> None:
+    """CheckpointError unless `images` seen are whole steps of the run's batch size, which is at most `most`."""
+    batch, parts = settings["batch_size"], torch.distributed.get_world_size() * settings["engine.accumulation"]
+    if images % batch == 0:
+        return
+    below = (size for size in range(batch - 1, 0, -1) if images % size == 0 == size % parts)
+    above = (size for size in range(batch + 1, most + 1) if images % size == 0 == size % parts)
+    nearest = " or ".join(str(size) for size in (next(below, None), next(above, None)) if size is not None)
+    advice = (
+        f"batch_size={nearest}, the nearest that fit"
+        if nearest
+        else f"fewer ranks or less accumulation: no multiple of {parts} fits"
+    )
+    raise CheckpointError(
+        f"{path}: the run has seen {images:,} images, which are no whole number of steps of batch_size={batch}; set "
+        f"{advice}"
+    )
 
 
 def _check_data(
@@ -285,7 +312,7 @@ def _check_settings(
     return {
         key: (then[key], value)
         for key, value in now.items()
-        if key.startswith(("optim.", "engine.", "data.source")) and key in then and then[key] != value
+        if key.startswith(("batch_size", "optim.", "engine.", "data.source")) and key in then and then[key] != value
     }
 
 
@@ -348,7 +375,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path}: state.json is not what was written (sha256 differs)")
     if state["format"] not in FORMATS:
         raise CheckpointError(f"{path}: format {state['format']}, this version reads {FORMATS}")
-    needed = KEYS if state["format"] == 1 else KEYS | {"files": dict}
+    needed = KEYS | ({"files": dict} if state["format"] > 1 else {}) | ({"images": int} if state["format"] > 3 else {})
     if missing := sorted(key for key, kind in needed.items() if not isinstance(state.get(key), kind)):
         raise Damaged(f"{path}: state.json has no {', '.join(missing)}")
     if path.name.startswith("step-") and path.name != f"step-{state['step']:08d}":

@@ -67,8 +67,8 @@ def edit(path):
 
 
 def unsay(path):
-    """One bit: format 3 becomes the first format, which had no digests."""
-    path.write_bytes(path.read_bytes().replace(b'"format": 3', b'"format": 1').replace(b"F32", b"I32", 1))
+    """The format becomes the first one, which had no digests."""
+    path.write_bytes(path.read_bytes().replace(b'"format": 4', b'"format": 1').replace(b"F32", b"I32", 1))
 
 
 def replace(path):
@@ -162,7 +162,7 @@ def test_pruning_removes_only_what_was_made_here(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", made[1], made[3]]
 
 
-STATE = {"format": 3, "step": 4, "shapes": {}, "config": {}, "data": None, "files": {}}
+STATE = {"format": 4, "step": 4, "images": 32, "shapes": {}, "config": {}, "data": None, "files": {}}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ STATE = {"format": 3, "step": 4, "shapes": {}, "config": {}, "data": None, "file
         seal(STATE).replace('"step": 4', '"step": 5'),
         *(
             seal({key: value for key, value in STATE.items() if key != missing})
-            for missing in ("step", "files", "config")
+            for missing in ("step", "files", "config", "images")
         ),
         *(seal(STATE | {key: value}) for key, value in (("step", "4"), ("shapes", []), ("files", None))),
         json.dumps({"format": 1, "step": 4, "shapes": {}}),

@@ -31,7 +31,7 @@ def test_the_copy_is_of_its_step(tmp_path, zero):
 
     def write(taken, group):
         assert go.wait(60)
-        checkpoint.write(tmp_path, taken, {}, arch, keep=2, group=group)
+        checkpoint.write(tmp_path, taken, 8, {}, arch, keep=2, group=group)
 
     step(0)
     then = {name: tensor.clone() for name, tensor in snapshot(engine, 1).tensors.items()}
