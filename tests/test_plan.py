@@ -149,7 +149,11 @@ def test_what_to_set_so_that_it_fits(memory, words):
     "name", sorted({load_config(name).objective.method: name for name in configs.names()}.values())
 )
 def test_every_method_is_planned(name):
-    cfg = load_config(name, ["data.crop=32", "model.patch=8", "model.dim=64", "model.depth=2", "model.heads=2"])
+    small = ["data.crop=96", "model.patch=8", "model.dim=64", "model.depth=6", "model.heads=2"]
+    if "tokenizer" in load_config(name).objective.options:
+        tokens = ROOT / "tests" / "data" / "patch_tokens.safetensors"
+        small += [f"objective.options.{o}" for o in (f"tokenizer={tokens}", "vocabulary=32", "token_patch=4")]
+    cfg = load_config(name, small)
     made = forecast.make(cfg, 10_000, "H100", (1, 2))
     assert 0 < made.memory[1, 2].activations < made.memory[1, 1].activations
     assert made.gflop_per_image > 0
