@@ -66,13 +66,13 @@ def start(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_hear_signals,
+            preexec_fn=hear_signals,
         )
         for rank in range(ranks)
     ]
 
 
-def _hear_signals() -> None:
+def hear_signals() -> None:
     """A shell's background job ignores Ctrl-C, what nohup starts a terminal's end; and so would all that they start."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

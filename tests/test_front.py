@@ -15,7 +15,7 @@ from ijepa_fast.__main__ import COMMANDS
 from ijepa_fast.__main__ import main as command_line
 from ijepa_fast.config import as_yaml, flatten, load_config
 from ijepa_fast.front import main, without_ranks
-from tests.launch import ROOT, TINY, losses, unlaunched
+from tests.launch import LAUNCHER, ROOT, TINY, hear_signals, losses, unlaunched
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 HEAVY = ("torch", "deepspeed", "numpy", "matplotlib", "nvidia", "PIL")
@@ -84,7 +84,9 @@ def test_options_that_are_settings(arguments, words, capsys):
         (["objective.method=clip"], "there is no method 'clip'"),
     ],
 )
-def test_errors_of_the_command(arguments, words, capsys):
+def test_errors_of_the_command(arguments, words, capsys, monkeypatch):
+    for name in LAUNCHER:  # which a run in this process may have left
+        monkeypatch.delenv(name, raising=False)
     assert main(["--config", QUICKSTART, *arguments]) == 1
     assert words in capsys.readouterr().err
 
@@ -153,6 +155,7 @@ def started(tmp_path, *arguments, **environment):
         env=unlaunched(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TRITON_INTERPRET="0", **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=hear_signals,
         text=True,
         start_new_session=True,
     )

@@ -57,7 +57,7 @@ def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
     folder = run(tmp_path, *options, ranks=2)
     weights, tables = read(checkpoint, HEADS), ("pos_embed", "predictor_pos_embed")
     assert_same(read(folder), weights, but=tables)
-    wanted = resample_positions(weights.networks["encoder"]["pos_embed"], (10, 10))
+    wanted = resample_positions(weights.networks["encoder"]["pos_embed"], weights.arch.grid, (10, 10))
     assert torch.equal(read(folder).networks["encoder"]["pos_embed"], wanted)
     moved = checkpoint.rename(checkpoint.with_suffix(".moved"))
     try:
@@ -67,7 +67,10 @@ def test_on_two_ranks_at_another_resolution_and_resumed(checkpoint, tmp_path):
     assert resumed.arch.step == 2
     assert_same(resumed, weights, but=tables)
     for name, table in zip(("target_encoder", "predictor"), tables):
-        assert torch.equal(resumed.networks[name][table], resample_positions(weights.networks[name][table], (10, 10)))
+        assert torch.equal(
+            resumed.networks[name][table],
+            resample_positions(weights.networks[name][table], weights.arch.grid, (10, 10)),
+        )
 
 
 @pytest.mark.slow
