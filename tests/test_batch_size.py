@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-import yaml
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
+pytest.importorskip("yaml")
+
+import yaml
 
 import ijepa_fast
 from ijepa_fast.run.checkpoint import CheckpointError, read_state

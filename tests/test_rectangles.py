@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
+pytest.importorskip("yaml")
+
+import yaml
 
 import ijepa_fast
 from ijepa_fast.config import ConfigError, load_config
