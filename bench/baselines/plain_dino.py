@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines.plain_ibot import Backbone, WeightNormLinear
-from bench.baselines.plain_vit import move_average, parameter_groups, set_rates, update
+from bench.baselines.plain_ibot import Backbone, DistillationStep, WeightNormLinear
+from bench.baselines.plain_vit import parameter_groups
 
 
 class Head(nn.Module):
@@ -43,7 +43,7 @@ class Network(nn.Module):
         return self.head(torch.cat([self.backbone(batch)[:, 0] for batch in batches]))
 
 
-class PlainDINOStep:
+class PlainDINOStep(DistillationStep):
     """One training step of DINO on one process; the prototypes have length 1.
 
     Args:
@@ -82,20 +82,3 @@ class PlainDINOStep:
         crops = [x.to(self.device, non_blocking=True) for x in crops]
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
             return self.loss(crops, temperature)
-
-    def __call__(self, batch, lr=5e-4, weight_decay=0.04, momentum=0.996) -> float:
-        """One step on `batch`, see `loss_of` -> the loss."""
-        set_rates(self.optimizer, lr, weight_decay)
-        loss = self.loss_of(batch)
-        value = loss.item()
-        update(loss, self.optimizer, self.scaler, self._clip)
-        self.optimizer.zero_grad()
-        move_average(self.teacher, self.student, momentum)
-        return value
-
-    def _clip(self, largest: float = 3.0) -> None:
-        for param in self.student.parameters():
-            if param.grad is not None:
-                factor = largest / (param.grad.norm().item() + 1e-6)
-                if factor < 1:
-                    param.grad.mul_(factor)

@@ -88,7 +88,28 @@ class Network(nn.Module):
         return self.head(self.backbone(images, mask))
 
 
-class PlainIBOTStep:
+class DistillationStep:
+    """A step of `student`, whose gradients are clipped tensor by tensor, and of its average, `teacher`."""
+
+    def __call__(self, batch, lr=5e-4, weight_decay=0.04, momentum=0.996) -> float:
+        """One step on `batch`, see `loss_of` -> the loss."""
+        set_rates(self.optimizer, lr, weight_decay)
+        loss = self.loss_of(batch)
+        value = loss.item()
+        update(loss, self.optimizer, self.scaler, self._clip)
+        self.optimizer.zero_grad()
+        move_average(self.teacher, self.student, momentum)
+        return value
+
+    def _clip(self, largest: float = 3.0) -> None:
+        for param in self.student.parameters():
+            if param.grad is not None:
+                factor = largest / (param.grad.norm().item() + 1e-6)
+                if factor < 1:
+                    param.grad.mul_(factor)
+
+
+class PlainIBOTStep(DistillationStep):
     """One training step of iBOT on one process.
 
     Args:
@@ -138,20 +159,3 @@ class PlainIBOTStep:
         large, small, masks = ([x.to(self.device, non_blocking=True) for x in tensors] for tensors in lists)
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
             return self.loss(large, small, masks, temperature)
-
-    def __call__(self, batch, lr=5e-4, weight_decay=0.04, momentum=0.996) -> float:
-        """One step on `batch`, see `loss_of` -> the loss."""
-        set_rates(self.optimizer, lr, weight_decay)
-        loss = self.loss_of(batch)
-        value = loss.item()
-        update(loss, self.optimizer, self.scaler, self._clip)
-        self.optimizer.zero_grad()
-        move_average(self.teacher, self.student, momentum)
-        return value
-
-    def _clip(self, largest: float = 3.0) -> None:
-        for param in self.student.parameters():
-            if param.grad is not None:
-                factor = largest / (param.grad.norm().item() + 1e-6)
-                if factor < 1:
-                    param.grad.mul_(factor)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.interop.weights import Arch, State, mlp_ratio
-from ijepa_fast.models.vit import EPS
 
 MODEL_TYPE = "beit"
 _OUTSIDE = {
@@ -35,30 +34,18 @@ _INSIDE = {
 _QKV = ("query", "key", "value")
 
 
-def to_beit(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
-    """An encoder's state dict -> (config.json's content, state dict of BeitModel)."""
-    config = {
+def to_beit(state: State, arch: Arch, common: dict[str, Any]) -> tuple[dict[str, Any], State]:
+    """An encoder's state dict -> (config.json's content, state dict of BeitModel). common: what all kinds say."""
+    config = common | {
         "architectures": ["BeitModel"],
         "model_type": MODEL_TYPE,
-        "hidden_size": arch.dim,
-        "num_hidden_layers": arch.depth,
-        "num_attention_heads": arch.heads,
-        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
-        "layer_norm_eps": EPS,
-        "image_size": arch.image_size,
-        "patch_size": arch.patch,
-        "num_channels": len(arch.mean),
         "use_mask_token": arch.mask_token,
         "use_absolute_position_embeddings": "pos_embed" in state,
         "use_relative_position_bias": False,
         "use_shared_relative_position_bias": arch.relative_positions,
         "layer_scale_init_value": arch.layer_scale,
         "use_mean_pooling": False,  # the final norm on every token, as here
-        "dtype": "float32",
     }
     out: State = {}
     for key, value in state.items():

@@ -62,12 +62,7 @@ _V5 = {  # transformers 5's module names -> the Hub's
 
 def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
     """Published encoder state dict -> (config.json's content, state dict of IJepaModel, ViTModel or BeitModel)."""
-    if not arch.key_bias:
-        config, out = to_beit(state, arch)
-        return config | ({_IMAGES: images} if (images := arch.images()) else {}), out
-    config = {
-        "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
-        "model_type": "vit" if arch.class_token else "ijepa",
+    common = {
         "hidden_size": arch.dim,
         "num_hidden_layers": arch.depth,
         "num_attention_heads": arch.heads,
@@ -79,8 +74,15 @@ def to_hf(state: State, arch: Arch) -> tuple[dict[str, Any], State]:
         "image_size": arch.image_size,
         "patch_size": arch.patch,
         "num_channels": len(arch.mean),
-        "qkv_bias": True,
         "dtype": "float32",
+    }
+    if not arch.key_bias:
+        config, out = to_beit(state, arch, common)
+        return config | ({_IMAGES: images} if (images := arch.images()) else {}), out
+    config = common | {
+        "architectures": ["ViTModel" if arch.class_token else "IJepaModel"],
+        "model_type": "vit" if arch.class_token else "ijepa",
+        "qkv_bias": True,
     }
     state = with_class_position(state, arch)
     if images := arch.images():

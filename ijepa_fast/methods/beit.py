@@ -18,7 +18,7 @@ from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_masked
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -51,11 +51,7 @@ class BEiT(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are more patches than are masked."""
-        patches = setup.grid[0] * setup.grid[1]
-        if options.masked >= patches:
-            raise ConfigError(
-                f"objective.options.masked={options.masked}: expected fewer than the {patches} patches of a crop"
-            )
+        check_masked(options.masked, setup)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

@@ -19,7 +19,7 @@ from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Method, Setup, check_masked
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -52,7 +52,7 @@ class Data2Vec(Method[PatchDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """There are so many patches and blocks."""
-        check_masked(options, setup)
+        check_masked(options.masked, setup)
         if options.layers > setup.model.depth:
             raise ConfigError(
                 f"objective.options.layers={options.layers}: expected at most model.depth={setup.model.depth}"
@@ -119,15 +119,6 @@ class Data2Vec(Method[PatchDraw]):
             values=self.setup.values,
             patches=draw.patches,
             masked=draw.lengths.tolist(),
-        )
-
-
-def check_masked(options: Any, setup: Setup) -> None:
-    """ConfigError unless `options.masked` leaves some of the patches of a crop."""
-    patches = setup.grid[0] * setup.grid[1]
-    if options.masked >= patches:
-        raise ConfigError(
-            f"objective.options.masked={options.masked}: expected fewer than the {patches} patches of a crop"
         )
 
 

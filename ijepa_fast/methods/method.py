@@ -208,6 +208,13 @@ def check_square(setup: Setup, method: type[Method]) -> None:
         )
 
 
+def check_masked(masked: int, setup: Setup) -> None:
+    """ConfigError unless `masked`, of objective.options, leaves some of the patches of a crop."""
+    patches = setup.grid[0] * setup.grid[1]
+    if masked >= patches:
+        raise ConfigError(f"objective.options.masked={masked}: expected fewer than the {patches} patches of a crop")
+
+
 def method_class(name: str, foreign: bool = True) -> type[Method]:
     """The class of the method `name`: a name of METHODS, or the import path of a module that defines one Method.
 

@@ -22,6 +22,40 @@ TABLES = 8  # of pointers, kept on the device: gradients that lie elsewhere in e
 _tables: dict[tuple, list[tuple]] = {}
 
 
+@triton.jit
+def _read(scalars_ptr):
+    """(9,) fp64 -> the nine arguments, fp32."""
+    decay = tl.load(scalars_ptr).to(tl.float32)
+    gain1 = tl.load(scalars_ptr + 1).to(tl.float32)
+    beta2 = tl.load(scalars_ptr + 2).to(tl.float32)
+    gain2 = tl.load(scalars_ptr + 3).to(tl.float32)
+    step_size = tl.load(scalars_ptr + 4).to(tl.float32)
+    correction2 = tl.load(scalars_ptr + 5).to(tl.float32)
+    eps = tl.load(scalars_ptr + 6).to(tl.float32)
+    momentum = tl.load(scalars_ptr + 7).to(tl.float32)
+    gain_ema = tl.load(scalars_ptr + 8).to(tl.float32)
+    return decay, gain1, beta2, gain2, step_size, correction2, eps, momentum, gain_ema
+
+
+@triton.jit
+def _adamw(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, i, mask, decay, gain1, beta2, gain2, step_size, correction2, eps
+):
+    """The elements `i` of weights and moments, in place -> the new weights."""
+    g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + i, mask=mask, other=0.0)
+    m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq_ptr + i, mask=mask, other=0.0)
+    m += gain1 * (g - m)
+    v = beta2 * v + gain2 * g * g
+    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction2) + eps
+    p = decay * p - step_size * tl.div_rn(m, denominator)
+    tl.store(param_ptr + i, p, mask=mask)
+    tl.store(exp_avg_ptr + i, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + i, v, mask=mask)
+    return p
+
+
 # `n` is specialised on, unlike a token count: it is a constant of the run, and wide accesses want it divisible by 16.
 @triton.jit
 def _adamw_ema_kernel(
@@ -46,29 +80,24 @@ def _adamw_ema_kernel(
     BLOCK: tl.constexpr,
 ):
     if scalars_ptr is not None:
-        decay = tl.load(scalars_ptr).to(tl.float32)
-        gain1 = tl.load(scalars_ptr + 1).to(tl.float32)
-        beta2 = tl.load(scalars_ptr + 2).to(tl.float32)
-        gain2 = tl.load(scalars_ptr + 3).to(tl.float32)
-        step_size = tl.load(scalars_ptr + 4).to(tl.float32)
-        correction2 = tl.load(scalars_ptr + 5).to(tl.float32)
-        eps = tl.load(scalars_ptr + 6).to(tl.float32)
-        momentum = tl.load(scalars_ptr + 7).to(tl.float32)
-        gain_ema = tl.load(scalars_ptr + 8).to(tl.float32)
+        decay, gain1, beta2, gain2, step_size, correction2, eps, momentum, gain_ema = _read(scalars_ptr)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n
-    g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(param_ptr + i, mask=mask, other=0.0)
-    m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
-    v = tl.load(exp_avg_sq_ptr + i, mask=mask, other=0.0)
-
-    m += gain1 * (g - m)
-    v = beta2 * v + gain2 * g * g
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction2) + eps
-    p = decay * p - step_size * tl.div_rn(m, denominator)
-    tl.store(param_ptr + i, p, mask=mask)
-    tl.store(exp_avg_ptr + i, m, mask=mask)
-    tl.store(exp_avg_sq_ptr + i, v, mask=mask)
+    p = _adamw(
+        param_ptr,
+        grad_ptr,
+        exp_avg_ptr,
+        exp_avg_sq_ptr,
+        i,
+        mask,
+        decay,
+        gain1,
+        beta2,
+        gain2,
+        step_size,
+        correction2,
+        eps,
+    )
     if param_out_ptr is not None:
         tl.store(param_out_ptr + i, p.to(param_out_ptr.dtype.element_ty), mask=mask)
     if ema_ptr is not None:
@@ -109,29 +138,25 @@ def _adamw_ema_groups_kernel(
         exp_avg_sq_ptr = tl.multiple_of(exp_avg_sq_ptr, 16)
         ema_ptr = tl.multiple_of(ema_ptr, 16)
     scalars_ptr += tl.load(row + 8) * 9
-    decay = tl.load(scalars_ptr).to(tl.float32)
-    gain1 = tl.load(scalars_ptr + 1).to(tl.float32)
-    beta2 = tl.load(scalars_ptr + 2).to(tl.float32)
-    gain2 = tl.load(scalars_ptr + 3).to(tl.float32)
-    step_size = tl.load(scalars_ptr + 4).to(tl.float32)
-    correction2 = tl.load(scalars_ptr + 5).to(tl.float32)
-    eps = tl.load(scalars_ptr + 6).to(tl.float32)
-    momentum = tl.load(scalars_ptr + 7).to(tl.float32)
-    gain_ema = tl.load(scalars_ptr + 8).to(tl.float32)
+    decay, gain1, beta2, gain2, step_size, correction2, eps, momentum, gain_ema = _read(scalars_ptr)
     for at in range(0, CHUNK, BLOCK):
         i = first + at + tl.arange(0, BLOCK)
         mask = i < n
-        g = tl.load(grad_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        p = tl.load(param_ptr + i, mask=mask, other=0.0)
-        m = tl.load(exp_avg_ptr + i, mask=mask, other=0.0)
-        v = tl.load(exp_avg_sq_ptr + i, mask=mask, other=0.0)
-        m += gain1 * (g - m)
-        v = beta2 * v + gain2 * g * g
-        denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction2) + eps
-        p = decay * p - step_size * tl.div_rn(m, denominator)
-        tl.store(param_ptr + i, p, mask=mask)
-        tl.store(exp_avg_ptr + i, m, mask=mask)
-        tl.store(exp_avg_sq_ptr + i, v, mask=mask)
+        p = _adamw(
+            param_ptr,
+            grad_ptr,
+            exp_avg_ptr,
+            exp_avg_sq_ptr,
+            i,
+            mask,
+            decay,
+            gain1,
+            beta2,
+            gain2,
+            step_size,
+            correction2,
+            eps,
+        )
         if param_out_like is not None:
             param_out_ptr = tl.load(row + 5).to(tl.pointer_type(param_out_like.dtype.element_ty))
             if ALIGNED:
