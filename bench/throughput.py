@@ -180,13 +180,15 @@ def measure(
 def rows_of(contenders, case: Case, measured: dict, data: bool) -> list[dict]:
     """One record a contender, plain values in the units their names say; ratios are medians over the rounds."""
     seconds = measured["seconds"]
-    slowest = next((i for i, c in enumerate(contenders) if c.name == "plain"), None)
+    slowest, plain_fp32 = (
+        next((i for i, c in enumerate(contenders) if c.name == name), None) for name in ("plain", "plain, fp32")
+    )
     peak = next((v for k, v in PEAKS.items() if k in device_name(case.device)), None)
     rows = []
     for i, c in enumerate(contenders):
         median, low, high = (float(np.quantile(seconds[i], q)) for q in (0.5, 0.2, 0.8))
         rate = c.work * 1e9 * case.batch / median
-        same_tokens = slowest is not None and contenders[slowest].context == c.context
+        same_tokens = [at is not None and contenders[at].context == c.context for at in (slowest, plain_fp32)]
         rows.append(
             {
                 "impl": c.name,
@@ -204,9 +206,12 @@ def rows_of(contenders, case: Case, measured: dict, data: bool) -> list[dict]:
                 "share_of_ceiling": rate / measured["ceiling"],
                 "share_of_peak": rate / peak if peak and case.low_precision else None,
                 "step_memory_bytes": measured["step_memory"][i] or None,
-                "speedup_over_plain": float(np.median(seconds[slowest] / seconds[i])) if same_tokens else None,
+                "speedup_over_plain": float(np.median(seconds[slowest] / seconds[i])) if same_tokens[0] else None,
             }
         )
+        if plain_fp32 is not None:
+            ratio = float(np.median(seconds[plain_fp32] / seconds[i])) if same_tokens[1] else None
+            rows[-1]["speedup_over_plain_fp32"] = ratio
     return rows
 
 
@@ -214,6 +219,8 @@ def table(rows: list[dict]) -> str:
     """The records as a Markdown table."""
     heads = ("impl", "context", "data", "images/s", "tokens/s", "tokens/image", "GFLOP/image", "TFLOP/s")
     heads += ("of GEMM", "of peak", "step memory, GB", "x plain")
+    both = any("speedup_over_plain_fp32" in r for r in rows)
+    heads += ("x plain fp32",) * both
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for r in rows:
         cells = (
@@ -230,6 +237,8 @@ def table(rows: list[dict]) -> str:
             _or_dash(r["step_memory_bytes"], "{:.2f}", 1e-9),
             _or_dash(r["speedup_over_plain"], "{:.2f}"),
         )
+        if both:
+            cells += (_or_dash(r.get("speedup_over_plain_fp32"), "{:.2f}"),)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -290,6 +299,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--predictor-depth", type=int, help="default: the published one for the model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--beside", choices=sorted(DTYPES), help="also time all of --impl in this precision, in the same turns"
+    )
     parser.add_argument("--context", default="truncate", help=f"of {', '.join(CONTEXTS)}, with commas")
     parser.add_argument(
         "--engine", type=int, metavar="ZERO", help="also time this project's steps through DeepSpeed at this stage"
@@ -328,6 +340,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--config is for --method ijepa, without --external: it names no published model")
     if args.max_batch and not args.device.startswith("cuda"):
         parser.error("--max-batch: expected --device cuda, there is no limit to find on a CPU")
+    if args.beside and args.device.startswith("cuda"):
+        parser.error("--beside: expected --device cpu")
     cuda = args.device.startswith("cuda")
     args.precision = args.precision or ("bf16" if cuda else "fp32")
     args.compile = args.compile or ("fast,strong" if cuda else "none")
@@ -376,6 +390,13 @@ def run(argv: list[str] | None = None) -> dict:
     if not contenders:
         raise ValueError(f"--impl {','.join(args.impl)}: nothing to measure with --context {','.join(args.context)}")
     check_agreement(contenders, case.precision, failures)
+    if args.beside:
+        other = Case(**asdict(case) | {"precision": args.beside})
+        more = make_contenders(other, args.impl, args.context, args.external, args.engine, failures)
+        check_agreement(more, other.precision, failures)
+        for contender in more:
+            contender.name += f", {args.beside}"
+        contenders += more
     contenders = failures.left(contenders)
     # Every batch runs once and is captured once before it is replayed.
     warmup = max(args.warmup, 2 * case.batches) if any("graphs" in impl for impl in args.impl) else args.warmup

@@ -1,14 +1,16 @@
 """I-JEPA's step in strong stock PyTorch: what a good engineer gets without a kernel of their own.
 
-Against plain.py: uint8 images normalised on the device, only the kept patches embedded, the fastest backend of
-scaled_dot_product_attention, bfloat16 autocast without a scaler, torch.compile, fused AdamW, a foreach EMA, and nothing
-read back from the device. Sequences must be of equal length, so the context is truncated as published.
+Against plain.py: uint8 images normalised on the device, only the kept patches embedded, the fastest attention there is,
+bfloat16 autocast without a scaler, torch.compile, fused AdamW, a foreach EMA, and nothing read back from the device.
+Sequences must be of equal length, so the context is truncated as published. Weights stored in bfloat16 instead of
+autocast were tried on a CPU and are slower: .6 of the speed at the quickstart's sizes, .8 at S/16.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.baselines.plain import Encoder, Predictor
-from bench.baselines.plain_vit import parameter_groups, set_rates
+from bench.baselines.plain_vit import parameter_groups, set_rates, written_out_attention
+from bench.timing import synchronise
 
 
 def gather(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -54,16 +57,14 @@ class StrongStep:
         if compile == "blocks":
             for block in (*self.encoder.blocks, *self.target_encoder.blocks, *self.predictor.predictor_blocks):
                 block.compile(dynamic=True)
-        self.backend = None
 
     def use_fastest_attention(self, batch: int, tokens: int, dim: int) -> str:
-        """Measure the attention backends on a training shape of the encoder and keep the fastest; -> its name."""
-        self.backend = fastest_backend(batch, self.heads, tokens, dim // self.heads, self.device, self.autocast)
-        attend = partial(sdpa, backend=self.backend)
+        """Measure the attentions on a training shape of the encoder and keep the fastest; -> its name."""
+        name, attend = fastest_attention(batch, self.heads, tokens, dim // self.heads, self.device, self.autocast)
         for network in (self.encoder, self.predictor, self.target_encoder):
             for block in getattr(network, "blocks", None) or network.predictor_blocks:
                 block.attn.attend = attend
-        return self.backend.name if self.backend else "default"
+        return name
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """`images` uint8 (B, H, W, 3) -> normalised patches (B, N, 3*P*P)."""
@@ -116,31 +117,38 @@ class StrongStep:
         return loss.detach()
 
 
-def sdpa(q, k, v, backend=None):
-    """scaled_dot_product_attention on one backend, or on PyTorch's own choice."""
-    if backend is None:
-        return F.scaled_dot_product_attention(q, k, v)
+def sdpa(q, k, v, backend: SDPBackend):
+    """scaled_dot_product_attention on one backend."""
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def fastest_backend(batch, heads, tokens, head_dim, device, low_precision) -> SDPBackend | None:
-    """The backend with the shortest forward and backward at (batch, heads, tokens, head_dim); None on a CPU."""
-    if device.type != "cuda":
-        return None
+def fastest_attention(batch, heads, tokens, head_dim, device, low_precision) -> tuple[str, Callable]:
+    """The attention with the shortest forward and backward at (batch, heads, tokens, head_dim), and its name.
+
+    On a CPU the one written out is among them: PyTorch's own backward in bfloat16 is the slower of the two there.
+    """
+    cuda = device.type == "cuda"
+    names = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION") if cuda else ("FLASH_ATTENTION", "MATH")
+    choices = {name: partial(sdpa, backend=getattr(SDPBackend, name)) for name in names}
+    if not cuda:
+        choices["written out"] = written_out_attention
     dtype = torch.bfloat16 if low_precision else torch.float32
     q = torch.randn(batch, heads, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
     times = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    for name, attend in choices.items():
         try:
             for _ in range(3):
-                sdpa(q, q, q, backend).sum().backward()
+                attend(q, q, q).sum().backward()
         except RuntimeError:  # this build, GPU, dtype or head width is outside what the backend supports
             continue
-        torch.cuda.synchronize(device)
+        synchronise(device.type)
         start = time.perf_counter()
         for _ in range(10):
-            sdpa(q, q, q, backend).sum().backward()
-        torch.cuda.synchronize(device)
-        times[backend] = time.perf_counter() - start
-    return min(times, key=times.get) if times else None
+            attend(q, q, q).sum().backward()
+        synchronise(device.type)
+        times[name] = time.perf_counter() - start
+    if not times:
+        return "default", F.scaled_dot_product_attention
+    best = min(times, key=times.get)
+    return best, choices[best]
