@@ -15,7 +15,6 @@ from ijepa_fast.kernels.varlen_attention import dense_attention
 from ijepa_fast.models.layouts import Dense
 from ijepa_fast.models.vit import Block
 
-
 CALLS, ROUNDS = 5, 3
 
 
