@@ -31,13 +31,15 @@ import torch
 
 from ijepa_fast import kernels
 from ijepa_fast.config import Config, flatten, save_config
+from ijepa_fast.data.sources import Source
 from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
+from ijepa_fast.methods.method import Method
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint, lock, pulse
+from ijepa_fast.run import checkpoint, lock, machines, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
 from ijepa_fast.run.imported import functions
@@ -58,22 +60,20 @@ def train(config: Config) -> None:
     kernels.use(config.kernels)
     check_loggers(config.log)
     device = choose_device(config.engine.device)
-    source, folders = training_source(config), probe_folders(config)
-    config = with_depth(config, source)
-    count = None if source is None else len(source)
+    met = machines.meet(config, device.type)
+    rank, ranks = start(device, config.engine.timeout, met.store)
+    pulse.begin(rank, ranks, met.hosts)
+    config, source, method, hooks = machines.alike(partial(prepare, config))
+    folders, count = probe_folders(config), None if source is None else len(source)
     length = Length.of(config, count)
-    hooks = functions("hooks", config.hooks)
     schedule = Schedule(config.optim, length.steps_per_epoch)
-    method = build_method(config, length.steps_per_epoch)
-    method.ready()
-    config = with_options(config, method)
-    rank, ranks = start(device, config.engine.timeout)
-    pulse.begin(rank, ranks)
+    data = identity(source)
+    machines.same_data(data, config.data.source)
     lock.hold(config.folder)
+    machines.same_folder(config.folder, met)
     last = choose(config.folder, config.resume)
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
-    data = identity(source)
     try:
         step, images, changed = resume(config, last, engine, data, rank)
     except ValueError:
@@ -141,6 +141,18 @@ def train(config: Config) -> None:
     if rank == 0:
         finish(config, method, source, folders, device, began, precision)
     torch.distributed.barrier()
+
+
+def prepare(config: Config) -> tuple[Config, Source | None, Method, list[Any]]:
+    """The configuration with what images and method add to it, the images (None: random ones), the method, the hooks."""
+    source = training_source(config)
+    probe_folders(config)
+    config = with_depth(config, source)
+    length = Length.of(config, None if source is None else len(source))
+    hooks = functions("hooks", config.hooks)
+    method = build_method(config, length.steps_per_epoch)
+    method.ready()
+    return with_options(config, method), source, method, hooks
 
 
 def save(
