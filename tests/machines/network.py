@@ -169,8 +169,25 @@ def torchrun(made: list[Machine], runs: Path, *overrides: str, others: dict[int,
 def outcome(processes: list[subprocess.Popen], timeout: float = 120) -> tuple[list[int], str]:
     """Wait for them: their exit statuses and what they said."""
     try:
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
+        texts = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes], "\n".join(said)
+    return [process.returncode for process in processes], "\n".join(texts)
+
+
+def by_hand(made: list[Machine], runs: Path, *overrides: str, first: str = "", others=None):
+    """Start a rank on each machine without a launcher. first: code that they run before the trainer's."""
+    main = "import sys; from ijepa_fast.train import main; sys.exit(main(sys.argv[1:]))"
+    world = {"WORLD_SIZE": str(len(made)), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    world |= {"MASTER_ADDR": made[0].address, "MASTER_PORT": PORT}
+    found = []
+    for number, machine in enumerate(made):
+        arguments = [*trainer(runs, *overrides)[1:], *(others or {}).get(number, ())]
+        found.append(machine.start("python", "-c", f"{first}\n{main}", *arguments, **world, RANK=str(number)))
+    return found
+
+
+def said(text: str) -> list[str]:
+    """The errors among what ranks have said, without what a launcher puts before a line."""
+    return [line.partition("error: ")[2] for line in text.splitlines() if "error: " in line]
