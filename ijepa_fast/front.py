@@ -114,11 +114,12 @@ def _train(config: Config, first: bool) -> int:
         return _interrupted(first)
     import torch
 
-    from ijepa_fast.run import lock, pulse
+    from ijepa_fast.run import lock, pulse, stacks
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
     follow_launcher()
+    stacks.follow()
     try:
         train.train(config)
         return 0

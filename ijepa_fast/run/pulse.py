@@ -62,6 +62,7 @@ class _Pulse:
 
 _own: list[_Pulse] = []
 _hosts: list[str] = []
+_now: list[tuple[int, str]] = [(0, "starting")]  # of this rank, whether there are others or not
 
 
 def name(rank: int) -> str:
@@ -83,8 +84,14 @@ def end() -> None:
 
 def at(step: int, doing: str) -> None:
     """What this rank is at, after `step` steps."""
+    _now[0] = step, doing
     for own in _own:
         own.step, own.doing = step, doing
+
+
+def doing() -> str:
+    """For a message, what this rank is at."""
+    return f"{_now[0][1]} after step {_now[0][0]}"
 
 
 def last_heard() -> str:
