@@ -61,8 +61,8 @@ def train(config: Config) -> None:
     check_loggers(config.log)
     device = choose_device(config.engine.device)
     met = machines.meet(config, device.type)
+    pulse.begin(met.rank, met.hosts, met.store)
     rank, ranks = start(device, config.engine.timeout, met.store)
-    pulse.begin(rank, ranks, met.hosts)
     config, source, method, hooks = machines.alike(partial(prepare, config))
     folders, count = probe_folders(config), None if source is None else len(source)
     length = Length.of(config, count)
@@ -144,7 +144,7 @@ def train(config: Config) -> None:
 
 
 def prepare(config: Config) -> tuple[Config, Source | None, Method, list[Any]]:
-    """The configuration with what images and method add to it, the images (None: random ones), the method, the hooks."""
+    """The configuration with what images and method add to it; the images (None: random ones), method, hooks."""
     source = training_source(config)
     probe_folders(config)
     config = with_depth(config, source)

@@ -1,4 +1,4 @@
-"""Two machines on one host: namespaces of network, host name, mounts and processes, joined by a wire, each with an sshd.
+"""Two machines on one host: namespaces of network, host name, mounts and processes, joined by a wire, each with sshd.
 
 A machine that is `killed` loses all its processes at once; one that is `cut` off stays silent, as after a power cut.
 """
@@ -77,7 +77,8 @@ class Machine:
         )
         deadline = time.time() + 20
         while not (folder / f"{self.name}.up").exists():
-            assert self._outer.poll() is None and time.time() < deadline, (folder / f"{self.name}.log").read_text()
+            up = self._outer.poll() is None and time.time() < deadline
+            assert up, (folder / f"{self.name}.log").read_text()
             time.sleep(0.05)
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
         self.init = int(children[0])
