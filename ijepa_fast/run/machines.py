@@ -68,6 +68,8 @@ def meet(config: Config | None, device: str = "", error: str = "") -> Met:
     verdict = _judge(store, ranks, seconds) if rank == 0 else _hear(store, seconds + SAY)
     if verdict["error"]:
         raise NotAlike(verdict["error"])
+    if config is not None:
+        store.set_timeout(datetime.timedelta(seconds=config.engine.timeout))  # from here on, nobody is late
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(verdict["hosts"].count(host)))  # DeepSpeed's launcher sets none
     return Met(rank, store, verdict["hosts"])
 

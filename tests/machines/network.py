@@ -82,6 +82,8 @@ class Machine:
             time.sleep(0.05)
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
         self.init = int(children[0])
+        # Held, so that the wire stays when the machine is killed: the other's end of it has the other's address.
+        self._network = os.open(f"/proc/{self.init}/ns/net", os.O_RDONLY)
 
     def inside(self, *words: str) -> list[str]:
         """The command line of `words` on this machine, in the folder of the project."""
@@ -113,6 +115,10 @@ class Machine:
             self._outer.wait()
         self._log.close()
 
+    def unplug(self) -> None:
+        """Give its network back."""
+        os.close(self._network)
+
 
 def environment() -> dict[str, str]:
     """What a login on a machine gives: CPU, one thread, no interpreter, this checkout."""
@@ -143,6 +149,7 @@ def machines(folder: Path, *binds: dict[Path, Path]):
     finally:
         for machine in made:
             machine.kill()
+            machine.unplug()
 
 
 def trainer(runs: Path, *overrides: str) -> list[str]:
