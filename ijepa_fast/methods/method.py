@@ -199,15 +199,6 @@ class Method(nn.Module, Generic[D]):
         return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
 
 
-def check_square(setup: Setup, method: type[Method]) -> None:
-    """ConfigError unless crops are squares, as views are."""
-    if setup.grid[0] != setup.grid[1]:
-        name = method.__module__.rpartition(".")[2]
-        raise ConfigError(
-            f"data.crop: expected a square for objective.method={name}, got {setup.data.crop}; set a side"
-        )
-
-
 def check_masked(masked: int, setup: Setup) -> None:
     """ConfigError unless `masked`, of objective.options, leaves some of the patches of a crop."""
     patches = setup.grid[0] * setup.grid[1]
