@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.config import ConfigError, key
+from ijepa_fast.config import ConfigError, check_masked, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup, check_masked
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut

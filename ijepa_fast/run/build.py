@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.config import Config, ConfigError, check_capabilities
 from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import Source
@@ -60,7 +60,7 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
-    _check_capabilities(config, cls)
+    check_capabilities(config, cls.capabilities)
     torch.manual_seed(config.seed)
     method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch, foreign))
     if not isinstance(getattr(method, "encoder", None), Encoder):
@@ -74,21 +74,6 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
 def with_options(config: Config, method: Method) -> Config:
     """The same configuration with every option of the method, defaults included."""
     return replace(config, objective=replace(config.objective, options=asdict(method.options)))
-
-
-def _check_capabilities(config: Config, method: type[Method]) -> None:
-    engine = config.engine
-    wanted = {
-        "graphs": ("engine.cuda_graphs=on", engine.cuda_graphs == "on"),
-        "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
-        "target_stream": ("engine.target_stream=true", engine.target_stream),
-    }
-    for capability, (setting, on) in wanted.items():
-        if on and capability not in method.capabilities:
-            key = setting.partition("=")[0]
-            raise ConfigError(
-                f"{setting}: objective.method={config.objective.method} cannot do it; leave {key} at its default"
-            )
 
 
 def with_precision(config: Config, last: Path | None, device: torch.device, rank: int) -> tuple[Config, Precision]:
