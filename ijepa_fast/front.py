@@ -20,17 +20,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ijepa_fast import partly, ranks, spelling
-from ijepa_fast.config import (
-    Config,
-    ConfigError,
-    NoOptions,
-    Setup,
-    as_yaml,
-    check_capabilities,
-    check_method,
-    keys,
-    load_config,
-)
+from ijepa_fast.agree import NoOptions, Setup, check_capabilities, check_method
+from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
 from ijepa_fast.data.importing import is_code
 
 RANDOM_OR_EMBEDDED = ("synthetic", "scenes")
@@ -146,8 +137,9 @@ def check_early(config: Config) -> None:
     source = config.data.source
     named = {"*", "{"} & set(source) or is_code(source)
     if source not in RANDOM_OR_EMBEDDED and not named and not os.path.exists(source):
+        found = "is an address: fetch it first" if "://" in source else "does not exist"
         raise ConfigError(
-            f"data.source: data path {source!r} does not exist; expected a folder of images, archives, arrays or a list"
+            f"data.source: data path {source!r} {found}; expected a folder of images, archives, arrays or a list"
         )
     check_method_early(config)
 

@@ -15,7 +15,7 @@ from typing import Any
 # What may be imported for it: none of these imports torch or NumPy.
 LIGHT = {
     *("collections.abc", "dataclasses", "functools", "math", "typing"),
-    *("ijepa_fast.config", "ijepa_fast.data", "ijepa_fast.masks.samplers"),
+    *("ijepa_fast.agree", "ijepa_fast.config", "ijepa_fast.data", "ijepa_fast.masks.samplers"),
 }
 
 

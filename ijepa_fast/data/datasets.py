@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,12 @@ class DatasetSource(Source):
 
     def _item(self, index: int) -> Any:
         with self._turn:
-            return _image(self.dataset[index])
+            try:
+                return _image(self.dataset[index])
+            except (BadImage, OSError):
+                raise
+            except Exception as error:  # whatever somebody else's code raises of an item
+                raise BadImage(f"the data set raised {type(error).__name__}: {error}") from error
 
     def _opened(self, item: Any) -> Raster:
         if isinstance(item, str | os.PathLike):
@@ -88,21 +94,39 @@ class DatasetSource(Source):
 def open_dataset(name: str, reading: Reading) -> Source:
     """The source of what the function `name`, written module:function, gives. Raises ValueError."""
     made = import_function("data.source", name)
-    dataset = made() if callable(made) and (isinstance(made, type) or not hasattr(made, "__getitem__")) else made
+    with _named(name):
+        dataset = made() if callable(made) and (isinstance(made, type) or not hasattr(made, "__getitem__")) else made
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or _is_stream(dataset):
         if not hasattr(dataset, "__iter__"):
             raise ValueError(
                 f"data.source={name}: expected a data set with a length and items, or one to iterate over, got a "
                 f"{type(dataset).__name__}"
             )
-        dataset = _kept(name, dataset)
-    if len(dataset) == 0:
-        raise ValueError(f"data.source={name}: expected images, the data set is empty")
-    source = DatasetSource(name, dataset, reading)
-    first = _image(dataset[0])
+        with _named(name):
+            dataset = _kept(name, dataset)
+    with _named(name):
+        if len(dataset) == 0:
+            raise ValueError(f"data.source={name}: expected images, the data set is empty")
+        source = DatasetSource(name, dataset, reading)
+        first = _image(dataset[0])
+    if isinstance(first, str | os.PathLike) and not os.path.exists(first):
+        raise ValueError(f"data.source={name}: item 0 is the path {os.fspath(first)!r}, which does not exist")
     stored = isinstance(first, bytes) or (isinstance(first, str | os.PathLike) and is_dali(os.fspath(first)))
     source.reading = settle(source, reading, rgb=stored or isinstance(first, Image.Image))
     return source
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What somebody else's code raises becomes a ValueError with the data set's name and the line."""
+    try:
+        yield
+    except (ValueError, ImportError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        raise ValueError(f"data.source={name}: {type(error).__name__}: {error} ({where})") from error
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -42,8 +42,12 @@ def expand(index: Index, root: str, reading: Reading) -> Index:
             index = _taken(index, rows)
             index.page = np.concatenate([np.arange(number) for number in counts])
             if not index.labels:
-                own = [part for path in paths if (part := labels(path, reading)) is not None]
-                if len(own) == len(paths):
+                found = [labels(path, reading) for path in paths]
+                own = [part for part, _ in found if part is not None]
+                wrong = [f"{path}: {problem}" for path, (_, problem) in zip(paths, found) if problem]
+                if wrong:
+                    index.problem = f"{wrong[0]}; expected one for each"
+                elif len(own) == len(paths):
                     values = np.concatenate(own)
                     add_column(index.labels, index.classes, "class", [str(value) for value in values.tolist()])
     return index if reading.window is None else _windows(index, root, reading)

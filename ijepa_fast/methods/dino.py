@@ -37,16 +37,16 @@ SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.4), blur=0.5)
 class Options:
     """DINO's options; the values here are those of the published command for 100 epochs."""
 
-    small_crops: int = key(8, "small crops per image", least=1)
-    hidden: int = key(2048, "width of the head's two layers", least=1)
-    bottleneck: int = key(256, "width of the head's bottleneck", least=1)
-    prototypes: int = key(65536, "outputs of the head", least=1)
+    small_crops: int = key(8, "small crops per image", least=1, most=100)
+    hidden: int = key(2048, "width of the head's two layers", least=1, most=65536)
+    bottleneck: int = key(256, "width of the head's bottleneck", least=1, most=65536)
+    prototypes: int = key(65536, "outputs of the head", least=1, most=10**7)
     norm_last_layer: bool = key(True, "whether the prototypes' gains stay 1")
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    temperature: float = key(0.04, "of the teacher, reached from first_temperature", above=0)
-    first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
-    temperature_epochs: float = key(0, "over which the teacher's temperature rises", least=0)
-    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
+    temperature: float = key(0.04, "of the teacher, reached from first_temperature", above=0, most=100)
+    first_temperature: float = key(0.04, "of the teacher, at the start", above=0, most=100)
+    temperature_epochs: float = key(0, "over which the teacher's temperature rises", least=0, most=10**6)
+    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0, most=10**6)
 
 
 class DINO(Method[CropDraw]):

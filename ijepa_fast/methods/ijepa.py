@@ -58,7 +58,9 @@ class IJEPA(Method[MaskDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """The predictor has the encoder's heads, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
-        mask = asdict(setup.mask)
+        mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
+        if setup.mask.budget is not None and setup.mask.budget > patches:
+            raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")
         _hidden(mask, setup)
         if ":" not in setup.mask.strategy:  # somebody else's are made with the method
             _sampler(mask, setup)

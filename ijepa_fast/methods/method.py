@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijepa_fast.config import CAPABILITIES, ConfigError, NoOptions, Setup, check_method
+from ijepa_fast.agree import CAPABILITIES, NoOptions, Setup, check_method
+from ijepa_fast.config import ConfigError
 from ijepa_fast.data.crops import View
 from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw

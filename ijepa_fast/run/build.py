@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.config import Config, ConfigError, check_capabilities
+from ijepa_fast.agree import check_capabilities
+from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
+from ijepa_fast.data.resident import IN_PLACE
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
@@ -132,6 +134,11 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
+    if views and data.memory == IN_PLACE:
+        raise ConfigError(
+            f"data.memory=device: objective.method={config.objective.method} sees several views of an image, which are "
+            "made on the host; set data.memory=true"
+        )
     if source is not None and data.where is not None and not views:
         scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
         method.inside = Inside(source, config.seed, scale, ratio, data.flip, method.setup.grid)
