@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.datasets import DatasetSource
+from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import needs
 from ijepa_fast.data.held import Arrays, hold
 from ijepa_fast.data.index import Index, Names
@@ -132,13 +133,14 @@ def vectors(
 
 
 def _source(data: Any, encoder: PretrainedEncoder) -> Source:
-    reading = encoder.arch.reading
+    reading = replace(encoder.arch.reading, where=None)  # the map was of the training's images
     if isinstance(data, str | os.PathLike):
         return open_source(os.fspath(data), reading=reading)
     if isinstance(data, np.ndarray | torch.Tensor):
         return DatasetSource("array", Arrays(data), reading)
     if isinstance(data, Sequence) and all(isinstance(item, str | os.PathLike) for item in data):
-        return Source("", Index(Names.of(map(os.fspath, data))), reading=reading)
+        index = Index(Names.of(map(os.fspath, data)))
+        return Source("", index if reading.window is None else expand(index, "", reading), reading=reading)
     return DatasetSource("data", data, reading)
 
 

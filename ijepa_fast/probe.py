@@ -69,8 +69,12 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--features last4: the encoder has {len(encoder.encoder.blocks)} layers; use --features last")
     low = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     tasks = dict(item.split("=", 1) for item in options.task)
-    reading = encoder.arch.reading
-    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading) for folder in folders)
+    reading = replace(encoder.arch.reading, where=None)  # the map was of the training's images
+    maps = options.label_map, options.test_label_map or options.label_map
+    train, test = (
+        open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading, label_map=label_map)
+        for folder, label_map in zip(folders, maps)
+    )
     changes = {"epochs": options.finetune_epochs, "rate": options.finetune_rate, "batch": options.finetune_batch}
     how = Options(
         crop=encoder.crop,
@@ -130,6 +134,8 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
     add("--data", help="labelled images to train heads on: folders, shards, a list, labels.csv, Clevr's images/train")
     add("--test", help="labelled images to test on, in the same layout")
+    add("--label-map", help="a raster of classes over --data, or a folder of one per image; 0: none. Labels windows")
+    add("--test-label-map", help="the same for --test (default: --label-map)")
     add("--probes", type=_among(PROBES), default=("linear", "knn"), help=f"of {','.join(PROBES)}")
     add("--network", choices=("target_encoder", "encoder"), help="default: the average, where there is one")
     add(

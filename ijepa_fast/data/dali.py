@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.crops import counter_bits, drawn_crops
 from ijepa_fast.data.decode import AnyDecoder, Decoder, Work, decode_all, hand_over
+from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.index import Index, Names
@@ -450,9 +451,12 @@ def read_images(
 ) -> torch.Tensor:
     """Image files as (n, crop, crop, C) on `device`: the centre of each, decoded as for training with `reading`.
 
-    Raises ValueError, which names the file and the reason, where one cannot be used.
+    Where that reads large files by windows, all windows of each file, row by row. Raises ValueError, which names the
+    file and the reason, where one cannot be used.
     """
-    source = Source("", Index(Names.of(os.fspath(path) for path in paths)), reading=reading)
+    reading = replace(reading, where=None)  # the map was of the training's images
+    index = Index(Names.of(os.fspath(path) for path in paths))
+    source = Source("", index if reading.window is None else expand(index, "", reading), reading=reading)
     try:
         options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
         batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]
