@@ -10,7 +10,7 @@ pytest.importorskip("nvidia.dali")
 
 from ijepa_fast.__main__ import main
 from ijepa_fast.config import load_config
-from ijepa_fast.eval.figures import figures_of, headline, table
+from ijepa_fast.eval.figures import figures_of, headline, table, verdict
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import describe, read_summary, train_seconds
 from ijepa_fast.run.provenance import provenance
@@ -66,7 +66,7 @@ def test_the_command_measures_what_the_end_of_the_run_measured(summary, finished
     options = ["--heads", "bn_linear", "--device", "cpu", "--out", str(out)]
     assert main(["probe", "--checkpoint", str(finished_run), *options]) == 0
     found = json.loads(out.read_text())
-    assert found["figures"] == [figure | {"untrained": None} for figure in summary["figures"]]
+    assert found["figures"] == [figure | {"untrained": None, "untrained_error": None} for figure in summary["figures"]]
     assert found.keys() & summary.keys() >= provenance("cpu").keys()
     assert capsys.readouterr().out == table(figures_of(found)) + "\n"
 
@@ -87,7 +87,8 @@ def test_the_untrained_encoder_is_the_one_before_training(summary, finished_run)
 def test_a_person_reads_the_headline(summary):
     text = describe(summary)
     assert text.startswith("24 steps, loss 0.")
-    assert text.endswith(table(headline(figures_of(summary))))
+    figures = headline(figures_of(summary))
+    assert text.endswith(table(figures) + "\n" + verdict(figures))
     assert "untrained" in text
 
 

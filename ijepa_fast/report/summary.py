@@ -15,7 +15,7 @@ from ijepa_fast.config import Config
 from ijepa_fast.data.sources import Source
 from ijepa_fast.engine.precision import Precision
 from ijepa_fast.eval.evaluate import evaluate
-from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table
+from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table, verdict
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
@@ -107,7 +107,7 @@ def describe(summary: dict[str, Any]) -> str:
     if summary["bad_files"]:
         lines.append(f"{summary['bad_files']} files could not be decoded: bad_files.txt names them, with reasons")
     if figures := headline(figures_of(summary)):
-        lines.append(table(figures))
+        lines += [table(figures), *filter(None, [verdict(figures)])]
     return "\n".join(lines)
 
 
