@@ -44,7 +44,7 @@ from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
+from ijepa_fast.run.sources import evaluated, identity, label_columns, training_source, with_depth
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
@@ -58,8 +58,9 @@ def train(config: Config) -> None:
     kernels.use(config.kernels)
     check_loggers(config.log)
     device = choose_device(config.engine.device)
-    source, folders = training_source(config), probe_folders(config)
+    source = training_source(config)
     config = with_depth(config, source)
+    labelled = evaluated(config, source, device)
     count = None if source is None else len(source)
     length = Length.of(config, count)
     hooks = functions("hooks", config.hooks)
@@ -139,7 +140,7 @@ def train(config: Config) -> None:
                 saver.wait()
                 raise Stopped(signal, step)
     if rank == 0:
-        finish(config, method, source, folders, device, began, precision)
+        finish(config, method, source, labelled, device, began, precision)
     torch.distributed.barrier()
 
 

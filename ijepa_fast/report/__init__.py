@@ -25,7 +25,7 @@ from ijepa_fast.report import pictures
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
-from ijepa_fast.report.summary import read_summary
+from ijepa_fast.report.summary import SEEN, read_summary
 from ijepa_fast.run.build import build_method
 from ijepa_fast.run.sources import probe_folders, training_source
 
@@ -125,7 +125,8 @@ def _figures(run: Path) -> str:
         return text(told, "note")
     head, rows = cells(figures)
     better = [(row, head.index("value")) for row, figure in enumerate(figures) if figure.improved]
-    told = "Of frozen features of the trained encoder, on test images; s.e. is the standard error over these images. "
+    where = "training images that the probe did not see" if (summary or {}).get(SEEN) else "test images"
+    told = f"Of frozen features of the trained encoder, on {where}; s.e. is the standard error over these images. "
     told += f"Stressed is what is better than before training by more than {CLEAR} standard errors of the difference."
     said = verdict(figures)
     return (text(said[0].upper() + said[1:] + ".", "verdict") if said else "") + text(told) + table(head, rows, better)
