@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.sources import Source, open_source
@@ -231,7 +231,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ijepa-fast report", description="Make one HTML page of a run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--images", metavar="FOLDER", help="images to show (default: the probes', or the training's)")
-    parser.add_argument("--sample", type=int, default=400, metavar="N", help="how many to encode (default %(default)s)")
+    parser.add_argument(
+        "--sample", type=whole(), default=400, metavar="N", help="how many to encode (default %(default)s)"
+    )
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.run) / "report.html")

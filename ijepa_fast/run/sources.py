@@ -42,7 +42,8 @@ def training_source(config: Config) -> Source | None:
             return open_source(_scenes(config, "train"))
         source = open_source(config.data.source, cache=cache, reading=config.data.reading)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"data.source: {error}") from None
+        named = str(error).startswith("data.source")
+        raise ConfigError(f"{error}" if named else f"data.source: {error}") from None
     if os.environ.get("RANK", "0") == "0":
         if source.left_out:
             print(f"data.source: {len(source)} images; left out: {source.left_out}", file=sys.stderr)
