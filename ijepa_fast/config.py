@@ -155,7 +155,7 @@ class Log:
 class Probe:
     enabled: bool = key(True, "probe the frozen encoder before and after training")
     train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source")
-    test: str | None = key(None, "labelled images; None: the embedded data set's held-out part")
+    test: str | None = key(None, "labelled images; None: the embedded data set's, or a tenth of data.source")
     images: int = key(50_000, "at most, of each", least=1)
     resize: int | None = key(
         None, "shorter side before the central crop, pixels; None: data.crop", least=1, most=LONGEST

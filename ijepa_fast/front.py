@@ -83,10 +83,24 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        text = _give_up(str(error)) if _several_machines() else str(error) if first else ""
+        if text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
         return 1
     return _train(config, first)
+
+
+def _several_machines() -> bool:
+    """Whether a launcher has started ranks on other machines too."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is DeepSpeed's
+    return local is not None and int(os.environ.get("WORLD_SIZE", 1)) > int(local)
+
+
+def _give_up(error: str) -> str:
+    """Tell the ranks of other machines, which wait for this one, why it ends. Returns what this one is to say."""
+    from ijepa_fast.run import machines
+
+    return machines.give_up(error)
 
 
 def _train(config: Config, first: bool) -> int:
@@ -100,11 +114,14 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
-    from ijepa_fast.run import lock, pulse
+    import torch
+
+    from ijepa_fast.run import lock, pulse, stacks
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
     follow_launcher()
+    stacks.follow()
     try:
         train.train(config)
         return 0
@@ -114,6 +131,10 @@ def _train(config: Config, first: bool) -> int:
         return stopped.status
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         text = sentence(error)
+        alone = isinstance(error, ValueError) and not hasattr(error, "met_by_all")
+        if alone and _several_machines() and not torch.distributed.is_initialized():
+            told = _give_up(str(error))
+            text = f"error: {told}" if told else ""
         if text is None or os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
         if text:

@@ -96,11 +96,13 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index], how:
     """The index of the collection at `path`: the kept one if it still holds, else a new one.
 
     cache: the folder to keep it in; None: build it and keep nothing. Of several processes, one builds and the others
-    wait. how: what else the index is a function of.
+    wait. how: what else the index is a function of. Copies of a collection that machines have under one path, each its
+    own, get an index each: they are told apart by the number of their file (inode).
     """
     if cache is None:
         return build()
-    key = hashlib.sha256((os.path.abspath(path) + how).encode()).hexdigest()[:12]
+    number = os.stat(path).st_ino if os.path.exists(path) else 0
+    key = hashlib.sha256(f"{os.path.abspath(path)}{how}{number}".encode()).hexdigest()[:12]
     folder = Path(cache) / f"index-v{_VERSION}-{Path(path).name[:_LONGEST]}-{key}"
     index = _load(folder)
     if index is not None:

@@ -7,6 +7,8 @@ a map        any images, or windows of large ones, and a raster of classes over 
 Clevr        CLEVR/images/<split>: count and distance from CLEVR/scenes/CLEVR_<split>_scenes.json
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +45,11 @@ class Labelled:
     def at(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The labels {column: (n,)} of the samples `rows`, int64 (n,)."""
         return {name: values[rows] for name, values in self.labels.items()}
+
+    def take(self, rows: np.ndarray) -> Labelled:
+        """The samples `rows` alone, int64."""
+        labels = self.at(torch.from_numpy(rows))
+        return replace(self, source=Samples(self.source, rows), labels=labels)
 
 
 class Samples(Source):
