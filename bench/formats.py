@@ -6,8 +6,8 @@ Sets of `--count` images of `--size` pixels are written to a temporary folder: R
 `--channels` channels of 16 bits in TIFF, NPY, HDF5 and Zarr; and one large tiled TIFF, read by windows. Each is read by
 ijepa_fast's loader and by what one would write without it: a torch Dataset that reads the whole image with the format's
 library, cuts the same window and resizes it, behind torch's DataLoader with as many workers. Of the large TIFF it reads
-the tiles under a window, through tifffile's Zarr interface. Both make random resized crops of `--crop` pixels, by turns,
-round by round. As it stands it is made to take less than five minutes on two cores.
+the tiles under a window, through tifffile's Zarr interface. Both make random resized crops of `--crop` pixels, in
+turns, round by round. As it stands it is made to take less than five minutes on two cores.
 
 --against names a checkout of an earlier revision, with its extension built, whose loader takes turns with this one's on
 the JPEG and PNG files, each in a process of its own:
