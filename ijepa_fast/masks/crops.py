@@ -15,6 +15,8 @@ from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
 LARGE = 2  # large crops per image
+PUBLISHED = 224  # pixels of a large crop, beside which a small one has 96
+SMALL_SIDE = 96
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ class CropSampler:
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
         frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)
         return lay_out(mask, self.small, self.small_side, temperature, frozen, by_sequence)
+
+
+def small_side(side: int) -> int:
+    """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
+    return max(1, round(side * SMALL_SIDE / PUBLISHED))
 
 
 def teacher_temperature(step: int, warmup: int, temperatures: tuple[float, float]) -> float:

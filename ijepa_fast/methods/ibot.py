@@ -22,7 +22,7 @@ from torch import nn
 from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
-from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
+from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, small_side
 from ijepa_fast.methods.method import Method, Setup, check_square
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
@@ -32,8 +32,7 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-LARGE_SIDE, SMALL_SIDE = 224, 96
-LARGE_VIEWS = (View(LARGE_SIDE, (0.25, 1.0), blur=1.0), View(LARGE_SIDE, (0.25, 1.0), blur=0.1, solarise=0.2))
+LARGE_VIEWS = (View(PUBLISHED, (0.25, 1.0), blur=1.0), View(PUBLISHED, (0.25, 1.0), blur=0.1, solarise=0.2))
 SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.25), blur=0.5)
 
 
@@ -80,7 +79,7 @@ class IBOT(Method[CropDraw]):
         self.head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes)
         self.sampler = CropSampler(
             setup.grid[0],
-            small_crop_side(setup.grid[0]),
+            small_side(setup.grid[0]),
             chosen.small_crops,
             model.depth,
             (chosen.first_temperature, chosen.temperature),
@@ -192,15 +191,10 @@ def views_of(
     blurred by the same share of a crop as published, where it is of 224 pixels.
     """
     large = LARGE_VIEWS[0]
-    sigma = (large.sigma[0] * crop / LARGE_SIDE, large.sigma[1] * crop / LARGE_SIDE)
+    sigma = (large.sigma[0] * crop / PUBLISHED, large.sigma[1] * crop / PUBLISHED)
     views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
-    side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
+    side, share = small_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
     return views + [replace(SMALL_VIEW, crop=side, scale=share, sigma=sigma)] * small_crops
-
-
-def small_crop_side(side: int) -> int:
-    """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_SIDE / LARGE_SIDE))
 
 
 def step_work(

@@ -42,6 +42,7 @@ class Setup:
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
     steps_per_epoch: int = 1
+    micro_batch: int | None = None  # images of a micro-batch over all ranks, where that is known
     foreign: bool = True  # whether masks of somebody else's module may be imported
 
     @property
@@ -83,6 +84,7 @@ class Method(nn.Module, Generic[D]):
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
+        unclipped: names "<child>.<parameter>" whose gradients clipping neither counts nor scales.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
             empty where the method has none, and then the engine keeps none.
@@ -98,6 +100,7 @@ class Method(nn.Module, Generic[D]):
     capabilities: ClassVar[frozenset[str]] = frozenset()
     reads_mask: ClassVar[bool] = False
     undecayed: ClassVar[frozenset[str]] = frozenset()
+    unclipped: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}
     encoder: Encoder
 

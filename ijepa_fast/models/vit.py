@@ -224,6 +224,8 @@ class Encoder(nn.Module):
         dim, depth, heads, mlp_ratio: the architecture; see config.ARCHITECTURES.
         class_token: a learned token before the patches.
         learned_positions: instead of the fixed table, in which the class token's position is zero.
+        resampling: what is added to the patches along another crop, for the scale by which learned positions are
+            resampled: as DINO and iBOT published it; in MSN nothing.
         relative_positions: a bias on attention scores, shared by all blocks, in place of the fixed table (BEiT). It
             needs a class token.
         mask_token: a learned embedding that stands in for masked patches, see `embed`.
@@ -248,6 +250,7 @@ class Encoder(nn.Module):
         *,
         class_token: bool = False,
         learned_positions: bool = False,
+        resampling: float = 0.1,
         relative_positions: bool = False,
         mask_token: bool = False,
         layer_scale: float = 0.0,
@@ -271,7 +274,7 @@ class Encoder(nn.Module):
             raise ValueError("readout: expected 'patches', for there is no class token, got 'class'")
         self.image_size, self.patch, self.dim = size, patch, dim
         self.grid = (size[0] // patch, size[1] // patch)  # (rows, columns) of patches
-        self.readout, self.drop_path, self.recompute = readout, drop_path, recompute
+        self.readout, self.drop_path, self.recompute, self.resampling = readout, drop_path, recompute, resampling
         extra = int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, extra + self.patches, dim)) if learned_positions else None
@@ -375,20 +378,50 @@ class Encoder(nn.Module):
         """The bias (H, n, n) of the attention scores, where there is one."""
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
-    def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def class_tokens(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        keep: list[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """Embedded `tokens` (T, D) of I packed sequences -> their class tokens (I, D), final norm applied.
+
+        cu_seqlens: (I + 1,) int32. The last block computes the class tokens alone. keep: see `keep`.
+        """
+        pick = partial(masked_gather, index=cu_seqlens[:-1], unique=True)
+        ends = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+        sequences = Packed(cu_seqlens, max_seqlen)
+        last = replace(sequences, rows=Rows(pick, ends, 1))
+        return run_blocks(self.blocks, self.norm, tokens, None, sequences, last, self.recompute, keep)
+
+    def embed(
+        self,
+        patches: torch.Tensor,
+        side: int | None = None,
+        mask: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
         side: patches along a square crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the
-        mask token.
+        mask token. kept: (k,) int64 places, where only these patches of every crop are embedded; k stands for n then.
         """
         grid = (side, side) if side else self.grid
+        count = grid[0] * grid[1]
+        if kept is not None:
+            patches, count = patches.unflatten(0, (-1, count))[:, kept].flatten(0, 1), len(kept)
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)
-        x = self._with_class_token(x.view(-1, grid[0] * grid[1], self.dim))
+        x = self._with_class_token(x.view(-1, count, self.dim))
         if self.pos_embed is None and self.rel_pos_bias is not None:
             return x.flatten(0, 1)
-        return (x + self._positions(grid).to(x.dtype)).flatten(0, 1)
+        table = self._positions(grid).to(x.dtype)
+        if kept is not None:
+            extra = x.shape[1] - count
+            table = torch.cat([table[..., :extra, :], table[..., extra:, :].index_select(-2, kept)], dim=-2)
+        return (x + table).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
         """Packed.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
@@ -410,7 +443,7 @@ class Encoder(nn.Module):
     def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The table that is added to the tokens of a crop of `grid` patches.
 
-        Learned ones of other crops are resampled, bicubic, by the scale factor that DINO and iBOT published.
+        Learned ones of other crops are resampled, bicubic, by a scale as published.
         """
         if self.pos_embed is None:
             return self.positions if self.cls_token is None else F.pad(self.positions, (0, 0, 1, 0))
@@ -418,8 +451,11 @@ class Encoder(nn.Module):
             return self.pos_embed
         extra = self.pos_embed.shape[1] - self.patches
         table = self.pos_embed[:, extra:].view(1, *self.grid, self.dim).permute(0, 3, 1, 2)
-        scale = [(new + 0.1) / old for new, old in zip(grid, self.grid)]
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        if self.resampling:
+            scale = [(new + self.resampling) / old for new, old in zip(grid, self.grid)]
+            table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        else:
+            table = F.interpolate(table, size=grid, mode="bicubic")
         return torch.cat([self.pos_embed[:, :extra], table.flatten(2).transpose(1, 2)], dim=1)
 
     def _read_out(self, x: torch.Tensor, images: int, readout: str) -> torch.Tensor:
