@@ -14,7 +14,7 @@ from ijepa_fast.masks.crops import LARGE, lay_out, teacher_temperature
 from ijepa_fast.methods import dino, msn
 from ijepa_fast.methods.method import Method
 from tests.parity import RAW, patches_of, relative_error
-from tests.parity_masked import config_of, gradients, load, moved, set_sides, tensors
+from tests.parity_masked import config_of, gradients, load, moved, rounding, set_sides, tensors
 from tests.small import optimizer_of, setup_of
 
 
@@ -101,7 +101,6 @@ def parity_dino(archive) -> dict[str, float]:
 
 # What batch norm makes of these is the same whatever they are: their gradients are 0 but for rounding.
 WITHOUT_GRADIENT = ("norm.bias", "fc.fc1.bias", "fc.fc2.bias")
-ROUNDING = 1e-6  # beside the largest gradient of all
 
 
 def msn_name(name: str) -> str:
@@ -180,10 +179,8 @@ def parity_msn(archive) -> dict[str, float]:
     model.options.me_max, model.options.entropy = options.me_max, options.entropy
     loss.backward()
     errors |= gradients(model, archive, lambda name: msn_name(name.removeprefix("encoder/")))
-    scale = max(float(param.grad.abs().max()) for param in model.parameters())
-    for name in WITHOUT_GRADIENT:
-        difference = model.get_parameter(msn_name(name)).grad - torch.from_numpy(archive[f"grad/encoder/{name}"])
-        errors[f"grad/encoder/{name}"] = float(difference.abs().max()) / scale
+    names = [f"encoder/{name}" for name in WITHOUT_GRADIENT]
+    errors |= rounding(model, archive, names, lambda name: msn_name(name.removeprefix("encoder/")))
     for ours, name in published_of.items():
         errors[f"after/{name}"] = relative_error(moved_statistics[ours], archive[f"after/{name}"])
     schedule = Schedule(Optim(epochs=10, warmup_epochs=2, horizon=1.25), 3)

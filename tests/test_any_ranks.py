@@ -28,10 +28,11 @@ KINDS = {
     "mae": ("model.predictor_dim=32",),
     "ibot": ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",),
 }
-OTHERS = ("simmim", "data2vec", "beit", "dino", "msn")
+OTHERS = ("simmim", "data2vec", "beit", "dino", "msn", "cae")
 KINDS |= dict.fromkeys(OTHERS, ())
 KINDS["data2vec"] = ("objective.options={masked: 20, layers: 2}",)
 KINDS["beit"] = ("objective.options={masked: 20}",)
+KINDS["cae"] = ("objective.options={masked: 20, drop_path: 0.1}",)
 KINDS["dino"] = ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, drop_path: 0.1}",)
 KINDS["msn"] = (
     "model.patch=8",

@@ -41,6 +41,10 @@ TRIED = {
     "simmim": ("simmim_cifar10", ["mask.min_keep=null"]),
     "data2vec": ("data2vec_cifar10", ["mask.min_keep=null", "objective.options={masked: 20, smallest: 4, layers: 2}"]),
     "beit": ("beit_cifar10", ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4}}"]),
+    "cae": (
+        "cae_cifar10",
+        ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4, width: 16}}"],
+    ),
     "dino": (
         "dino_cifar10",
         [
@@ -63,6 +67,7 @@ AVERAGED = {
     "mae": [],
     "simmim": [],
     "beit": [],
+    "cae": [],
     "ibot": HEADED,
     "dino": HEADED,
     "msn": HEADED,
@@ -71,7 +76,7 @@ BY_CLASS = {"ibot", "dino", "msn"}  # read by the class token
 # What batch norm takes out again: the gradient is rounding, and Adam makes steps of that.
 UNMOVED = {"msn": {"encoder.norm.bias", "head.fc1.bias", "head.fc2.bias"}}
 NO_CLASS_TOKEN = {"ijepa", "toy"}
-BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
+BEITS = {"simmim", "data2vec", "beit", "cae"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
 
 

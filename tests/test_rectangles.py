@@ -32,7 +32,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit", "cae"])
 def test_a_method_on_rectangles(name, photos, tmp_path):
     """Trained, counted for `plan`, loaded and exported; I-JEPA's are in test_any_images.py."""
     config, options = options_of(name, "data.crop=[32,48]", "optim.steps=2", "batch_size=4", f"runs={tmp_path}")
@@ -72,7 +72,7 @@ def test_a_view_may_be_a_rectangle(kind, tmp_path):
     assert (images.float().diff(dim=2).abs() <= 1).all()
 
 
-@pytest.mark.parametrize("name", ["ibot", "dino"])
+@pytest.mark.parametrize("name", ["ibot", "dino", "msn"])
 def test_a_method_of_squares_says_so(name):
     config, options = options_of(name, "data.crop=[32,48]")
     with pytest.raises(ConfigError, match=rf"data\.crop: expected a square for objective\.method={name}"):

@@ -26,7 +26,7 @@ from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
 from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences
+from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences, keep_branches
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.relative import RelativePositions
 
@@ -166,12 +166,12 @@ def run_blocks(
 ) -> torch.Tensor:
     """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows.
 
-    keep: Packed.keep of each block.
+    keep: `keep` of each block's layout.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
-        if keep is not None and not isinstance(layout, Dense):
+        if keep is not None:
             layout = replace(layout, keep=keep[i])
         if recompute and torch.is_grad_enabled():
             # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
@@ -306,13 +306,30 @@ class Encoder(nn.Module):
 
         With a class token each context has one before its patches, and all contexts must be of one length.
         """
+        if self.cls_token is not None:
+            return self.some(patches, draw.context_index, draw.context_places, draw.sequences)
         x = self.patch_embed(masked_gather(patches, draw.context_index))
         positions = masked_gather(self.positions.to(x.dtype), draw.context_places)
-        if self.cls_token is None:
-            sequences = Packed(draw.context_cu_seqlens, draw.context_max_seqlen)
-            return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
-        x = self._with_class_token((x + positions).view(draw.sequences, -1, self.dim)).flatten(0, 1)
-        return run_blocks(self.blocks, self.norm, x, None, Dense(draw.sequences), recompute=self.recompute)
+        sequences = Packed(draw.context_cu_seqlens, draw.context_max_seqlen)
+        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
+
+    def some(
+        self,
+        patches: torch.Tensor,
+        index: torch.Tensor,
+        places: torch.Tensor,
+        count: int,
+        keep: list[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """Embed only the `patches` (B*N, W) of rows `index` (I*k,) int32, which are at `places` of their images, as
+        `count` = I sequences of equal length behind a class token -> (I*(1 + k), D), final norm applied.
+
+        keep: see `keep`.
+        """
+        x = self.patch_embed(masked_gather(patches, index))
+        x = (x + masked_gather(self.positions.to(x.dtype), places)).view(count, -1, self.dim)
+        x = self._with_class_token(x).flatten(0, 1)
+        return run_blocks(self.blocks, self.norm, x, None, Dense(count), None, self.recompute, keep)
 
     def targets(self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
@@ -424,15 +441,8 @@ class Encoder(nn.Module):
         return (x + table).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
-        """Packed.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
-
-        chance: numbers in 0..1, (depth, 2, sequences). They come with the batch, not from a generator, so that a
-        resumed run drops the same.
-        """
-        if not self.drop_path:
-            return [None] * len(chance)
-        drop = torch.linspace(0, self.drop_path, len(chance), device=chance.device)[:, None, None]
-        return [None, *((chance >= drop) / (1 - drop))[1:]]
+        """`keep_branches` of the blocks."""
+        return keep_branches(chance, self.drop_path)
 
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (I, n, D) -> (I, 1 + n, D), or the same where there is no class token."""
