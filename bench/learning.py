@@ -179,9 +179,9 @@ def steps_in(minutes: float, name: str, preset: Preset, data: Path, out: Path, e
     config = load_config(ROOT / "configs" / f"{RUNS[name][0]}.yaml", given)
     config = load_config(ROOT / "configs" / f"{RUNS[name][0]}.yaml", [*given, *tokens(config, data / "train", out)])
     device = choose_device(config.engine.device)
-    method = build_method(config)
+    method, precision = build_method(config), choose_precision(config.engine.precision, device).name
     for network in method.networks.values():
-        network.to(device, DTYPES[choose_precision(config.engine.precision, device).name])
+        network.to(device, DTYPES[precision])
     method.carried = {key: value.to(device) for key, value in method.carried.items()}
     views = method.views()
     sides = [size_of(view.crop) for view in views] or [method.setup.data.size]
