@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -50,13 +52,13 @@ def parity_dino(archive) -> dict[str, float]:
     model.carried["centre"] = torch.from_numpy(archive["center_before"].copy())
     crops = [torch.from_numpy(archive[f"crop{i}"]) for i in range(LARGE + config["locals"])]
     large, small = (patches_of(torch.cat(part), config["patch"]) for part in (crops[:LARGE], crops[LARGE:]))
-    images, side, small_side = len(crops[0]), model.encoder.grid[0], config["local"] // config["patch"]
+    images, grid, small_side = len(crops[0]), model.encoder.grid, config["local"] // config["patch"]
     temperatures = config["warmup_teacher_temp"], config["teacher_temp"]
     # The published temperature reaches its end in the last epoch of its rise.
     rise = config["warmup_teacher_temp_epochs"] - 1
     temperature = teacher_temperature(config["epoch"], rise, temperatures)
-    mask = np.zeros((LARGE, images, side**2), dtype=bool)
-    draw = lay_out(mask, config["locals"], small_side, temperature)
+    mask = np.zeros((LARGE, images, math.prod(grid)), dtype=bool)
+    draw = lay_out(mask, grid, config["locals"], (small_side, small_side), temperature)
 
     student, teacher = model.student_tokens(large, small, draw), model.teacher_tokens(large, draw)
     heads = model.head, model.averaged["head"]
@@ -148,7 +150,8 @@ def parity_msn(archive) -> dict[str, float]:
     focal = torch.cat(patches[1 + large :]) if small else None
     side = config["image"] // config["patch"]
     kept = archive["kept_patches"] if config["patch_drop"] else np.arange(side**2)
-    draw = anchors.lay_out(len(views[0]), kept, large, small, side, config["focal"] // config["patch"])
+    focal_side = config["focal"] // config["patch"]
+    draw = anchors.lay_out(len(views[0]), kept, large, small, (side, side), (focal_side, focal_side))
     drawn = model.draw(2, 0, 0)
 
     embedding = model.target_embedding(patches[0], draw)

@@ -118,7 +118,7 @@ def test_two_ranks_are_one_batch(tmp_path):
 
 def test_kept_patches_are_one_draw_of_a_step():
     """Whatever the images' places; dropped branches are by image."""
-    sampler = AnchorSampler(side=4, small_side=2, large=1, small=2, dropped=0.3, depth=2)
+    sampler = AnchorSampler(grid=(4, 4), small_grid=(2, 2), large=1, small=2, dropped=0.3, depth=2)
     whole, part = sampler(5, seed=1, step=2), sampler(2, seed=1, step=2, first=3)
     assert torch.equal(whole.kept, part.kept)
     assert len(whole.kept) == len(whole.kept.unique()) == 11
@@ -126,7 +126,7 @@ def test_kept_patches_are_one_draw_of_a_step():
     by_view = whole.chance.view(2, 2, 3, 5)
     assert torch.equal(by_view[..., 3:], part.chance.view(2, 2, 3, 2))
     assert whole.tokens == 5 * ((1 + 11) + 2 * (1 + 4) + 17)
-    assert AnchorSampler(4, 2, 1, 2, 0.3)(5, 1, 2).chance is None
+    assert AnchorSampler((4, 4), (2, 2), 1, 2, 0.3)(5, 1, 2).chance is None
 
 
 def test_dropped_patches_are_not_looked_at():
@@ -192,7 +192,6 @@ def test_views_are_as_published():
         (["batch_size=1"], "batch_size: the head's batch norm needs at least 2 images"),
         (["batch_size=4", "engine.accumulation=4"], "lower engine.accumulation"),
         (["objective.options.prototypes=1"], "objective.options.prototypes: expected at least 2"),
-        (["data.crop=[32,64]"], "data.crop: expected a square for objective.method=msn"),
     ],
 )
 def test_what_cannot_be_is_named(options, words):
@@ -269,6 +268,6 @@ def test_places_of_kept_patches_may_be_in_any_order():
     method = small_msn()
     views = random_views(method)
     draw = method.draw(3, 0, 0)
-    turned = lay_out(3, draw.kept.numpy()[::-1].copy(), draw.large, draw.small, draw.side, draw.small_side)
+    turned = lay_out(3, draw.kept.numpy()[::-1].copy(), draw.large, draw.small, draw.grid, draw.small_grid)
     large, small = method.patchify(views[1]), method.patchify(torch.cat(views[2:]))
     torch.testing.assert_close(*(method.anchor_embeddings(large, small, d) for d in (draw, turned)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ijepa_fast.masks.crops import Grid
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
@@ -21,8 +22,8 @@ class AnchorDraw(Draw):
 
     large: int  # A
     small: int  # L
-    side: int  # patches along a large view
-    small_side: int
+    grid: Grid  # of a large view
+    small_grid: Grid
     kept: torch.Tensor  # (k,) int64 places of the patches that every large anchor keeps
     cu_seqlens: torch.Tensor  # ((A + L)*B + 1,) int32, of the anchors
     max_seqlen: int
@@ -37,8 +38,8 @@ class AnchorDraw(Draw):
     @property
     def tokens(self) -> int:
         """Tokens that pass through a network: those of anchors and targets."""
-        anchors = self.large * (1 + len(self.kept)) + self.small * (1 + self.small_side**2)
-        return self.images * (anchors + 1 + self.side**2)
+        anchors = self.large * (1 + len(self.kept)) + self.small * (1 + math.prod(self.small_grid))
+        return self.images * (anchors + 1 + math.prod(self.grid))
 
 
 def lay_out(
@@ -46,22 +47,22 @@ def lay_out(
     kept: np.ndarray,
     large: int,
     small: int,
-    side: int,
-    small_side: int,
+    grid: Grid,
+    small_grid: Grid,
     chance: np.ndarray | None = None,
 ) -> AnchorDraw:
     """The batch whose large anchors keep the places `kept` (k,); other arguments as in AnchorDraw."""
-    lengths = np.repeat([1 + len(kept), 1 + small_side**2], [large * images, small * images])
+    lengths = np.repeat([1 + len(kept), 1 + math.prod(small_grid)], [large * images, small * images])
     return AnchorDraw(
         images=images,
         large=large,
         small=small,
-        side=side,
-        small_side=small_side,
+        grid=grid,
+        small_grid=small_grid,
         kept=torch.from_numpy(kept.astype(np.int64)),
         cu_seqlens=cu_seqlens(lengths),
         max_seqlen=int(lengths.max()),
-        target_cu_seqlens=cu_seqlens(np.full(images, 1 + side**2)),
+        target_cu_seqlens=cu_seqlens(np.full(images, 1 + math.prod(grid))),
         chance=None if chance is None else torch.from_numpy(chance),
     )
 
@@ -73,8 +74,8 @@ class AnchorSampler:
     dropped: the share of patches that large anchors drop. depth: blocks; 0: no branch is dropped.
     """
 
-    side: int
-    small_side: int
+    grid: Grid
+    small_grid: Grid
     large: int
     small: int
     dropped: float
@@ -83,11 +84,11 @@ class AnchorSampler:
     @property
     def keeps(self) -> int:
         """Patches that are kept of a large anchor."""
-        return math.floor(self.side**2 * (1 - self.dropped))
+        return math.floor(math.prod(self.grid) * (1 - self.dropped))
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> AnchorDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        kept = np.sort(np.random.default_rng([seed, step]).permutation(self.side**2)[: self.keeps])
+        kept = np.sort(np.random.default_rng([seed, step]).permutation(math.prod(self.grid))[: self.keeps])
         by_sequence = None
         if self.depth:
             chance = np.empty((self.depth, 2, self.large + self.small, images), dtype=np.float32)
@@ -95,4 +96,4 @@ class AnchorSampler:
                 rng = np.random.default_rng([seed, step, first + image])
                 chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
             by_sequence = chance.reshape(self.depth, 2, -1)
-        return lay_out(images, kept, self.large, self.small, self.side, self.small_side, by_sequence)
+        return lay_out(images, kept, self.large, self.small, self.grid, self.small_grid, by_sequence)

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.agree import check_blocks, check_masked
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks import blocks
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler
 from ijepa_fast.masks.packing import cu_seqlens
-from ijepa_fast.methods.method import Setup, TokenMethod, check_masked
+from ijepa_fast.methods.method import Setup, TokenMethod
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.layouts import Dense, keep_branches
@@ -40,18 +41,18 @@ class Options:
     """CAE's options; the values here are those published for ViT-B/16."""
 
     tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)")
-    vocabulary: int = key(8192, "tokens that it has", least=2)
-    token_patch: int = key(8, "pixels of its view to a token", least=1)
+    vocabulary: int = key(8192, "tokens that it has", least=2, most=10**7)
+    token_patch: int = key(8, "pixels of its view to a token", least=1, most=1024)
     masked: int = key(98, "masked patches per image", least=1)
     smallest: int = key(16, "patches of a masked block, at least", least=1)
     largest: int | None = key(None, "patches of a masked block, at most; null: all that are left", least=1)
-    width: int | None = key(None, "of regressor and decoder; null: the encoder's", least=1)
-    heads: int | None = key(None, "of their attention; null: the encoder's", least=1)
-    regressor_depth: int = key(4, "blocks of the regressor", least=1)
-    decoder_depth: int = key(4, "blocks of the decoder", least=1)
-    alignment: float = key(2.0, "weight of the squared error of the regressed latents", least=0)
+    width: int | None = key(None, "of regressor and decoder; null: the encoder's", least=1, most=65536)
+    heads: int | None = key(None, "of their attention; null: the encoder's", least=1, most=4096)
+    regressor_depth: int = key(4, "blocks of the regressor", least=1, most=1000)
+    decoder_depth: int = key(4, "blocks of the decoder", least=1, most=1000)
+    alignment: float = key(2.0, "weight of the squared error of the regressed latents", least=0, most=10**6)
     drop_path: float = key(0.1, "of the last block of each network; linear from 0 at the first", least=0, most=0.99)
-    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0)
+    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0, most=10)
     jitter: float = key(0.0, "largest change of brightness, contrast and saturation", least=0, most=1)
 
 
@@ -102,6 +103,7 @@ class CAE(TokenMethod[CAEDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """There are more patches than are masked; widths suit heads and positions."""
         check_masked(options.masked, setup)
+        check_blocks(options.smallest, options.largest)
         width, heads = options.width or setup.model.dim, options.heads or setup.model.heads
         if width % heads or width % 4:
             raise ConfigError(

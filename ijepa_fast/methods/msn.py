@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import ConfigError, key
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.anchors import AnchorDraw, AnchorSampler
-from ijepa_fast.masks.crops import PUBLISHED, small_side
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.masks.crops import PUBLISHED, SMALL_SIDE, crops_of, smaller
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead, sinkhorn
@@ -30,8 +31,7 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 RUNNING_MOMENTUM = 0.1  # of batch norm's running statistics, which nothing here reads
 NORMS = ("bn1", "bn2")
-VIEW = View(PUBLISHED, (0.3, 1.0), blur=0.5)
-LEAST_SCALE = 0.05  # share of the image's area of a small view, at least
+VIEW, SMALL_VIEW = View(PUBLISHED, (0.3, 1.0), blur=0.5), View(SMALL_SIDE, (0.05, 0.3), blur=0.5)
 STRENGTHS = (0.8, 0.8, 0.8, 0.2)  # of the jitter, at jitter=1
 
 
@@ -39,18 +39,20 @@ STRENGTHS = (0.8, 0.8, 0.8, 0.2)  # of the jitter, at jitter=1
 class Options:
     """MSN's options; the values here are those published for ViT-S/16."""
 
-    anchors: int = key(1, "large anchors per image, of which patches are dropped", least=1)
-    small_anchors: int = key(10, "small anchors per image, which are whole", least=0)
-    small_crop: int | None = key(None, "side of these, pixels; null: as 96 beside 224", least=1)
+    anchors: int = key(1, "large anchors per image, of which patches are dropped", least=1, most=100)
+    small_anchors: int = key(10, "small anchors per image, which are whole", least=0, most=100)
+    small_crop: int | None = key(None, "side of these, pixels; null: as 96 beside 224", least=1, most=4096)
     patch_drop: float = key(0.15, "share of the patches that a large anchor drops", least=0, most=0.99)
-    hidden: int = key(2048, "width of the head's two layers", least=1)
-    out: int = key(256, "width of the head's output, and of a prototype", least=1)
-    prototypes: int = key(1024, "to which views are assigned", least=2)
-    temperature: float = key(0.1, "of the assignments", above=0)
-    sharpening: float = key(0.25, "temperature that the targets have besides", above=0)
-    sinkhorn: int = key(3, "rounds that make targets use the prototypes equally; 0: none", least=0)
-    me_max: float = key(1.0, "weight of the mean assignment's distance from all prototypes equally used", least=0)
-    entropy: float = key(0.0, "weight of the entropy of an assignment", least=0)
+    hidden: int = key(2048, "width of the head's two layers", least=1, most=65536)
+    out: int = key(256, "width of the head's output, and of a prototype", least=1, most=65536)
+    prototypes: int = key(1024, "to which views are assigned", least=2, most=10**7)
+    temperature: float = key(0.1, "of the assignments", above=0, most=100)
+    sharpening: float = key(0.25, "temperature that the targets have besides", above=0, most=100)
+    sinkhorn: int = key(3, "rounds that make targets use the prototypes equally; 0: none", least=0, most=1000)
+    me_max: float = key(
+        1.0, "weight of the mean assignment's distance from all prototypes equally used", least=0, most=10**6
+    )
+    entropy: float = key(0.0, "weight of the entropy of an assignment", least=0, most=10**6)
     drop_path: float = key(0.0, "of the last block; linear from 0 at the first", least=0, most=0.99)
     jitter: float = key(0.5, "strength of the colour jitter", least=0, most=1)
 
@@ -69,18 +71,17 @@ class MSN(Method[AnchorDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """Crops are squares, no small one is larger than they are, patches remain, and batch norm has rows."""
-        check_square(setup, cls)
-        crop, patch, side = setup.data.size[0], setup.model.patch, options.small_crop
-        if side is not None and (side % patch or side > crop):
+        """No small view is larger than a large one, patches remain, and batch norm has rows."""
+        patch, side, patches = setup.model.patch, options.small_crop, math.prod(setup.grid)
+        if side is not None and (side % patch or side > min(setup.data.size)):
             raise ConfigError(
                 f"objective.options.small_crop={side}: expected a multiple of model.patch={patch} that is at most "
-                f"data.crop={crop}"
+                f"data.crop={setup.data.crop}"
             )
-        if math.floor(setup.grid[0] ** 2 * (1 - options.patch_drop)) < 1:
+        if math.floor(patches * (1 - options.patch_drop)) < 1:
             raise ConfigError(
                 f"objective.options.patch_drop={options.patch_drop}: expected a share that leaves some of the "
-                f"{setup.grid[0] ** 2} patches of a crop"
+                f"{patches} patches of a crop"
             )
         if setup.micro_batch == 1:
             raise ConfigError(
@@ -102,8 +103,8 @@ class MSN(Method[AnchorDraw]):
         self.head = NormedHead(model.dim, chosen.hidden, chosen.out)
         self.prototypes = Directions(chosen.out, chosen.prototypes)
         small, drops = chosen.small_crop, model.depth if chosen.drop_path else 0
-        sides = setup.grid[0], small // model.patch if small else small_side(setup.grid[0])
-        self.sampler = AnchorSampler(*sides, chosen.anchors, chosen.small_anchors, chosen.patch_drop, drops)
+        grids = setup.grid, (small // model.patch, small // model.patch) if small else smaller(setup.grid)
+        self.sampler = AnchorSampler(*grids, chosen.anchors, chosen.small_anchors, chosen.patch_drop, drops)
         self.apply(init_weights)
         nn.init.kaiming_normal_(self.encoder.patch_embed.proj.weight, nonlinearity="relu")
         for name in ("encoder.cls_token", "encoder.pos_embed"):
@@ -116,19 +117,16 @@ class MSN(Method[AnchorDraw]):
         """The target view and the large anchors, of data.crop pixels and data.scale; then small ones with what is below
         it, down to a twentieth. All are blurred by the same share of a crop as published, where it is of 224 pixels.
         """
-        data, chosen = self.setup.data, self.options
-        crop, scale, (low, high) = data.size[0], (data.scale[0], data.scale[1]), VIEW.sigma
-        large = replace(
-            VIEW,
-            crop=crop,
-            scale=scale,
-            sigma=(low * crop / PUBLISHED, high * crop / PUBLISHED),
-            jitter=VIEW.jitter if chosen.jitter else 0.0,
-            strengths=tuple(chosen.jitter * strength for strength in STRENGTHS),
-        )
-        share = (min(LEAST_SCALE, scale[0]), scale[0])
-        small = replace(large, crop=self.sampler.small_side * self.setup.model.patch, scale=share)
-        return [large] * (1 + chosen.anchors) + [small] * chosen.small_anchors
+        data, chosen, (rows, columns) = self.setup.data, self.options, self.sampler.small_grid
+        colours = {
+            "jitter": VIEW.jitter if chosen.jitter else 0.0,
+            "strengths": tuple(chosen.jitter * strength for strength in STRENGTHS),
+        }
+        large, small = replace(VIEW, **colours), replace(SMALL_VIEW, **colours)
+        patch, scale = self.setup.model.patch, (data.scale[0], data.scale[1])
+        views = crops_of([large] * (1 + chosen.anchors), small, data.size, patch, scale, chosen.small_anchors)
+        size = crop_of((rows * patch, columns * patch))
+        return views[: 1 + chosen.anchors] + [replace(view, crop=size) for view in views[1 + chosen.anchors :]]
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> AnchorDraw:
         """Kept patches and dropped branches."""
@@ -168,9 +166,9 @@ class MSN(Method[AnchorDraw]):
     def anchor_embeddings(self, large: torch.Tensor, small: torch.Tensor | None, draw: AnchorDraw) -> torch.Tensor:
         """Patches of the anchors, (A*B*N, W) and (L*B*n, W) -> the head's outputs (V*B, E)."""
         encoder = self.encoder
-        tokens = encoder.embed(large, draw.side, kept=draw.kept)
+        tokens = encoder.embed(large, draw.grid, kept=draw.kept)
         if small is not None:
-            tokens = torch.cat([tokens, encoder.embed(small, draw.small_side)])
+            tokens = torch.cat([tokens, encoder.embed(small, draw.small_grid)])
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
         classes = encoder.class_tokens(tokens, draw.cu_seqlens, draw.max_seqlen, keep)
         found, moments = self.head(classes, draw.groups)
@@ -181,8 +179,8 @@ class MSN(Method[AnchorDraw]):
     def target_embedding(self, target: torch.Tensor, draw: AnchorDraw) -> torch.Tensor:
         """Patches of the target view (B*N, W) -> the averages' outputs (B, E)."""
         encoder = self.averaged["encoder"]
-        tokens = encoder.embed(target, draw.side)
-        classes = encoder.class_tokens(tokens, draw.target_cu_seqlens, 1 + draw.side**2)
+        tokens = encoder.embed(target, draw.grid)
+        classes = encoder.class_tokens(tokens, draw.target_cu_seqlens, 1 + math.prod(draw.grid))
         found, moments = self.averaged["head"](classes, [draw.images])
         self._move("target_head", moments)
         return found
@@ -207,9 +205,9 @@ class MSN(Method[AnchorDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             HeadSizes(chosen.hidden, chosen.out, chosen.prototypes),
             values=self.setup.values,
-            patches=draw.side**2,
+            patches=math.prod(draw.grid),
             kept=len(draw.kept),
-            small_patches=draw.small_side**2,
+            small_patches=math.prod(draw.small_grid),
             anchors=draw.large,
             small=draw.small,
             images=draw.images,

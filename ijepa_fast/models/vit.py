@@ -415,16 +415,16 @@ class Encoder(nn.Module):
     def embed(
         self,
         patches: torch.Tensor,
-        side: int | None = None,
+        grid: tuple[int, int] | None = None,
         mask: torch.Tensor | None = None,
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
-        side: patches along a square crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the
-        mask token. kept: (k,) int64 places, where only these patches of every crop are embedded; k stands for n then.
+        grid: of the crops, where it is not the training's. mask: (I*n,) bool, patches to replace by the mask token.
+        kept: (k,) int64 places, where only these patches of every crop are embedded; k stands for n then.
         """
-        grid = (side, side) if side else self.grid
+        grid = grid or self.grid
         count = grid[0] * grid[1]
         if kept is not None:
             patches, count = patches.unflatten(0, (-1, count))[:, kept].flatten(0, 1), len(kept)
