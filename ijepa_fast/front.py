@@ -15,10 +15,12 @@ import shlex
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from ijepa_fast import ranks, spelling
+from ijepa_fast import partly, ranks, spelling
+from ijepa_fast.agree import NoOptions, Setup, check_capabilities, check_method
 from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
 from ijepa_fast.data.importing import is_code
 
@@ -152,19 +154,40 @@ def _interrupted(first: bool) -> int:
 
 
 def check_early(config: Config) -> None:
-    """What can be known without torch: whether the images and the method are there. Raises ConfigError."""
+    """What can be known without torch: whether images and method are there, and its options. Raises ConfigError."""
     source = config.data.source
     named = {"*", "{"} & set(source) or is_code(source)
     if source not in RANDOM_OR_EMBEDDED and not named and not os.path.exists(source):
+        found = "is an address: fetch it first" if "://" in source else "does not exist"
         raise ConfigError(
-            f"data.source: data path {source!r} does not exist; expected a folder of images, archives, arrays or a list"
+            f"data.source: data path {source!r} {found}; expected a folder of images, archives, arrays or a list"
         )
+    check_method_early(config)
+
+
+def check_method_early(config: Config) -> None:
+    """What can be known of the method without torch: whether it is there, and its options. Raises ConfigError."""
     method = config.objective.method
     names = [path.stem for path in Path(__file__).with_name("methods").glob("[!_]*.py") if path.stem != "method"]
     if method not in names and "." not in method and not _importable(method):
         close, there = spelling.close(method, names), ", ".join(sorted(names))
         hint = f"did you mean {close}, of {there}?" if close else f"there are {there}"
         raise ConfigError(f"objective.method: there is no method {method!r}, nor a module of that name; {hint}")
+    if method in names:
+        _check_method(config, Path(__file__).with_name("methods") / f"{method}.py")
+
+
+def _check_method(config: Config, path: Path) -> None:
+    """What the file at `path` says of its options, and of what other sections must be."""
+    try:
+        says = partly.read(path, "Method", ("Options", "check", "reads_mask", "capabilities"))
+    except partly.HeavyError:  # said when the method is built
+        return
+    check_capabilities(config.objective.method, config.engine, says.get("capabilities", ()))
+    check = partial(says["check"], None) if "check" in says else None
+    images = config.batch_size // config.engine.accumulation
+    setup = Setup(config.model, config.data, config.mask, config.objective.options, micro_batch=images)
+    check_method(config.objective.method, setup, says.get("Options", NoOptions), says.get("reads_mask", False), check)
 
 
 def one_line_warnings(first: bool) -> None:

@@ -46,7 +46,7 @@ from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
+from ijepa_fast.run.sources import Evaluated, evaluated, identity, label_columns, training_source, with_depth
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
@@ -63,8 +63,8 @@ def train(config: Config) -> None:
     met = machines.meet(config, device.type)
     pulse.begin(met.rank, met.hosts, met.store)
     rank, ranks = start(device, config.engine.timeout, met.store)
-    config, source, method, hooks = machines.alike(partial(prepare, config))
-    folders, count = probe_folders(config), None if source is None else len(source)
+    config, source, labelled, method, hooks = machines.alike(partial(prepare, config, device))
+    count = None if source is None else len(source)
     length = Length.of(config, count)
     schedule = Schedule(config.optim, length.steps_per_epoch)
     data = identity(source)
@@ -139,20 +139,23 @@ def train(config: Config) -> None:
                 saver.wait()
                 raise Stopped(signal, step)
     if rank == 0:
-        finish(config, method, source, folders, device, began, precision)
+        finish(config, method, source, labelled, device, began, precision)
     torch.distributed.barrier()
 
 
-def prepare(config: Config) -> tuple[Config, Source | None, Method, list[Any]]:
-    """The configuration with what images and method add to it; the images (None: random ones), method, hooks."""
+def prepare(config: Config, device: torch.device) -> tuple[Config, Source | None, Evaluated | None, Method, list[Any]]:
+    """The configuration with what images and method add to it; the images, None: random ones; method and hooks.
+
+    Between them the images that the encoder is evaluated with when the run ends, None: none.
+    """
     source = training_source(config)
-    probe_folders(config)
     config = with_depth(config, source)
+    labelled = evaluated(config, source, device)
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)
     method = build_method(config, length.steps_per_epoch)
     method.ready()
-    return with_options(config, method), source, method, hooks
+    return with_options(config, method), source, labelled, method, hooks
 
 
 def save(

@@ -59,9 +59,9 @@ class Index:
     into `classes[column]`, or float64 values of a column without classes. shards: the archives; shard, start, size,
     packed: per sample its archive's number, its first byte there, how many, and whether they are deflated (zip); empty
     for loose files. page, y, x: per sample which image of its file it is, and the corner of its window; empty where a
-    file is an image. watched: the paths that
-    the index was made from, each with its state (see `watch`). left_out: {extension: how many files} of those that are
-    no samples. problem: why the collection's labels cannot be used; "" where they can, or there are none.
+    file is an image. watched: the paths that the index was made from, each with its state (see `watch`). left_out:
+    {extension: how many files} of those that are no samples. problem: why the collection's labels cannot be used; ""
+    where they can, or there are none.
     """
 
     names: Names

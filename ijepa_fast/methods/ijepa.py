@@ -20,7 +20,7 @@ from ijepa_fast.data.crops import counter_uniform
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
-from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.masks.samplers import Sampler, make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
@@ -30,6 +30,7 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
 HIDDEN_SHARE = 0.5  # of the channels, under mask.strategy=channels
+POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
 _CHANNELS = 1 << 40  # stream of random numbers, see data.crops.counter_bits
 
 
@@ -55,15 +56,21 @@ class IJEPA(Method[MaskDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """The predictor has the encoder's heads."""
+        """The predictor has the encoder's heads, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
+        mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
+        if setup.mask.budget is not None and setup.mask.budget > patches:
+            raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")
+        _hidden(mask, setup)
+        if ":" not in setup.mask.strategy:  # somebody else's are made with the method
+            _sampler(mask, setup)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
-        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
+        self.policy: dict[str, Any] = {name: mask[name] for name in POLICY}
         self.hidden = _hidden(mask, setup)
-        self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
+        self.sampler = _sampler(mask, setup)
         self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
@@ -197,6 +204,15 @@ def _hidden(mask: dict[str, Any], setup: Setup) -> int:
     if channels < 2:
         raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
     return min(channels - 1, max(1, round(share * channels)))
+
+
+def _sampler(mask: dict[str, Any], setup: Setup) -> Sampler:
+    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
+    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
+    try:
+        return make_sampler(mask["strategy"], setup.grid, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def seen_channels(images: int, seed: int, step: int, first: int, channels: int, hidden: int) -> torch.Tensor:

@@ -13,60 +13,26 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
+from ijepa_fast.agree import CAPABILITIES, NoOptions, Setup, check_method
+from ijepa_fast.config import ConfigError
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
+from ijepa_fast.models.tokenizer import Tokenizer, load_tokenizer
 from ijepa_fast.models.vit import Encoder
 
 # Registered are the files of this folder, by their names.
 METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
-CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
 D = TypeVar("D", bound=Draw)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method is made from: sections of the run's configuration, and its own options as they were given."""
-
-    model: Model
-    data: Data
-    mask: Mask = field(default_factory=Mask)
-    options: Any = field(default_factory=dict)  # a mapping, or the method's Options
-    steps_per_epoch: int = 1
-    foreign: bool = True  # whether masks of somebody else's module may be imported
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a crop."""
-        height, width = self.data.size
-        return (height // self.model.patch, width // self.model.patch)
-
-    @property
-    def values(self) -> int:
-        """Numbers in a patch."""
-        return self.data.channels * self.model.patch**2
-
-    @property
-    def encoder_sizes(self) -> dict[str, Any]:
-        """Arguments of an Encoder."""
-        model = self.model
-        sizes: dict[str, Any] = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
-        sizes |= {"image_size": self.data.size, "channels": self.data.channels, "recompute": model.recompute}
-        return sizes | {"mlp_ratio": model.mlp_ratio}
-
-
-@dataclass
-class NoOptions:
-    """Of a method without options of its own."""
 
 
 class Method(nn.Module, Generic[D]):
@@ -83,6 +49,7 @@ class Method(nn.Module, Generic[D]):
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
+        unclipped: names "<child>.<parameter>" whose gradients clipping neither counts nor scales.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
             empty where the method has none, and then the engine keeps none.
@@ -98,6 +65,7 @@ class Method(nn.Module, Generic[D]):
     capabilities: ClassVar[frozenset[str]] = frozenset()
     reads_mask: ClassVar[bool] = False
     undecayed: ClassVar[frozenset[str]] = frozenset()
+    unclipped: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}
     encoder: Encoder
 
@@ -113,12 +81,8 @@ class Method(nn.Module, Generic[D]):
     @classmethod
     def parse(cls, setup: Setup) -> Any:
         """The checked options. Raises ConfigError, naming the key."""
-        if not cls.reads_mask and setup.mask != Mask():
-            name = cls.__module__.rpartition(".")[2]
-            raise ConfigError(f"mask: objective.method={name} draws its own masks; remove the section")
-        options = parse_options(setup.options, cls.Options)
-        cls.check(options, setup)
-        return options
+        name = cls.__module__.rpartition(".")[2]
+        return check_method(name, setup, cls.Options, cls.reads_mask, cls.check)
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
@@ -199,20 +163,58 @@ class Method(nn.Module, Generic[D]):
         return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
 
 
-def check_square(setup: Setup, method: type[Method]) -> None:
-    """ConfigError unless crops are squares, as views are."""
-    if setup.grid[0] != setup.grid[1]:
-        name = method.__module__.rpartition(".")[2]
+class TokenMethod(Method[D]):
+    """A method whose targets are the tokens that a frozen tokenizer gives to the patches of an image.
+
+    Its Options have `tokenizer`, `vocabulary`, `token_patch` and `jitter`, as BEiT's.
+    """
+
+    tokenizer: Tokenizer | None = None
+
+    def ready(self) -> None:
+        """Load the tokenizer."""
+        chosen, data = self.options, self.setup.data
+        if data.channels != 3:
+            raise ConfigError(f"data.channels={data.channels}: a tokenizer reads images of 3 channels")
+        try:
+            self.tokenizer = load_tokenizer(chosen.tokenizer, chosen.vocabulary, chosen.token_patch)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def views(self) -> list[View]:
+        """One crop, its colours jittered; and the same window at the tokenizer's size.
+
+        Both are resized alike (published: the second by another filter).
+        """
+        data, chosen, (rows, columns) = self.setup.data, self.options, self.setup.grid
+        strengths = (chosen.jitter, chosen.jitter, chosen.jitter, 0.0)
+        scale, size = (data.scale[0], data.scale[1]), (rows * chosen.token_patch, columns * chosen.token_patch)
+        view = View(crop_of(data.size), scale, jitter=float(chosen.jitter > 0), strengths=strengths, grey=0.0)
+        return [view, replace(view, crop=crop_of(size), like=0)]
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens (B*N,) int64 of the tokenizer's view, uint8 (B, S, S, 3). ConfigError where they do not fit."""
+        if self.tokenizer is None:
+            self.ready()
+        assert self.tokenizer is not None
+        return tokens_of(self.tokenizer, images, self.setup.grid, self.options.vocabulary)
+
+
+@torch.no_grad()
+def tokens_of(tokenizer: Tokenizer, images: torch.Tensor, grid: tuple[int, int], vocabulary: int) -> torch.Tensor:
+    """Tokens (B*N,) int64 of `images` uint8 (B, S, S, 3). ConfigError for another grid, or a token beyond the head."""
+    tokens = tokenizer(images)
+    if tokens.shape != (len(images), *grid):
         raise ConfigError(
-            f"data.crop: expected a square for objective.method={name}, got {setup.data.crop}; set a side"
+            f"objective.options.tokenizer: it gives tokens of shape {tuple(tokens.shape)} and the grid of patches has "
+            f"{(len(images), *grid)}; set objective.options.token_patch to its pixels to a token"
         )
-
-
-def check_masked(masked: int, setup: Setup) -> None:
-    """ConfigError unless `masked`, of objective.options, leaves some of the patches of a crop."""
-    patches = setup.grid[0] * setup.grid[1]
-    if masked >= patches:
-        raise ConfigError(f"objective.options.masked={masked}: expected fewer than the {patches} patches of a crop")
+    if not tokens.is_cuda and int(tokens.max()) >= vocabulary:
+        raise ConfigError(
+            f"objective.options.tokenizer: it gave token {int(tokens.max())} and the head has {vocabulary}; set "
+            f"objective.options.vocabulary to its number of tokens"
+        )
+    return tokens.flatten()
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:
