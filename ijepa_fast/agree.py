@@ -23,6 +23,7 @@ class Setup:
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
     steps_per_epoch: int = 1
+    micro_batch: int | None = None  # images of a micro-batch over all ranks, where that is known
     foreign: bool = True  # whether masks of somebody else's module may be imported
 
     @property

@@ -185,7 +185,8 @@ def _check_method(config: Config, path: Path) -> None:
         return
     check_capabilities(config.objective.method, config.engine, says.get("capabilities", ()))
     check = partial(says["check"], None) if "check" in says else None
-    setup = Setup(config.model, config.data, config.mask, config.objective.options)
+    images = config.batch_size // config.engine.accumulation
+    setup = Setup(config.model, config.data, config.mask, config.objective.options, micro_batch=images)
     check_method(config.objective.method, setup, says.get("Options", NoOptions), says.get("reads_mask", False), check)
 
 

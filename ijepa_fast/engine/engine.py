@@ -14,7 +14,7 @@ import torch
 from ijepa_fast import config
 from ijepa_fast.config import ConfigError
 from ijepa_fast.cores import threads
-from ijepa_fast.engine.clipping import ClipEach
+from ijepa_fast.engine.clipping import ClipEach, ClipTogether
 from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.interface import facing
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
@@ -144,9 +144,9 @@ class Engine:
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values())
-        groups = parameter_groups(method.trained, method.averaged, method.undecayed)
+        groups = parameter_groups(method.trained, method.averaged, method.undecayed, method.unclipped)
         self.optimizer = AdamWEMA(
-            [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
+            [{name: group[name] for name in ("params", "ema", "decay", "clip")} for group in groups],
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
         )
@@ -156,10 +156,11 @@ class Engine:
             for name, param in zip(group["names"], group["params"], strict=True)
         }
         each = optim.clip > 0 and optim.clip_by == "parameter"
+        ours = each or (optim.clip > 0 and bool(method.unclipped))
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=self.optimizer,
-            config=deepspeed_config(settings, 0 if each else optim.clip, micro_batch, device),
+            config=deepspeed_config(settings, 0 if ours else optim.clip, micro_batch, device),
         )
         _bound_waits(settings.timeout + (AFTER if device.type == "cuda" else 0))
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
@@ -168,6 +169,8 @@ class Engine:
         if each:
             held = self.layout.partitions, self.layout.replicated
             self.optimizer.clip = ClipEach(*held, optim.clip, list(self.shapes))
+        elif ours:
+            self.optimizer.clip = ClipTogether(self.layout.replicated, optim.clip, self.layout.clipped)
         averages = method.averaged.items()
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
         fp8 = settings.target_precision == "fp8" and has_fp8(device) and fp8_gains(method, micro_batch, device)
@@ -205,6 +208,8 @@ class Engine:
             for group in self.optimizer.param_groups:
                 group["lr"], group["momentum"] = lr, ema
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
+            if isinstance(self.optimizer.clip, ClipTogether):
+                self.optimizer.clip.begin()
         if graphs is None:
             self._engine.step()
             if update:

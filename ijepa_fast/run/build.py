@@ -64,7 +64,16 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     cls = method_class(config.objective.method, foreign)
     check_capabilities(config.objective.method, config.engine, cls.capabilities)
     torch.manual_seed(config.seed)
-    method = cls(Setup(config.model, config.data, config.mask, config.objective.options, steps_per_epoch, foreign))
+    setup = Setup(
+        config.model,
+        config.data,
+        config.mask,
+        config.objective.options,
+        steps_per_epoch,
+        micro_batch=config.batch_size // config.engine.accumulation,
+        foreign=foreign,
+    )
+    method = cls(setup)
     if not isinstance(getattr(method, "encoder", None), Encoder):
         raise ConfigError(
             f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "
