@@ -62,7 +62,7 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
-    check_capabilities(config, cls.capabilities)
+    check_capabilities(config.objective.method, config.engine, cls.capabilities)
     torch.manual_seed(config.seed)
     setup = Setup(
         config.model,
