@@ -23,9 +23,9 @@ from ijepa_fast.data.crops import View
 from ijepa_fast.masks.anchors import AnchorDraw, AnchorSampler
 from ijepa_fast.masks.crops import PUBLISHED, SMALL_SIDE, crops_of, smaller
 from ijepa_fast.methods.method import Method, Setup
-from ijepa_fast.models import flops
+from ijepa_fast.models import flops, heads
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead, sinkhorn
+from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead
 from ijepa_fast.models.ranks import ranks, sum_over_ranks
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
@@ -196,7 +196,7 @@ class MSN(Method[AnchorDraw]):
     def assignments(self, embedding: torch.Tensor) -> torch.Tensor:
         """(B, E) -> the targets (B, Q)."""
         found = self.sharpened(embedding)
-        return sinkhorn(found, self.options.sinkhorn) if self.options.sinkhorn else found
+        return heads.sinkhorn(found, self.options.sinkhorn) if self.options.sinkhorn else found
 
     def work(self, draw: AnchorDraw) -> Work:
         """The work of a step on a batch, as executed here."""
