@@ -97,6 +97,6 @@ def _reads(statement: ast.AST) -> Iterator[str]:
     else:
         parts = [*ast.iter_child_nodes(statement)]
     for part in parts:
-        if isinstance(part, ast.Name):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
             yield part.id
         yield from _reads(part)

@@ -78,9 +78,14 @@ def start(device: torch.device, timeout: int, store: Any = None) -> tuple[int, i
     if store is not None:
         if interface := facing(os.environ["MASTER_ADDR"]):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        place, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         own = device if device.type == "cuda" else None
-        torch.distributed.init_process_group(backend, timeout=bound, store=store, device_id=own, **place)
+        # All ranks are there: they connect within `timeout`, and may then take their time to list images.
+        within = datetime.timedelta(seconds=min(timeout, RENDEZVOUS))
+        torch.distributed.init_process_group(
+            backend, timeout=within, store=store, rank=place, world_size=size, device_id=own
+        )
+        _bound_waits(max(timeout, RENDEZVOUS))
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=bound, auto_mpi_discovery=False)
     except RuntimeError as error:
