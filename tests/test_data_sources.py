@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tqdm")
 pytest.importorskip("PIL")
 
-from ijepa_fast.data import scan
+from ijepa_fast.data import index, scan
 from ijepa_fast.data.sources import TarSource, open_source
 from tests.data_images import bad_kinds, encode, photographs, write_photos, write_tar
 
@@ -227,3 +227,22 @@ def test_broken_files_do_not_hinder_indexing(tmp_path):
     for name, data in bad_kinds().items():
         (tmp_path / name).write_bytes(data)
     assert len(open_source(tmp_path)) == len(bad_kinds())
+
+
+def test_copies_of_machines_under_one_path_have_an_index_each(tmp_path):
+    """A machine sees its own copy: its index is another, and does not take the place of the first one's."""
+    photos, one, other = tmp_path / "photos", tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "a.jpg").write_bytes(b"")
+    built = []
+
+    def open_copy(folder):
+        folder.rename(photos)
+        index.cached(str(photos), tmp_path / "kept", lambda: built.append(folder) or index.Index(index.Names.of(["a"])))
+        photos.rename(folder)
+
+    for folder in (one, other, one, other):
+        open_copy(folder)
+    assert built == [one, other]
+    assert len(list((tmp_path / "kept").glob("index-*"))) == 2

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
-from tests.faults.run import logged, wait_for
+from tests.faults.run import wait_for
 from tests.launch import losses, run
-from tests.machines.network import by_hand, deepspeed, outcome, said, torchrun
+from tests.machines.network import by_hand, outcome, said
 
 pytestmark = pytest.mark.slow
 
@@ -75,20 +75,3 @@ def test_a_machine_that_goes_is_named_and_what_is_left_goes_on(two, alone, tmp_p
     assert "Traceback" not in text
     made[1].kill()
     goes_on(tmp_path, alone)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_launch_ends_when_a_machine_is_cut_off(two, alone, tmp_path, launcher):
-    """The processes of the machine that is left, the launcher's own among them."""
-    made, folder = two
-    ranks = torchrun(made, tmp_path, *LONG) if launcher == "torchrun" else deepspeed(made, folder, tmp_path, *LONG)
-    wait_for(lambda: logged(tmp_path / "quickstart") >= 6 or ranks[0].poll() is not None)
-    made[1].cut()
-    began = time.time()
-    statuses, text = outcome(ranks[:1])
-    print(f"seconds to the end: {launcher}: {time.time() - began:.1f}")
-    assert statuses[0] != 0, text[-3000:]
-    assert any("machine-b" in error for error in said(text)), text[-3000:]
-    made[1].kill()
-    done = logged(tmp_path / "quickstart")
-    assert done >= 6
