@@ -48,6 +48,10 @@ TRIED = {
             "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, norm_last_layer: false}",
         ],
     ),
+    "lejepa": (
+        "lejepa_cifar10",
+        ["mask.min_keep=null", "objective.options={views: 3, slices: 16, bottleneck: 16, hidden: 32, embedding: 8}"],
+    ),
     "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
 HEADED = ["target_encoder", "target_head"]
@@ -56,10 +60,11 @@ AVERAGED = {
     "mae": [],
     "simmim": [],
     "beit": [],
+    "lejepa": [],
     "ibot": HEADED,
     "dino": HEADED,
 }  # where not the encoder alone
-BY_CLASS = {"ibot", "dino"}  # read by the class token
+BY_CLASS = {"ibot", "dino", "lejepa"}  # read by the class token
 NO_CLASS_TOKEN = {"ijepa", "toy"}
 BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
@@ -131,7 +136,7 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2), ("lejepa", 2)])
 def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
     """Of iBOT and DINO on two ranks, whose centres are one; of DINO with each parameter's gradient clipped."""
     options = ("optim.steps=3",)

@@ -9,7 +9,7 @@ from ijepa_fast.kernels.sigreg import ops, reference, sigreg
 from tests import oracle
 from tests.launch import ROOT
 
-ARCHIVE = ROOT / "tests" / "data" / "sigreg_step.npz"
+ARCHIVE = ROOT / "tests" / "data" / "lejepa_step.npz"
 SHAPES = [(1, 2, 3, 1), (2, 5, 7, 33), (1, 130, 24, 64), (3, 257, 16, 40)]  # (V, N, D, K)
 
 
