@@ -39,7 +39,15 @@ from ijepa_fast.interop.load import read
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint, lock, pulse
 from ijepa_fast.run.banner import banner
-from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
+from ijepa_fast.run.build import (
+    Length,
+    build_engine,
+    build_loader,
+    build_method,
+    make_ready,
+    with_options,
+    with_precision,
+)
 from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers
 from ijepa_fast.run.recover import choose, set_newer_aside
@@ -65,7 +73,7 @@ def train(config: Config) -> None:
     hooks = functions("hooks", config.hooks)
     schedule = Schedule(config.optim, length.steps_per_epoch)
     method = build_method(config, length.steps_per_epoch)
-    method.ready()
+    make_ready(method)
     config = with_options(config, method)
     rank, ranks = start(device, config.engine.timeout)
     pulse.begin(rank, ranks)

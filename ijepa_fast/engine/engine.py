@@ -24,6 +24,7 @@ from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.kernels.varlen_attention import measure_dense_attention
 from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
+from ijepa_fast.models.over_ranks import ranks
 from ijepa_fast.models.vit import compile_blocks
 
 # Buckets are allocated in every step; this many fp32 values are no more than keep_freed_memory can keep.
@@ -121,7 +122,7 @@ class Engine:
         # Kept in fp32: DeepSpeed casts the modules' own tables.
         tables = {name: dict(network.named_buffers()).get("positions") for name, network in method.networks.items()}
         self.positions = {name: table.clone() for name, table in tables.items() if table is not None}
-        for network in method.averaged.values():
+        for network in [*method.averaged.values(), *method.frozen.values()]:
             network.to(device, dtype)
         for name, tensor in method.carried.items():
             method.carried[name] = tensor.to(device)
@@ -131,7 +132,7 @@ class Engine:
             measure_target(method, micro_batch, dtype, device)
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
-            compile_blocks(*method.networks.values())
+            compile_blocks(*method.networks.values(), *method.frozen.values())
         groups = parameter_groups(method.trained, method.averaged, method.undecayed)
         self.optimizer = AdamWEMA(
             [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
@@ -264,6 +265,7 @@ def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, d
     reasons = {
         f"they need a CUDA device, and training is on {device.type}": device.type != "cuda",
         f"objective.method={name} does not declare them": "graphs" not in method.capabilities,
+        "the ranks exchange statistics within a step": method.exchanges and ranks() > 1,
         "engine.zero=3 moves the weights in every step; set engine.zero to at most 2": settings.zero == 3,
         "optim.clip needs the gradient's norm in every step; set optim.clip=0": optim.clip > 0,
         "without mask.padding few shapes come again; set mask.padding=true": method.reads_mask
@@ -289,8 +291,10 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def measure_target(method: Method, images: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Let the averaged encoder attend by the fastest backend at `images` whole images, and say which that is."""
-    encoder = method.averaged.get("encoder")
+    """Let the target encoder attend by the fastest backend at `images` whole images, and say which that is."""
+    encoder = next(
+        (net for net in [*method.averaged.values(), *method.frozen.values()] if hasattr(net, "blocks")), None
+    )
     if encoder is None or choice("varlen_attention") != "auto":
         return
     heads = encoder.blocks[0].attn.heads

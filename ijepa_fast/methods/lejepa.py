@@ -26,6 +26,7 @@ from ijepa_fast.models import flops, projector
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.layouts import Packed, Rows
 from ijepa_fast.models.projector import Projector
+from ijepa_fast.models.regulariser import check_samples
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 PUBLISHED = 128  # pixels of a view, beside which the blur is given
@@ -58,8 +59,9 @@ class LeJEPA(Method[ViewDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """Views are squares; four strengths."""
+        """Views are squares; four strengths; a batch that can be compared with a Gaussian."""
         check_square(setup, cls)
+        check_samples(setup.batch)
         if len(options.strengths) != 4:
             raise ConfigError(f"objective.options.strengths: expected four numbers, got {options.strengths}")
 
