@@ -32,7 +32,7 @@ from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.regulariser import WEIGHTS, Regulariser, check_samples
 from ijepa_fast.models.target_norm import NORMS, TargetNorm
-from ijepa_fast.models.teacher import check_teacher, fingerprint
+from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
@@ -78,8 +78,7 @@ class IJEPA(Method[MaskDraw]):
         """The predictor has the encoder's heads; the options go together."""
         check_width("predictor_dim", setup.model)
         check_options(options, setup.model.depth)
-        if options.regulariser == "sigreg":
-            check_samples(setup.batch)
+        check_samples(setup.batch, options.regulariser)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -238,6 +237,8 @@ class IJEPA(Method[MaskDraw]):
             unions=draw.union_lengths.tolist(),
             pixels=self.options.target == "pixels",
         )
+        if self.frozen:
+            work = replace(work, teacher=teacher_work(self.target_encoder, draw.images, draw.union_lengths.tolist()))
         if self.options.regulariser == "none":
             return work
         return replace(work, trained=work.trained | {"regulariser": self.regulariser.work(draw.sequences, self.widths)})

@@ -61,12 +61,13 @@ class Regulariser:
         return projector_work(rows, widths) + of_terms
 
 
-def check_samples(batch: int | None) -> None:
-    """ConfigError for a micro-batch, over all ranks, too small for SIGReg; None: it is not known."""
-    if batch is not None and batch < LEAST_SAMPLES:
+def check_samples(batch: int | None, kind: str = "sigreg") -> None:
+    """ConfigError for a micro-batch, over all ranks, too small for the regulariser; None: it is not known."""
+    least = {"sigreg": LEAST_SAMPLES, "vicreg": 2}.get(kind, 1)
+    if batch is not None and batch < least:
         raise ConfigError(
-            f"batch_size: SIGReg compares a batch with a Gaussian and wants at least {LEAST_SAMPLES} images of a "
-            f"micro-batch over all ranks, got {batch}; raise batch_size or lower engine.accumulation"
+            f"batch_size: {kind} takes statistics over a batch and wants at least {least} images of a micro-batch over "
+            f"all ranks, got {batch}; raise batch_size or lower engine.accumulation"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.over_ranks import summed
 
-EPS = 1e-5  # beside a variance
+EPS = 1e-4  # beside a variance, of features whose size is about 1
 NORMS = ("token", "position", "position_token", "batch", "none")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ijepa_fast.config import ConfigError, Data
+from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Transformer
 from ijepa_fast.models.vit import Encoder
 
 
@@ -35,3 +37,11 @@ def fingerprint(encoder: Encoder) -> int:
     for place, param in enumerate(encoder.parameters(), start=1):
         total += place * int(param.detach().float().contiguous().view(torch.int32).long().sum())
     return total % 2**61
+
+
+def teacher_work(teacher: Encoder, images: int, unions: list[int]) -> int:
+    """Work of a pass of the teacher over whole images, `unions` rows of each wanted; with a class token it does all."""
+    mlp, first = teacher.blocks[0].mlp, int(teacher.cls_token is not None)
+    sizes = Transformer(teacher.dim, len(teacher.blocks), mlp.fc1.out_features / teacher.dim)
+    embedding = flops.linear(images * teacher.patches, teacher.patch_embed.proj.weight[0].numel(), teacher.dim)
+    return embedding + sizes.forward([first + teacher.patches] * images, None if first else unions)
