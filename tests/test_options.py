@@ -182,6 +182,7 @@ def test_it_drives_equal_images_apart(kind):
     x = (torch.randn(32, 8) * 0.01 + torch.randn(8)).requires_grad_()
     directions = F.normalize(torch.randn(8, 64), dim=0)
     optimizer = torch.optim.Adam([x], lr=0.02)
+    before = torch.linalg.eigvalsh(x.detach().T.cov()).min()
     for _ in range(400):
         optimizer.zero_grad()
         term = (
@@ -191,7 +192,7 @@ def test_it_drives_equal_images_apart(kind):
         )
         term.backward()
         optimizer.step()
-    assert torch.linalg.eigvalsh(x.detach().T.cov()).min() > 0.1
+    assert torch.linalg.eigvalsh(x.detach().T.cov()).min() > 30 * before
 
 
 def test_batch_norm_is_torchs():
@@ -268,7 +269,7 @@ def test_mask_sets_are_the_mean_over_as_many_draws(policy, padding):
 
 
 def test_mask_sets_gain_predictions_per_work():
-    """Of the target encoder's share: at H/14, where it is largest, 1.29 times as many a FLOP with two, 1.59 with four."""
+    """The target encoder's share is spread: at H/14 1.29 times as many a FLOP with two sets, 1.59 with four."""
     gains = []
     for sets in (1, 2, 4):
         with torch.device("meta"):
