@@ -49,7 +49,7 @@ from ijepa_fast.run.build import (
     with_precision,
 )
 from ijepa_fast.run.imported import functions
-from ijepa_fast.run.log import Meter, RunLog, check_loggers
+from ijepa_fast.run.log import Meter, RunLog, check_loggers, newest
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
 from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
@@ -99,7 +99,8 @@ def train(config: Config) -> None:
     speed = Speed(method, device, precision.name, total, config.batch_size, ranks)
     log.say(banner(config, method, source, device, ranks, length, speed))
     meter, logged = Meter(device), step
-    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
+    first = newest(config.folder / "log.jsonl", "probe", "untrained") if step else None
+    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say, first)
     stopping = Stop(config.log.checkpoint_minutes, config.engine.timeout)
     saving = Saver(engine, partial(save, config, engine, data, more), config.engine.timeout)
     with stopping as stop, saving as saver, closing(log), closing(loader):
