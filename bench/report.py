@@ -217,6 +217,17 @@ def learning(path: Path) -> list[str]:
     return table(json.loads(path.read_text())["records"]).splitlines()
 
 
+def host(path: Path) -> list[str]:
+    """The table that bench/host.py prints."""
+    from bench.host import table
+
+    if not path.is_file():
+        return [_missing(path)]
+    result = json.loads(path.read_text())
+    facts = f"{result['device']}; torch {result['torch']}; {result['precision']}."
+    return [facts, "", *table(result)]
+
+
 def _missing(path: Path) -> str:
     return f"Not measured: there is no `{path.name}`."
 
@@ -230,6 +241,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "claims": claims,
     "learning": learning,
     "data": data,
+    "host": host,
 }
 
 

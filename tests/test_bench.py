@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import registry, report, run, timing
+from bench import host, registry, report, run, timing
 from ijepa_fast.kernels.common import dispatch, native
 from ijepa_fast.kernels.varlen_attention.reference import varlen_attention
 
@@ -292,3 +292,17 @@ def test_ahead_of_time_compilation_passes_what_is_right(tmp_path):
     done = subprocess.run([sys.executable, "bench/aot.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kernels in" in done.stdout
+
+
+def test_the_host_time_of_a_call_is_a_row_of_each_case(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    wanted = ["--ops", "layer_norm,bias_gelu", "--device", "cpu", "--rounds", "1", "--json", str(path)]
+    assert host.main(wanted) == 0
+    rows = json.loads(path.read_text())["rows"]
+    cases = [case for op in ("layer_norm", "bias_gelu") for case in registry.OPS[op](tiny(torch.bfloat16)) if case.own]
+    assert len(rows) == len(cases)
+    for row in rows:
+        assert 0 < row["ours_forward_us"] < row["ours_both_us"]
+    assert report.host(path)[2:] == capsys.readouterr().out.splitlines()[1:]
+    with pytest.raises(SystemExit):
+        host.main(["--ops", "relu"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("triton")
 
 from ijepa_fast.config import ConfigError, flatten, load_config, present
-from ijepa_fast.engine.engine import Engine, choose_device, has_fp8, start, wants_graphs
+from ijepa_fast.engine.engine import Engine, choose_device, fp8_gains, has_fp8, start, wants_graphs
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.build import build_method, micro_batch
 from tests.emulated_graphs import EmulatedRecorder
@@ -226,6 +227,23 @@ def test_a_gpu_without_fp8_is_said(monkeypatch, capsys, capability, there):
     assert has_fp8(torch.device("cpu"))
     said = capsys.readouterr().err
     assert ("NVIDIA A100 has no fp8; the target encoder runs in engine.precision" in said) is not there
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_fp8_is_taken_where_it_is_faster(monkeypatch, capsys, faster):
+    model = build_method(config_of())
+    monkeypatch.setattr("ijepa_fast.engine.engine.seconds", lambda *sizes: (2e-3, 1e-3 if faster else 3e-3))
+    monkeypatch.setattr(torch, "tensor", partial(on_the_cpu, torch.tensor))
+    assert fp8_gains(model, 4, torch.device("cuda")) is faster
+    said = capsys.readouterr().err
+    assert "2.00 ms without" in said
+    assert ("which is faster" in said) is not faster
+    assert fp8_gains(model, 4, torch.device("cpu"))
+
+
+def on_the_cpu(make, *args, device=None, **options):
+    """`make` without its device."""
+    return make(*args, **options)
 
 
 @pytest.mark.slow

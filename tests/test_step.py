@@ -113,6 +113,33 @@ def test_blocks_compile_once_for_all_token_counts_and_depths(triton_everywhere):
     assert counts[1:] == [0, 0]
 
 
+@pytest.mark.slow
+def test_fp8_blocks_compile_once_where_their_blocks_are_compiled(triton_everywhere):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model, eager = (to(small_ijepa(depth=4), triton_everywhere) for _ in range(2))
+    for either in (model, eager):
+        either.use_fp8()
+    assert all(block._compiled_call_impl is None for block in model.fp8_blocks)
+    for block in model.fp8_blocks:
+        block.compile(backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for images in (2, 3, 4):
+        packed = pack(SAMPLER(images, 0, 0, 0)).to(triton_everywhere)
+        patches = torch.randn(images * 64, 3 * model.encoder.patch**2, device=triton_everywhere)
+        found, expected = (either.targets(patches, packed) for either in (model, eager))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        counts.append(counter.frame_count)
+    # The first block has no branch to add. Another number of images makes it a symbol, once.
+    assert counts[0] <= 2
+    assert counts[2] == counts[1] <= 4
+    compile_blocks(*model.averaged.values(), backend=counter)
+    model.use_fp8()
+    assert all(block._compiled_call_impl is not None for block in model.fp8_blocks)
+
+
 @pytest.mark.parametrize("policy", ["full", "budget"])
 @pytest.mark.parametrize("padding", [False, True])
 def test_no_operation_of_the_step_reads_the_device(triton_everywhere, monkeypatch, policy, padding):

@@ -5,25 +5,34 @@ Shapes: B images, N patches per image, T = B*N tokens, D width, H heads.
 
 from __future__ import annotations
 
+import time
+
 import torch
+from torch import nn
 
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
 from ijepa_fast.kernels.varlen_attention import dense_attention
 from ijepa_fast.models.layouts import Dense
 from ijepa_fast.models.vit import Block
 
+CALLS, ROUNDS = 5, 3
 
-class FP8Block:
+
+class FP8Block(nn.Module):
     """A Block whose qkv, fc1 and fc2 multiply e4m3 rows by e4m3 weights; for dense images and without gradient.
 
     What attention gives is projected in the model's own precision: it has no producer of this project to quantise it.
+    It is compiled where `block` is.
     """
 
     def __init__(self, block: Block):
+        super().__init__()
         self.block = block
         self.layers = block.attn.qkv, block.mlp.fc1, block.mlp.fc2
         with torch.no_grad():
             self.weights = [quantise(layer.weight) for layer in self.layers]
+        if block._compiled_call_impl is not None:
+            self.compile(dynamic=True)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -32,7 +41,7 @@ class FP8Block:
             quantise(layer.weight, out=quantised)
 
     @torch.no_grad()
-    def __call__(
+    def forward(
         self, x: torch.Tensor, branch: torch.Tensor | None, sequences: Dense
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Block.forward`: residual stream (T, D) and the branch to add to it (T, D) -> the same two."""
@@ -47,3 +56,26 @@ class FP8Block:
         values, scale, x = layer_norm_quantise(x, branch, norm2.weight, norm2.bias, norm2.eps)
         hidden = scaled_linear((values, scale), fc1_weight, None, dtype)
         return x, scaled_linear(bias_gelu_quantise(hidden, mlp.fc1.bias), fc2_weight, mlp.fc2.bias, dtype)
+
+
+@torch.no_grad()
+def seconds(block: Block, images: int, tokens: int) -> tuple[float, float]:
+    """Of `block` as it is and in fp8, on `images` sequences of `tokens` random tokens; the shortest of a few rounds."""
+    weight = block.norm1.weight
+    x, branch = torch.randn(2, images * tokens, len(weight), device=weight.device, dtype=weight.dtype)
+    found = {}
+    for _ in range(ROUNDS + 1):  # the first compiles
+        for run in (block, FP8Block(block)) if not found else tuple(found):
+            _wait(x)
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                run(x, branch, Dense(images))
+            _wait(x)
+            found.setdefault(run, []).append((time.perf_counter() - begin) / CALLS)
+    plain, fp8 = (min(times[1:]) for times in found.values())
+    return plain, fp8
+
+
+def _wait(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
