@@ -26,7 +26,7 @@ from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.fp8 import seconds
 from ijepa_fast.models.over_ranks import ranks
-from ijepa_fast.models.vit import Encoder, compile_blocks
+from ijepa_fast.models.vit import compile_blocks
 
 # Buckets are allocated in every step, and on a CPU there is nobody to send them to.
 CPU_BUCKET = 8_000_000
@@ -313,7 +313,7 @@ def fp8_gains(method: Method, images: int, device: torch.device) -> bool:
     return bool(gains)
 
 
-def target_encoder(method: Method) -> Encoder | None:
+def target_encoder(method: Method) -> Any:
     """The encoder that makes the targets: averaged or frozen; None where there is none."""
     return next(
         (each for each in [*method.averaged.values(), *method.frozen.values()] if hasattr(each, "blocks")), None

@@ -136,7 +136,8 @@ class IJEPA(Method[MaskDraw]):
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
         if self.target_encoder.cls_token is not None:
             raise ConfigError("engine.target_precision=fp8: the frozen teacher has a class token, which it cannot do")
-        self.fp8_blocks = [FP8Block(block) for block in self.target_encoder.blocks[:-1]]
+        blocks: Any = self.target_encoder.blocks
+        self.fp8_blocks = [FP8Block(block) for block in blocks[:-1]]
 
     def use_graphs(self) -> None:
         """Draw masks of few sizes from now on."""

@@ -99,7 +99,7 @@ class Method(nn.Module, Generic[D]):
     """
 
     Options: ClassVar[type] = NoOptions
-    capabilities: ClassVar[frozenset[str]] = frozenset()
+    capabilities: frozenset[str] = frozenset()
     reads_mask: ClassVar[bool] = False
     undecayed: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}

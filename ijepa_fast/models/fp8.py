@@ -63,7 +63,7 @@ def seconds(block: Block, images: int, tokens: int) -> tuple[float, float]:
     """Of `block` as it is and in fp8, on `images` sequences of `tokens` random tokens; the shortest of a few rounds."""
     weight = block.norm1.weight
     x, branch = torch.randn(2, images * tokens, len(weight), device=weight.device, dtype=weight.dtype)
-    found = {}
+    found: dict[nn.Module, list[float]] = {}
     for _ in range(ROUNDS + 1):  # the first compiles
         for run in (block, FP8Block(block)) if not found else tuple(found):
             _wait(x)

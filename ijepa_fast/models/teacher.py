@@ -41,7 +41,8 @@ def fingerprint(encoder: Encoder) -> int:
 
 def teacher_work(teacher: Encoder, images: int, unions: list[int]) -> int:
     """Work of a pass of the teacher over whole images, `unions` rows of each wanted; with a class token it does all."""
-    mlp, first = teacher.blocks[0].mlp, int(teacher.cls_token is not None)
-    sizes = Transformer(teacher.dim, len(teacher.blocks), mlp.fc1.out_features / teacher.dim)
+    first: int = int(teacher.cls_token is not None)
+    hidden = teacher.get_parameter("blocks.0.mlp.fc1.weight").shape[0]
+    sizes = Transformer(teacher.dim, len(teacher.blocks), hidden / teacher.dim)
     embedding = flops.linear(images * teacher.patches, teacher.patch_embed.proj.weight[0].numel(), teacher.dim)
     return embedding + sizes.forward([first + teacher.patches] * images, None if first else unions)
