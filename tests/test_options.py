@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_fast import kernels
 from ijepa_fast.config import ConfigError, Data, Mask, Model, load_config
+from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.methods.ijepa import IJEPA, Options
 from ijepa_fast.methods.method import Setup
@@ -16,6 +17,7 @@ from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.target_norm import TargetNorm, sums_by_place
 from ijepa_fast.models.teacher import fingerprint
 from ijepa_fast.models.vit import Encoder
+from tests.emulated_graphs import EmulatedRecorder
 from tests.small import small_ijepa
 
 BATCH = 6
@@ -419,3 +421,40 @@ def test_the_benchmark_times_every_option(capsys):
     assert work["sets4"] > work["sets2"] > 1
     with pytest.raises(SystemExit):
         options.main(["--runs", "nothing"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regulariser": "vicreg", "mask_sets": 2},
+        {"regulariser": "sigreg", "projector": [24, 16], "target_layers": 2},
+        {"target_norm": "batch", "teacher": "frozen"},
+    ],
+    ids=str,
+)
+def test_graphs_hold_what_does_not_move(ops_as_on_a_gpu, options):
+    """Captured and replayed, emulated on a CPU, against launched: loss and every gradient."""
+    chosen = {name: value for name, value in options.items() if name != "teacher"}
+    model, eager = (
+        frozen(teacher_of(class_token=True), **chosen) if "teacher" in options else model_of(**options)
+        for _ in range(2)
+    )
+    eager.load_state_dict(model.state_dict())
+    if model.frozen:
+        eager.target_encoder.load_state_dict(model.target_encoder.state_dict())
+    said, gradients = [], [torch.zeros_like(p) for p in model.parameters()]
+    graphs = Graphs(model, gradients, 1.0, said.append, EmulatedRecorder())
+    model.use_graphs()
+    for step in range(4):
+        draw, images = model.draw(BATCH, 0, step % 2), images_of()
+        found = [graphs(images, draw)[0], *gradients]
+        for a, b in zip(found, loss_and_gradients(eager, images, draw), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert graphs.captured
+    assert not said
+
+
+def test_statistics_that_move_want_no_graphs():
+    assert "graphs" not in model_of(target_norm="position").capabilities
+    assert "graphs" in model_of(target_norm="batch").capabilities
+    assert "graphs" in IJEPA.capabilities

@@ -17,7 +17,8 @@ def knots(t_max: float, points: int, device: torch.device | None = None) -> tupl
     t = torch.linspace(0, t_max, points, dtype=torch.float64, device=device)
     phi = (-t.square() / 2).exp()
     trapezoid = torch.full_like(t, 2 * t_max / (points - 1))
-    trapezoid[[0, -1]] /= 2
+    trapezoid[0] /= 2
+    trapezoid[-1] /= 2
     return t, phi, phi * trapezoid
 
 
