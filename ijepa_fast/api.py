@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from ijepa_fast import train as training
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.datasets import DatasetSource
+from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import needs
 from ijepa_fast.data.held import Arrays, hold
 from ijepa_fast.data.index import Index, Names
@@ -32,6 +33,7 @@ from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.labels import Samples
 from ijepa_fast.files import publish
 from ijepa_fast.interop.load import PretrainedEncoder, load
+from ijepa_fast.probe import device_of
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import read_summary
 from ijepa_fast.run import lock, pulse
@@ -131,13 +133,14 @@ def vectors(
 
 
 def _source(data: Any, encoder: PretrainedEncoder) -> Source:
-    reading = encoder.arch.reading
+    reading = replace(encoder.arch.reading, where=None)  # the map was of the training's images
     if isinstance(data, str | os.PathLike):
         return open_source(os.fspath(data), reading=reading)
     if isinstance(data, np.ndarray | torch.Tensor):
         return DatasetSource("array", Arrays(data), reading)
     if isinstance(data, Sequence) and all(isinstance(item, str | os.PathLike) for item in data):
-        return Source("", Index(Names.of(map(os.fspath, data))), reading=reading)
+        index = Index(Names.of(map(os.fspath, data)))
+        return Source("", index if reading.window is None else expand(index, "", reading), reading=reading)
     return DatasetSource("data", data, reading)
 
 
@@ -157,12 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN_OR_FILE", help="whatever ijepa_fast.load takes")
     parser.add_argument("--out", required=True, type=Path, help=".npy, with the names beside it in .txt; or .parquet")
     parser.add_argument("--pool", choices=POOLS, default="mean")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=whole(), default=64)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out: expected a name that ends in .npy or .parquet, got {args.out.name!r}")
-    encoder = load(args.checkpoint, device=args.device)
+    encoder = load(args.checkpoint, device=device_of(args.device))
     source = _source(args.path, encoder)
     batches = vectors(source, encoder, args.batch_size, args.pool)
     bar = tqdm(batches, "encoding", -(-len(source) // args.batch_size), unit="batch", mininterval=1, disable=None)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 from collections.abc import Callable
 
 Main = Callable[[list[str] | None], int]
+
+
+def whole(least: int = 1) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return number
+
+    return read
 
 
 def one_sentence(status: int = 1) -> Callable[[Main], Callable[..., int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 from ijepa_fast import configs
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD, settings
-from ijepa_fast.data.settings import GREY_MEAN, GREY_STD, Data
+from ijepa_fast.data.settings import GREY_MEAN, GREY_STD, LONGEST, Data
 from ijepa_fast.given import (
     MISSING,
     RATIOS,
@@ -67,10 +68,10 @@ class Mask:
     budget: int | None = fixed(None, "context patches per image under policy=budget", least=1)
     group: int | None = fixed(None, "images whose contexts a policy compares; None: all of a step", least=1)
     padding: bool = fixed(True, "pads token counts, by under 1 %, so that few sizes occur and memory is found again")
-    targets: int | None = fixed(None, "target blocks per image", least=1)
+    targets: int | None = fixed(None, "target blocks per image", least=1, most=1000)
     target_scale: list[float] | None = fixed(None, "range of a target block's share of the image", **SHARES)
     target_aspect: list[float] | None = fixed(None, "range of a target block's height over its width", **RATIOS)
-    contexts: int | None = fixed(None, "context blocks per image", least=1)
+    contexts: int | None = fixed(None, "context blocks per image", least=1, most=1000)
     context_scale: list[float] | None = fixed(None, "range of a context block's share of the image", **SHARES)
     context_aspect: list[float] | None = fixed(None, "range of a context block's height over its width", **RATIOS)
     min_keep: int | None = fixed(None, "a context keeps more patches than this", least=0)
@@ -79,14 +80,16 @@ class Mask:
 @dataclass
 class Model:
     arch: str | None = fixed(None, "a published size: dim, depth, heads and mlp_ratio", choices=(None, *ARCHITECTURES))
-    dim: int = fixed(0, "width of the encoder; 0, here and in the next three: as `arch` says", least=0)
-    depth: int = fixed(0, "blocks of the encoder", least=0)
-    heads: int = fixed(0, "attention heads", least=0)
-    mlp_ratio: float = fixed(0.0, "hidden width of a block's MLP over its width; 4 where there is no `arch`", least=0)
-    patch: int = fixed(16, "side of a patch, pixels", least=1)
-    patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than .02", above=0)
-    predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1)
-    predictor_depth: int = fixed(12, "blocks of the predictor, of MAE's decoder", least=1)
+    dim: int = fixed(0, "width of the encoder; 0, here and in the next three: as `arch` says", least=0, most=65536)
+    depth: int = fixed(0, "blocks of the encoder", least=0, most=1000)
+    heads: int = fixed(0, "attention heads", least=0, most=1024)
+    mlp_ratio: float = fixed(
+        0.0, "hidden width of a block's MLP over its width; 4 where there is no `arch`", least=0, most=64
+    )
+    patch: int = fixed(16, "side of a patch, pixels", least=1, most=1024)
+    patch_std: float = fixed(0.02, "of the first patch embedding; small patches want more than .02", above=0, most=10)
+    predictor_dim: int = fixed(384, "width of the predictor, of MAE's decoder", least=1, most=65536)
+    predictor_depth: int = fixed(12, "blocks of the predictor, of MAE's decoder", least=1, most=1000)
     recompute: bool = key(False, "activation checkpointing by block")
 
 
@@ -98,19 +101,19 @@ class Objective:
 
 @dataclass
 class Optim:
-    epochs: int = key(300, "passes over the images", least=1)
-    steps: int | None = key(None, "ends the run early; the schedules still run over `epochs`", least=1)
-    warmup_epochs: float = key(40, "of the learning rate", least=0)
-    horizon: float = key(1.0, "stretches the schedules beyond the epochs trained", above=0)
-    start_lr: float = key(2e-4, "learning rate at the start of the warm-up", least=0)
-    lr: float = key(1e-3, "learning rate at its end", least=0)
-    final_lr: float = key(1e-6, "learning rate at the end of the run", least=0)
+    epochs: int = key(300, "passes over the images", least=1, most=10**6)
+    steps: int | None = key(None, "ends the run early; the schedules still run over `epochs`", least=1, most=2**32 - 1)
+    warmup_epochs: float = key(40, "of the learning rate", least=0, most=10**6)
+    horizon: float = key(1.0, "stretches the schedules beyond the epochs trained", above=0, most=1000)
+    start_lr: float = key(2e-4, "learning rate at the start of the warm-up", least=0, most=10)
+    lr: float = key(1e-3, "learning rate at its end", least=0, most=10)
+    final_lr: float = key(1e-6, "learning rate at the end of the run", least=0, most=10)
     drop_epochs: list[float] = key([], "epochs at which it falls to a tenth; none: it falls as a cosine", least=0)
-    weight_decay: float = key(0.04, "at the start", least=0)
-    final_weight_decay: float = key(0.4, "at the end of the run", least=0)
+    weight_decay: float = key(0.04, "at the start", least=0, most=100)
+    final_weight_decay: float = key(0.4, "at the end of the run", least=0, most=100)
     weight_decay_shape: str = key("cosine", "cosine: published code; linear: paper", choices=("cosine", "linear"))
     betas: list[float] = key([0.9, 0.999], "AdamW's", least=0, most=BELOW_ONE, length=2)
-    eps: float = key(1e-8, "AdamW's", above=0)
+    eps: float = key(1e-8, "AdamW's", above=0, most=1)
     ema: float = key(0.996, "momentum of the EMA at the start: the share of it that a step keeps", least=0, most=1)
     final_ema: float = key(1.0, "momentum of the EMA at the end of the run", least=0, most=1)
     ema_shape: str = key("linear", "linear: I-JEPA; cosine: DINO, iBOT", choices=("linear", "cosine"))
@@ -126,12 +129,14 @@ class Engine:
     )
     target_precision: str | None = key(None, "of the target encoder; None: as precision", choices=(None, "fp8"))
     zero: int = key(1, "ZeRO stage", choices=(0, 1, 2, 3))
-    accumulation: int = key(1, "micro-batches of a step", least=1)
-    bucket: int = key(50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1)
+    accumulation: int = key(1, "micro-batches of a step", least=1, most=10**6)
+    bucket: int = key(
+        50_000_000, "elements reduced and gathered at once; on a CPU at most 8 million", least=1, most=10**10
+    )
     compile: bool | None = key(None, "torch.compile by block; None: on a GPU, below ZeRO 3")
     cuda_graphs: str = key("auto", "steps as CUDA graphs, one for every shape of batch", choices=("auto", "on", "off"))
     target_stream: bool = key(False, "the target encoder on a CUDA stream of its own, beside the context encoder")
-    timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1)
+    timeout: int = key(1800, "seconds after which a silent rank ends the run", least=1, most=10**7)
 
 
 @dataclass
@@ -150,9 +155,11 @@ class Log:
 class Probe:
     enabled: bool = key(True, "probe the frozen encoder before and after training")
     train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source")
-    test: str | None = key(None, "labelled images; None: the embedded data set's held-out part")
+    test: str | None = key(None, "labelled images; None: the embedded data set's, or a tenth of data.source")
     images: int = key(50_000, "at most, of each", least=1)
-    resize: int | None = key(None, "shorter side before the central crop, pixels; None: data.crop", least=1)
+    resize: int | None = key(
+        None, "shorter side before the central crop, pixels; None: data.crop", least=1, most=LONGEST
+    )
     every: int = key(100, "steps between online probes, each at the next log line; 0: none", least=0)
 
 
@@ -162,7 +169,7 @@ class Config:
     runs: str = key("runs", "the folder of all runs")
     seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
     batch_size: int = key(
-        2048, "images of a step, over all ranks; may change where it divides the images seen", least=1
+        2048, "images of a step, over all ranks; may change where it divides the images seen", least=1, most=10**7
     )
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
     hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
@@ -288,6 +295,11 @@ def resolve(config: Config) -> Config:
             setattr(model, name, getattr(model, name) or value)
     model.mlp_ratio = model.mlp_ratio or 4.0
     data = config.data
+    paths = {"source": data, "where": data, "runs": config, "init": config, "train": config.probe, "test": config.probe}
+    for name, section in paths.items():
+        given = getattr(section, name)
+        if isinstance(given, str) and given.startswith("~"):  # a shell leaves it in key=~/folder
+            setattr(section, name, os.path.expanduser(given))
     if data.channels == 1 and data.mean == list(IMAGENET_MEAN) and data.std == list(IMAGENET_STD):
         data.mean, data.std = list(GREY_MEAN), list(GREY_STD)  # of photographs in grey
     return config

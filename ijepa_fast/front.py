@@ -15,10 +15,12 @@ import shlex
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from ijepa_fast import ranks, spelling
+from ijepa_fast import partly, ranks, spelling
+from ijepa_fast.agree import NoOptions, Setup, check_capabilities, check_method
 from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
 from ijepa_fast.data.importing import is_code
 
@@ -81,10 +83,24 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        text = _give_up(str(error)) if _several_machines() else str(error) if first else ""
+        if text:
+            print(f"error: {text}", file=sys.stderr, flush=True)
         return 1
     return _train(config, first)
+
+
+def _several_machines() -> bool:
+    """Whether a launcher has started ranks on other machines too."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # the latter is DeepSpeed's
+    return local is not None and int(os.environ.get("WORLD_SIZE", 1)) > int(local)
+
+
+def _give_up(error: str) -> str:
+    """Tell the ranks of other machines, which wait for this one, why it ends. Returns what this one is to say."""
+    from ijepa_fast.run import machines
+
+    return machines.give_up(error)
 
 
 def _train(config: Config, first: bool) -> int:
@@ -98,11 +114,14 @@ def _train(config: Config, first: bool) -> int:
         return 1
     except KeyboardInterrupt:
         return _interrupted(first)
-    from ijepa_fast.run import lock, pulse
+    import torch
+
+    from ijepa_fast.run import lock, pulse, stacks
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
     follow_launcher()
+    stacks.follow()
     try:
         train.train(config)
         return 0
@@ -112,6 +131,10 @@ def _train(config: Config, first: bool) -> int:
         return stopped.status
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         text = sentence(error)
+        alone = isinstance(error, ValueError) and not hasattr(error, "met_by_all")
+        if alone and _several_machines() and not torch.distributed.is_initialized():
+            told = _give_up(str(error))
+            text = f"error: {told}" if told else ""
         if text is None or os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
         if text:
@@ -131,19 +154,40 @@ def _interrupted(first: bool) -> int:
 
 
 def check_early(config: Config) -> None:
-    """What can be known without torch: whether the images and the method are there. Raises ConfigError."""
+    """What can be known without torch: whether images and method are there, and its options. Raises ConfigError."""
     source = config.data.source
     named = {"*", "{"} & set(source) or is_code(source)
     if source not in RANDOM_OR_EMBEDDED and not named and not os.path.exists(source):
+        found = "is an address: fetch it first" if "://" in source else "does not exist"
         raise ConfigError(
-            f"data.source: data path {source!r} does not exist; expected a folder of images, archives, arrays or a list"
+            f"data.source: data path {source!r} {found}; expected a folder of images, archives, arrays or a list"
         )
+    check_method_early(config)
+
+
+def check_method_early(config: Config) -> None:
+    """What can be known of the method without torch: whether it is there, and its options. Raises ConfigError."""
     method = config.objective.method
     names = [path.stem for path in Path(__file__).with_name("methods").glob("[!_]*.py") if path.stem != "method"]
     if method not in names and "." not in method and not _importable(method):
         close, there = spelling.close(method, names), ", ".join(sorted(names))
         hint = f"did you mean {close}, of {there}?" if close else f"there are {there}"
         raise ConfigError(f"objective.method: there is no method {method!r}, nor a module of that name; {hint}")
+    if method in names:
+        _check_method(config, Path(__file__).with_name("methods") / f"{method}.py")
+
+
+def _check_method(config: Config, path: Path) -> None:
+    """What the file at `path` says of its options, and of what other sections must be."""
+    try:
+        says = partly.read(path, "Method", ("Options", "check", "reads_mask", "capabilities"))
+    except partly.HeavyError:  # said when the method is built
+        return
+    check_capabilities(config, says.get("capabilities", ()))
+    check = partial(says["check"], None) if "check" in says else None
+    batch = config.batch_size // config.engine.accumulation
+    setup = Setup(config.model, config.data, config.mask, config.objective.options, batch=batch)
+    check_method(config.objective.method, setup, says.get("Options", NoOptions), says.get("reads_mask", False), check)
 
 
 def one_line_warnings(first: bool) -> None:

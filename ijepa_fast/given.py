@@ -51,7 +51,7 @@ def fixed(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 SHARES: dict[str, Any] = {"above": 0, "most": 1, "length": 2}
-RATIOS: dict[str, Any] = {"above": 0, "length": 2}
+RATIOS: dict[str, Any] = {"least": 1e-3, "most": 1e3, "length": 2}
 
 # Keys and values of earlier versions.
 RENAMED = {

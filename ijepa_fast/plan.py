@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ijepa_fast.command import one_sentence
 from ijepa_fast.config import Config, ConfigError, load_config, save_config
-from ijepa_fast.front import RANDOM_OR_EMBEDDED, parser
+from ijepa_fast.front import RANDOM_OR_EMBEDDED, check_method_early, parser
 
 if TYPE_CHECKING:
     from ijepa_fast.run.forecast import Device
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if min(numbers, default=1) < 1:
             raise ConfigError(f"{name}: expected at least 1, got {min(numbers)}")
     config = load_config(args.config, args.overrides)
+    check_method_early(config)
     images, said = (args.images, "") if args.images is not None else _images(config)
     from ijepa_fast.run import forecast
 

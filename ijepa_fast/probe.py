@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
 from ijepa_fast.data.importing import is_code
 from ijepa_fast.eval.evaluate import LAST, PROBES, Options, evaluate
 from ijepa_fast.eval.figures import figures_of, table
+from ijepa_fast.eval.knn import KS
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
 from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING
@@ -51,20 +52,29 @@ def _folders(options: argparse.Namespace) -> tuple[str, str]:
     return folders
 
 
+def device_of(wanted: str) -> torch.device:
+    """The device of an option `--device`: auto, cpu or cuda. Raises ValueError for a GPU that is not there."""
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise ValueError("--device cuda: torch sees no CUDA device; leave --device out")
+    return torch.device("cuda" if cuda and wanted != "cpu" else "cpu")
+
+
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate as the command line says; what is written as JSON. Raises ValueError for what a user can mend."""
     folders = _folders(options)
-    cuda = torch.cuda.is_available()
-    device = torch.device({"auto": "cuda" if cuda else "cpu"}.get(options.device, options.device))
-    if device.type == "cuda" and not cuda:
-        raise ValueError("--device cuda: torch sees no CUDA device; leave --device out")
+    device = device_of(options.device)
     encoder = load(options.checkpoint, options.network, options.image_size, device, options.attention_heads)
     if "last4" in options.features and len(encoder.encoder.blocks) < LAST:
         raise ValueError(f"--features last4: the encoder has {len(encoder.encoder.blocks)} layers; use --features last")
     low = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     tasks = dict(item.split("=", 1) for item in options.task)
-    reading = encoder.arch.reading
-    train, test = (open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading) for folder in folders)
+    reading = replace(encoder.arch.reading, where=None)  # the map was of the training's images
+    maps = options.label_map, options.test_label_map or options.label_map
+    train, test = (
+        open_labelled(folder, cache=options.cache, tasks=tasks, reading=reading, label_map=label_map)
+        for folder, label_map in zip(folders, maps)
+    )
     changes = {"epochs": options.finetune_epochs, "rate": options.finetune_rate, "batch": options.finetune_batch}
     how = Options(
         crop=encoder.crop,
@@ -83,6 +93,11 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         tuning=replace(TUNINGS[options.finetune], **{key: v for key, v in changes.items() if v is not None}),
     )
     figures = evaluate(encoder, _only(train, options.labels), test, how)
+    if not figures:
+        raise ValueError(
+            f"--probes {','.join(options.probes)}: no figure, as k-NN takes at least {min(KS)} training images; "
+            "name more images, or --probes linear"
+        )
     return provenance(device) | {
         "checkpoint": str(options.checkpoint),
         "network": options.network,
@@ -119,6 +134,8 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
     add("--data", help="labelled images to train heads on: folders, shards, a list, labels.csv, Clevr's images/train")
     add("--test", help="labelled images to test on, in the same layout")
+    add("--label-map", help="a raster of classes over --data, or a folder of one per image; 0: none. Labels windows")
+    add("--test-label-map", help="the same for --test (default: --label-map)")
     add("--probes", type=_among(PROBES), default=("linear", "knn"), help=f"of {','.join(PROBES)}")
     add("--network", choices=("target_encoder", "encoder"), help="default: the average, where there is one")
     add(
@@ -129,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--heads", type=_among(HEADS), default=HEADS, help=f"of {','.join(HEADS)}; the best on held-out images is kept")
     add("--protocol", choices=PROTOCOLS, default="fast", help="paper: LARS, batch 16,384, 50 epochs; exact: converged")
-    add("--seeds", type=int, default=1, help="of splits and heads; from 2 on, 95 %% intervals are given")
+    add("--seeds", type=whole(), default=1, help="of splits and heads; from 2 on, 95 %% intervals are given")
     add("--labels", type=lambda text: tuple(text.split(",")), help="label columns to probe; all by default")
     add("--task", action="append", default=[], metavar="LABEL=TASK", help="classification, counting or regression")
     add("--share", type=float, default=0.01, help="of the labels of each class, for lowshot and finetune")
@@ -142,17 +159,17 @@ def parser() -> argparse.ArgumentParser:
     add("--finetune-epochs", type=int)
     add("--finetune-rate", type=float)
     add("--finetune-batch", type=int)
-    add("--images", type=int, help="of each set, drawn at random; all by default")
-    add("--image-size", type=int, help="side of the images, pixels; positions are resampled")
+    add("--images", type=whole(), help="of each set, drawn at random; all by default")
+    add("--image-size", type=whole(), help="side of the images, pixels; positions are resampled")
     add(
         "--resize",
-        type=int,
+        type=whole(),
         help="shorter side before the central crop, pixels; the crop by default (usual: 256 for 224)",
     )
-    add("--batch-size", type=int, default=256, help="images encoded at once")
+    add("--batch-size", type=whole(), default=256, help="images encoded at once")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the features; auto: bf16 on a GPU")
-    add("--attention-heads", type=int, help="of a .pth.tar whose width is none of the published ones")
+    add("--attention-heads", type=whole(), help="of a .pth.tar whose width is none of the published ones")
     add("--cache", help="a folder to keep the indices of the images in")
     add("--out", help="JSON file for the results")
     return p
@@ -163,8 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write the JSON. Returns the exit status."""
     p = parser()
     options = p.parse_args(argv)
-    if options.seeds < 1:
-        p.error(f"--seeds: expected at least 1, got {options.seeds}")
     if wrong := [item for item in options.task if "=" not in item]:
         p.error(f"--task: expected LABEL=TASK, for example count=counting, got {wrong[0]}")
     results = probe(options)

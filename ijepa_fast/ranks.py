@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 STARTED_BY = "IJEPA_FAST_STARTED_BY"  # in a rank's environment: the process that started it
 GRACE = 30.0  # seconds for the other ranks to say why they end, once one has failed
 

@@ -31,13 +31,15 @@ import torch
 
 from ijepa_fast import kernels
 from ijepa_fast.config import Config, flatten, save_config
+from ijepa_fast.data.sources import Source
 from ijepa_fast.engine.engine import Engine, choose_device, start
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
+from ijepa_fast.methods.method import Method
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint, lock, pulse
+from ijepa_fast.run import checkpoint, lock, machines, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import (
     Length,
@@ -52,7 +54,7 @@ from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers, newest
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
-from ijepa_fast.run.sources import identity, label_columns, probe_folders, training_source, with_depth
+from ijepa_fast.run.sources import Evaluated, evaluated, identity, label_columns, training_source, with_depth
 from ijepa_fast.run.speed import Speed
 from ijepa_fast.run.stop import Stop, Stopped
 from ijepa_fast.run.together import on_first
@@ -66,22 +68,20 @@ def train(config: Config) -> None:
     kernels.use(config.kernels)
     check_loggers(config.log)
     device = choose_device(config.engine.device)
-    source, folders = training_source(config), probe_folders(config)
-    config = with_depth(config, source)
+    met = machines.meet(config, device.type)
+    rank, ranks = start(device, config.engine.timeout, met.store)
+    pulse.begin(rank, ranks, met.hosts)
+    config, source, labelled, method, hooks = machines.alike(partial(prepare, config, device))
     count = None if source is None else len(source)
     length = Length.of(config, count)
-    hooks = functions("hooks", config.hooks)
     schedule = Schedule(config.optim, length.steps_per_epoch)
-    method = build_method(config, length.steps_per_epoch)
-    make_ready(method)
-    config = with_options(config, method)
-    rank, ranks = start(device, config.engine.timeout)
-    pulse.begin(rank, ranks)
+    data = identity(source)
+    machines.same_data(data, config.data.source)
     lock.hold(config.folder)
+    machines.same_folder(config.folder, met)
     last = choose(config.folder, config.resume)
     config, precision = with_precision(config, last, device, rank)
     engine = build_engine(config, method, device, ranks)
-    data = identity(source)
     try:
         step, images, changed = resume(config, last, engine, data, rank)
     except ValueError:
@@ -148,8 +148,23 @@ def train(config: Config) -> None:
                 saver.wait()
                 raise Stopped(signal, step)
     if rank == 0:
-        finish(config, method, source, folders, device, began, precision)
+        finish(config, method, source, labelled, device, began, precision)
     torch.distributed.barrier()
+
+
+def prepare(config: Config, device: torch.device) -> tuple[Config, Source | None, Evaluated | None, Method, list[Any]]:
+    """The configuration with what images and method add to it; the images, None: random ones; method and hooks.
+
+    Between them the images that the encoder is evaluated with when the run ends, None: none.
+    """
+    source = training_source(config)
+    config = with_depth(config, source)
+    labelled = evaluated(config, source, device)
+    length = Length.of(config, None if source is None else len(source))
+    hooks = functions("hooks", config.hooks)
+    method = build_method(config, length.steps_per_epoch)
+    make_ready(method)
+    return with_options(config, method), source, labelled, method, hooks
 
 
 def save(

@@ -70,7 +70,8 @@ def parity_ibot(archive) -> dict[str, float]:
     # Epoch 5 of 10 of the warm-up.
     temperatures = ibot.Options.first_temperature, ibot.Options.temperature
     temperature = teacher_temperature(int(archive["epoch"]), 10 - 1, temperatures)
-    draw = lay_out(mask, len(locals_), locals_[0].shape[-1] // patch, temperature)
+    small_side = locals_[0].shape[-1] // patch
+    draw = lay_out(mask, model.encoder.grid, len(locals_), (small_side, small_side), temperature)
 
     masked = torch.from_numpy(mask).flatten(0, 1)
     class_logits, patch_logits = model.student(large, small, draw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -54,13 +55,13 @@ def parity_dino(archive) -> dict[str, float]:
     model.carried["centre"] = torch.from_numpy(archive["center_before"].copy())
     crops = [torch.from_numpy(archive[f"crop{i}"]) for i in range(LARGE + config["locals"])]
     large, small = (patches_of(torch.cat(part), config["patch"]) for part in (crops[:LARGE], crops[LARGE:]))
-    images, side, small_side = len(crops[0]), model.encoder.grid[0], config["local"] // config["patch"]
+    images, grid, small_side = len(crops[0]), model.encoder.grid, config["local"] // config["patch"]
     temperatures = config["warmup_teacher_temp"], config["teacher_temp"]
     # The published temperature reaches its end in the last epoch of its rise.
     rise = config["warmup_teacher_temp_epochs"] - 1
     temperature = teacher_temperature(config["epoch"], rise, temperatures)
-    mask = np.zeros((LARGE, images, side**2), dtype=bool)
-    draw = lay_out(mask, config["locals"], small_side, temperature)
+    mask = np.zeros((LARGE, images, math.prod(grid)), dtype=bool)
+    draw = lay_out(mask, grid, config["locals"], (small_side, small_side), temperature)
 
     student, teacher = model.student_tokens(large, small, draw), model.teacher_tokens(large, draw)
     heads = model.head, model.averaged["head"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,12 @@ pytest.importorskip("tifffile")
 pytest.importorskip("h5py")
 pytest.importorskip("zarr")
 
+import tifffile
 import yaml
 from safetensors.torch import load_file
 
 import ijepa_fast
-from ijepa_fast import probe, report
+from ijepa_fast import api, probe, report
 from ijepa_fast.data import stats
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import open_source
@@ -109,6 +111,38 @@ def test_probe(finished, sets, name, tmp_path):
     command = ["--checkpoint", str(finished(name)[0]), "--data", str(sets(name)), "--test", str(sets(name))]
     assert probe.main([*command, "--probes", "knn", "--out", str(out)]) == 0
     assert json.loads(out.read_text())["figures"]
+
+
+def test_windows_of_the_large_file_are_probed_by_a_map(finished, sets, tmp_path, capsys):
+    """Two maps part the scene: the west is trained on, the east is tested on. Zero is no class."""
+    out, maps = tmp_path / "figures.json", {}
+    for name, columns in (("west", slice(0, 2)), ("east", slice(2, 4))):
+        classes = np.zeros((4, 4), np.uint8)
+        classes[:, columns] = np.array([[1, 2], [2, 1], [1, 2], [2, 0]])
+        tifffile.imwrite(tmp_path / f"{name}.tif", classes.repeat(50, 0).repeat(50, 1))
+        maps[name] = str(tmp_path / f"{name}.tif")
+    command = ["--checkpoint", str(finished("large")[0]), "--data", str(sets("large")), "--test", str(sets("large"))]
+    command += ["--label-map", maps["west"], "--test-label-map", maps["east"]]
+    assert probe.main([*command, "--probes", "linear", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["figures"]
+    assert capsys.readouterr().out.split()[-1] == "7"  # of eight windows in the east, one without a class
+    assert probe.main([*command[:6], "--probes", "linear"]) == 1
+
+
+def test_windows_of_the_large_file_are_embedded_and_read(finished, sets, tmp_path):
+    folder, path = finished("large")[0], str(sets("large"))
+    assert api.main([path, "--checkpoint", str(folder), "--out", str(tmp_path / "x.npy")]) == 0
+    names = (tmp_path / "x.txt").read_text().splitlines()
+    assert [name.partition(" at ")[2] for name in names[:5]] == [
+        *(f"y=0, x={x}" for x in (0, 2000, 4000, 6000)),
+        "y=2000, x=0",
+    ]
+    encoder = ijepa_fast.load(folder)
+    images = encoder.read([path])
+    assert images.shape == (16, 16, 32, 3)
+    features = torch.from_numpy(np.load(tmp_path / "x.npy"))
+    torch.testing.assert_close(encoder(images).mean(1), features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(ijepa_fast.embed([path], encoder)), features)
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -18,6 +18,17 @@ SHARES = ["optim.betas", "optim.ema", "optim.final_ema", "data.scale", "data.max
 SHARES += ["mask.target_scale", "mask.context_scale", "data.hw_decoder_load"]
 
 ANY_LENGTH = ["optim.drop_epochs"]
+# Where more than ever occurs means "never" or "all", or is held to something else when that is known.
+ENDLESS = {
+    "mask.budget",
+    "mask.group",
+    "mask.min_keep",
+    "optim.drop_epochs",
+    "optim.clip",
+    "probe.images",
+    "probe.every",
+}
+ENDLESS |= {"data.max_pixels", "data.bands", *(name for name in NUMERIC if name.startswith("log."))}
 
 
 def refusal(override: str) -> str:
@@ -55,6 +66,14 @@ def test_a_number_has_limits_and_they_hold(name):
         assert refusal(f"{name}={text}").startswith(f"{name}: expected ")
 
 
+@pytest.mark.parametrize("name", [name for name in NUMERIC if name not in ENDLESS])
+def test_a_number_that_makes_no_sense_is_refused(name):
+    f = NUMERIC[name]
+    huge = "1" + "0" * 20 if "int" in f.type else "3.3e38"
+    text = f"[{', '.join([huge] * length(f))}]" if "list" in f.type else huge
+    assert refusal(f"{name}={text}").startswith(f"{name}: expected ")
+
+
 @pytest.mark.parametrize("name", NUMERIC)
 def test_a_number_is_a_number(name):
     f = NUMERIC[name]
@@ -82,6 +101,7 @@ def test_options_of_a_method_have_limits(method):
     for name, f in keys(options):
         if {"int", "float"} & set(f.type.split(" | ")):
             assert list(beyond(f)), name
+            assert f.metadata["most"] is not None or name in ("masked", "smallest", "largest", "layers", "square"), name
 
 
 def test_strategies_are_those_of_the_samplers():
@@ -92,6 +112,8 @@ def test_strategies_are_those_of_the_samplers():
     ("override", "words"),
     [
         ("data.crop=fast", "data.crop: expected a whole number of pixels, or [height, width], got 'fast'"),
+        ("data.std=[1e-300,1,1]", "data.std: expected at least 1e-35, which float32 can divide by"),
+        ("data.crop=1000000", "data.crop: expected sides of at most 16384 pixels, got 1000000"),
         ("data.crop=[64,0]", "data.crop: expected a whole number of pixels"),
         ("data.crop=[64,20]", "data.crop=[64, 20] is not divisible by model.patch=8; set data.crop to [64, 16]"),
         ("data.page=some", "data.page: expected a number"),

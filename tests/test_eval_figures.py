@@ -1,13 +1,14 @@
 """Figures: there and back as JSON, over seeds, against the untrained encoder, and the table that people read."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
-from ijepa_fast.eval.figures import Figure, against, cells, figures_of, headline, interval, over_seeds, table
+from ijepa_fast.eval.figures import Figure, against, cells, figures_of, headline, interval, over_seeds, table, verdict
 
-LINEAR = Figure("class", "linear", "accuracy", 0.75, None, (0.75,), 0.5, None, 40)
+LINEAR = Figure("class", "linear", "accuracy", 0.75, None, (0.75,), 0.5, None, 40, (), 0.0685)
 SEVERAL = Figure(
     "count",
     "linear, best",
@@ -22,9 +23,9 @@ SEVERAL = Figure(
 )
 
 
-def of(probe, metric="accuracy", value=0.5, untrained=None, task="class"):
+def of(probe, metric="accuracy", value=0.5, untrained=None, task="class", error=0.03):
     """A figure of one seed."""
-    return Figure(task, probe, metric, value, None, (value,), 0.5, untrained, 40)
+    return Figure(task, probe, metric, value, None, (value,), 0.5, untrained, 40, (), error, error)
 
 
 @pytest.mark.parametrize("figure", [LINEAR, SEVERAL], ids=["one seed", "several seeds"])
@@ -55,18 +56,25 @@ def test_one_seed_has_no_interval():
 
 
 def test_a_figure_per_metric_over_seeds():
+    errors, larger = {"accuracy": 0.1, "mean_absolute_error": 0.2}, {"accuracy": 0.3, "mean_absolute_error": 0.6}
     runs = [
-        {"accuracy": 0.25, "mean_absolute_error": 1.0, "rate": 1.0},
-        {"accuracy": 0.75, "mean_absolute_error": 3.0, "rate": 2.0},
+        {"accuracy": 0.25, "mean_absolute_error": 1.0, "rate": 1.0, "errors": errors},
+        {
+            "accuracy": 0.75,
+            "mean_absolute_error": 3.0,
+            "rate": 2.0,
+            "errors": larger,
+        },
     ]
     chance = {"accuracy": 0.125, "mean_absolute_error": 4.0}
     accuracy, error = over_seeds("count", "linear", runs, chance, 60)
     assert (accuracy.metric, accuracy.value, accuracy.seeds, accuracy.chance) == ("accuracy", 0.5, (0.25, 0.75), 0.125)
     assert (error.metric, error.value, error.seeds, error.chance) == ("mean_absolute_error", 2.0, (1.0, 3.0), 4.0)
+    assert (accuracy.error, error.error) == pytest.approx((0.2, 0.4))
     for figure in (accuracy, error):
         assert (figure.task, figure.probe, figure.n) == ("count", "linear", 60)
         assert figure.chosen == ({"rate": 1.0}, {"rate": 2.0})
-    assert over_seeds("count", "20-NN", [{"accuracy": 1.0}], chance, 60)[0].chosen == ()
+    assert over_seeds("count", "20-NN", [{"accuracy": 1.0, "errors": errors}], chance, 60)[0].chosen == ()
 
 
 def test_untrained_values_are_those_of_the_same_probe():
@@ -75,6 +83,7 @@ def test_untrained_values_are_those_of_the_same_probe():
     found = against(after, before)
     assert [f.untrained for f in found] == [0.1, None, 0.3]
     assert [f.improved for f in found] == [True, False, False]
+    assert [f.untrained_error for f in found] == [0.03, None, 0.03]
     assert [f.value for f in found] == [0.9, 0.8, 0.2]
 
 
@@ -82,6 +91,33 @@ def test_untrained_values_are_those_of_the_same_probe():
 def test_errors_improve_downwards(metric, less, more):
     assert of("linear", metric, 0.4, untrained=0.5).improved is less
     assert of("linear", metric, 0.6, untrained=0.5).improved is more
+
+
+def test_a_difference_within_two_standard_errors_is_none():
+    assert of("linear", value=0.56, untrained=0.5).gain == pytest.approx((0.06, 0.06 / math.hypot(0.03, 0.03)))
+    assert not of("linear", value=0.58, untrained=0.5).improved
+    assert of("linear", value=0.59, untrained=0.5).improved
+    assert of("linear", value=0.59, untrained=0.5, error=None).gain is None
+    assert not of("linear", value=0.59, untrained=0.5, error=None).improved
+    assert of("linear", value=0.5, untrained=0.5, error=0.0).gain == (0.0, 0.0)
+
+
+def test_the_verdict_is_one_sentence():
+    figures = [
+        of("linear", value=0.7, untrained=0.5, task="distance"),
+        of("20-NN", value=0.5, untrained=0.5, task="distance"),
+        of("linear", "r2", 0.45, untrained=0.25, task="metres"),
+        of("linear", value=0.52, untrained=0.5, task="kind"),
+        of("20-NN", value=0.9, untrained=0.5, task="kind"),
+        of("linear", value=0.3, untrained=0.5, task="count"),
+        of("linear", value=0.9, task="unknown"),
+    ]
+    assert verdict(figures) == (
+        "learned: distance +20.0 points (4.7 s.e.), metres R^2 +0.20 (4.7 s.e.); lost: count -20.0 points (4.7 s.e.); "
+        "no change beyond 2 standard errors: kind"
+    )
+    assert verdict(figures[3:4]) == "no change beyond 2 standard errors: kind"
+    assert verdict(figures[-1:]) == ""
 
 
 @pytest.mark.parametrize(("ks", "shown"), [((10, 20, 100), "20-NN"), ((10,), "10-NN")], ids=["with 20", "few images"])
@@ -96,13 +132,13 @@ def test_headline_has_one_k_and_one_metric(ks, shown):
 
 def test_table():
     assert table([SEVERAL, LINEAR]).splitlines() == [
-        "task   probe         metric           chance  untrained             value  images",
-        "count  linear, best  mean abs. error  2.2500     1.7500  1.5000 +- 6.3531   1,000",
-        "class  linear        accuracy         0.5000                       0.7500      40",
+        "task   probe         metric           chance  untrained             value    s.e.  images",
+        "count  linear, best  mean abs. error  2.2500     1.7500  1.5000 +- 6.3531           1,000",
+        "class  linear        accuracy         0.5000                       0.7500  0.0685      40",
     ]
 
 
 def test_table_without_untrained_values_has_no_column_of_them():
     head, rows = cells([LINEAR])
-    assert head == ["task", "probe", "metric", "chance", "value", "images"]
-    assert rows == [["class", "linear", "accuracy", "0.5000", "0.7500", "40"]]
+    assert head == ["task", "probe", "metric", "chance", "value", "s.e.", "images"]
+    assert rows == [["class", "linear", "accuracy", "0.5000", "0.7500", "0.0685", "40"]]

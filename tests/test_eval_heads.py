@@ -13,7 +13,7 @@ from ijepa_fast.eval.attentive import AttentiveProtocol, DenseFeatures, attentiv
 from ijepa_fast.eval.features import Standardiser, pooled_features
 from ijepa_fast.eval.knn import knn_scores, nearest
 from ijepa_fast.eval.linear import fit_linear, fit_logistic, fit_ridge
-from ijepa_fast.eval.outputs import Outputs, measure
+from ijepa_fast.eval.outputs import Outputs, measure, standard_errors
 from ijepa_fast.eval.rankme import rankme, target_variance
 from ijepa_fast.eval.sweep import _LARS, PAPER, _factor, fit_head, fit_sweep
 
@@ -258,3 +258,19 @@ def test_heads_that_do_not_exist_are_named(blobs, options, words):
     x, y, *_ = blobs
     with pytest.raises(ValueError, match=words):
         fit_head(x, y, **options)
+
+
+@pytest.mark.parametrize("task", ["classification", "counting", "regression"])
+def test_standard_errors_are_those_of_drawing_the_test_images_again(task):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(5, (400,), generator=generator).double()
+    predictions = truth + torch.randn(400, generator=generator).double()
+    if task != "regression":
+        predictions = predictions.round()
+    draws = torch.randint(400, (2000, 400), generator=generator)
+    again = [measure(predictions[rows], truth[rows], task) for rows in draws]
+    errors = standard_errors(predictions, truth, task)
+    assert set(errors) == set(again[0])
+    for name, error in errors.items():
+        spread = torch.tensor([found[name] for found in again], dtype=torch.float64).std()
+        assert error == pytest.approx(float(spread), rel=0.08)

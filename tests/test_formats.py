@@ -22,6 +22,7 @@ from ijepa_fast.data.check import check
 from ijepa_fast.data.check import main as check_main
 from ijepa_fast.data.dali import TrainLoader, eval_batches
 from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.label_map import with_label_map
 from ijepa_fast.data.pixels import Pixels
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.recover import TooManyBadFiles
@@ -335,3 +336,33 @@ def test_the_bench_of_formats_runs(tmp_path):
     rows = json.loads((tmp_path / "x.json").read_text())["formats"]
     assert [row["format"] for row in rows] == ["jpg", "png", "tif", "npy", "h5", "zarr", "windows of a large tif"]
     assert all(rate > 0 for row in rows for rate in row["images_per_second"].values())
+
+
+def test_labels_from_a_map_of_classes(tmp_path):
+    """Of windows, by what most of the map under them is; zero leaves out; of whole images, by a folder of maps."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "scene.tif", image, photometric="rgb", tile=(16, 16))
+    classes = np.array([[3, 3, 7], [0, 7, 7]], np.uint8).repeat(5, 0).repeat(5, 1)
+    classes[0, :5] = 7
+    tifffile.imwrite(tmp_path / "map.tif", classes)
+    source = open_source(tmp_path / "scene.tif", reading=Reading(window=32))
+    labelled = with_label_map(source, str(tmp_path / "map.tif"))
+    assert labelled.classes == ["3", "7"]
+    assert labelled.labels.tolist() == [0, 0, 1, 1, 1]
+    assert [labelled.name(i).partition(" at ")[2] for i in (2, 3)] == ["y=0, x=64", "y=32, x=32"]
+    assert np.array_equal(labelled.raster(3).read(0, 0, 32, 32), image[32:64, 32:64])
+
+    for name, value in (("a", 1), ("b", 2), ("c", 0)):
+        (tmp_path / "many").mkdir(exist_ok=True)
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "many" / f"{name}.png")
+        np.save(tmp_path / "maps" / f"{name}.npy", np.full((4, 6), value, np.uint8))
+    whole = with_label_map(open_source(tmp_path / "many"), str(tmp_path / "maps"))
+    assert (whole.labels.tolist(), whole.classes) == ([0, 1], ["1", "2"])
+
+    for array, words in ((np.zeros((2, 2)), "no class for any"), (np.full((2, 2), 0.5), "whole numbers, 0 for none")):
+        np.save(tmp_path / "wrong.npy", array.astype(np.float32))
+        with pytest.raises(ValueError, match=words):
+            with_label_map(source, str(tmp_path / "wrong.npy"))
+    with pytest.raises(ValueError, match="there is no such file"):
+        with_label_map(source, str(tmp_path / "none.tif"))

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
 pytest.importorskip("omegaconf")
 
-from ijepa_fast import configs, ranks
+from ijepa_fast import configs, partly, ranks
 from ijepa_fast.__main__ import COMMANDS
 from ijepa_fast.__main__ import main as command_line
 from ijepa_fast.config import as_yaml, flatten, load_config
@@ -18,6 +19,8 @@ from ijepa_fast.front import main, without_ranks
 from tests.launch import LAUNCHER, ROOT, TINY, hear_signals, losses, unlaunched
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+METHODS = sorted(path.stem for path in (ROOT / "ijepa_fast" / "methods").glob("[!_]*.py") if path.stem != "method")
+MEMBERS = ("Options", "check", "reads_mask", "capabilities")
 HEAVY = ("torch", "deepspeed", "numpy", "matplotlib", "nvidia", "PIL")
 
 
@@ -30,6 +33,12 @@ HEAVY = ("torch", "deepspeed", "numpy", "matplotlib", "nvidia", "PIL")
         ["data.source=/nowhere"],
         ["objective.method=ijepaa"],
         ["mask.strategy=blocks"],
+        ["objective.options.maskd=1"],
+        ["objective.options.loss=l3"],
+        ["mask.min_keep=300"],
+        ["model.predictor_dim=100"],
+        ["engine.cuda_graphs=on", "objective.method=ibot"],
+        ["objective.method=mae", "mask.min_keep=null", "objective.options.loss=null"],
         ["--ranks", "3"],
         ["--print-config"],
     ],
@@ -47,6 +56,30 @@ finally:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unlaunched(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "imported []"
     assert arguments == ["--print-config"] or done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_methods_options_are_read_without_torch(name):
+    """What is read of a method's file is what the method has."""
+    path = ROOT / "ijepa_fast" / "methods" / f"{name}.py"
+    code = f"""
+import sys
+from pathlib import Path
+from ijepa_fast import partly
+partly.read(Path({str(path)!r}), "Method", {MEMBERS!r})
+print("imported", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unlaunched(), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "imported []", done.stderr
+    pytest.importorskip("torch")
+    from ijepa_fast.methods.method import method_class
+
+    method = method_class(name)
+    says = partly.read(path, "Method", MEMBERS)
+    assert asdict(says["Options"]()) == asdict(method.Options())
+    assert ("check" in says) == ("check" in vars(method))
+    assert says.get("capabilities", frozenset()) == method.capabilities
+    assert says.get("reads_mask", False) == method.reads_mask
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_it_is_read_by_its_class_token():
 
 
 def crop_sampler(small, **settings):
-    return CropSampler(side=4, small_side=2, small=small, depth=2, temperatures=(0.04, 0.07), **settings)
+    return CropSampler(grid=(4, 4), small=small, depth=2, temperatures=(0.04, 0.07), **settings)
 
 
 def random_views(images, small):
@@ -97,7 +97,7 @@ def test_ibot_drops_what_its_batch_says():
 
 
 def test_ibot_without_any_masked_patch_has_no_patch_loss():
-    batch = lay_out(np.zeros((2, 1, 16), dtype=bool), small=2, small_side=2, temperature=0.07)
+    batch = lay_out(np.zeros((2, 1, 16), dtype=bool), (4, 4), small=2, small_grid=(2, 2), temperature=0.07)
     model, views = small_ibot(), random_views(1, 2)
     large, small = (model.patchify(torch.cat(part)) for part in (views[:2], views[2:]))
     class_loss, patch_loss = model.losses(large, small, batch)
@@ -124,7 +124,7 @@ def test_stochastic_depth_drops_whole_branches():
 
 
 def test_mask_shares():
-    masks = draw_masks(np.random.default_rng(0), 2000, 14)
+    masks = draw_masks(np.random.default_rng(0), 2000, (14, 14))
     shares = masks.mean(1)
     assert np.mean(shares == 0) == pytest.approx(0.5, abs=0.05)
     assert shares[shares > 0].mean() == pytest.approx(0.3, abs=0.03)

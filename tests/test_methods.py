@@ -290,6 +290,8 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
         ("mae_cifar10", ["objective.options.masked=1"], ["objective.options.masked", "64 patches"]),
         ("mae_cifar10", ["model.predictor_dim=100"], ["model.predictor_dim=100", "multiple of 32"]),
         ("ibot_cifar10", ["objective.options.temperature=0"], ["objective.options.temperature", "more than 0"]),
+        ("quickstart", ["mask.policy=budget", "mask.budget=100"], ["mask.budget", "64 patches", "100"]),
+        ("data2vec_cifar10", ["objective.options.largest=3"], ["objective.options.largest", "smallest=", "got 3"]),
         ("quickstart", ["objective.options.loss=l1"], ["objective.options.loss", "smooth_l1", "l1"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else None,

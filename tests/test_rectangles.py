@@ -1,4 +1,4 @@
-"""Crops that are no squares: every method that takes them is trained, counted and exported on them; others say no."""
+"""Crops that are no squares: every method is trained, counted, probed, reported and exported on them."""
 
 import numpy as np
 import pytest
@@ -11,16 +11,18 @@ pytest.importorskip("yaml")
 import yaml
 
 import ijepa_fast
-from ijepa_fast.config import ConfigError, load_config
+from ijepa_fast import probe, report
+from ijepa_fast.config import load_config
 from ijepa_fast.data.crops import View
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.data.views import ViewLoader
 from ijepa_fast.interop import export
+from ijepa_fast.masks.crops import draw_masks
 from ijepa_fast.run.build import build_method
 from ijepa_fast.run.counted import saved_values
 from tests.data_images import write_photos
 from tests.launch import TINY
-from tests.test_methods import options_of
+from tests.test_methods import BY_CLASS, options_of
 
 SMALL = [item for item in TINY if not item.startswith("data.")]
 
@@ -28,24 +30,31 @@ SMALL = [item for item in TINY if not item.startswith("data.")]
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, 8, size=64)
+    for label in ("left", "right"):
+        write_photos(folder / label, 8, size=64)
     return folder
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit", "ibot", "dino"])
 def test_a_method_on_rectangles(name, photos, tmp_path):
-    """Trained, counted for `plan`, loaded and exported; I-JEPA's are in test_any_images.py."""
+    """Trained, counted for `plan`, loaded, probed, reported and exported; I-JEPA's are in test_any_images.py."""
     config, options = options_of(name, "data.crop=[32,48]", "optim.steps=2", "batch_size=4", f"runs={tmp_path}")
     pairs = (item.partition("=") for item in [*SMALL, *options])
     given = {key: yaml.safe_load(value) for key, _, value in pairs}
     run = ijepa_fast.train(str(photos), config, **given)
     assert len(run.log) == 2
     encoder, images = run.encoder(), torch.rand(2, 3, 32, 48)
-    assert encoder(images).shape[:2] == (2, 96)
+    assert encoder(images).shape[:2] == (2, 1 if name in BY_CLASS else 96)
     out = tmp_path / "out"
     assert export.main(["--checkpoint", str(run.folder), "--format", "hf", "--out", str(out)]) == 0
     torch.testing.assert_close(ijepa_fast.load(out)(images), encoder(images))
     options = [*SMALL, *options, f"data.source={photos}"]
+    figures = tmp_path / "figures.json"
+    labelled = ["--data", str(photos), "--test", str(photos)]
+    assert probe.main(["--checkpoint", str(run.folder), *labelled, "--out", str(figures)]) == 0
+    assert (
+        report.main([str(run.folder), "--images", str(photos), "--sample", "8", "--out", str(tmp_path / "r.html")]) == 0
+    )
     square = saved_values(load_config(config, [*options, "data.crop=32"]))
     assert square < saved_values(load_config(config, options)) < 2.5 * square
 
@@ -73,7 +82,28 @@ def test_a_view_may_be_a_rectangle(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ibot", "dino"])
-def test_a_method_of_squares_says_so(name):
-    config, options = options_of(name, "data.crop=[32,48]")
-    with pytest.raises(ConfigError, match=rf"data\.crop: expected a square for objective\.method={name}"):
-        build_method(load_config(config, options))
+def test_small_crops_have_the_shape_of_large_ones(name):
+    """Each side is 3/7 of a large crop's, in whole patches; masks and positions are of those grids."""
+    config, options = options_of(name, "model.patch=8", "data.crop=[56,112]")
+    method = build_method(load_config(config, options))
+    large, small = method.views()[0], method.views()[-1]
+    assert (large.crop, small.crop) == ((56, 112), (24, 48))
+    draw = method.draw(3, 0, 0)
+    assert (draw.grid, draw.small_grid) == ((7, 14), (3, 6))
+    images = [torch.randint(256, (3, *view.crop, 3), dtype=torch.uint8) for view in method.views()]
+    loss, _ = method(images, draw)
+    loss.backward()
+    assert method.encoder.get_parameter("pos_embed").grad.abs().sum() > 0
+    tall = np.linspace(0, 1, 7)[:, None].repeat(14, 1)
+    with torch.no_grad():
+        method.encoder.pos_embed[:, 1:] = torch.from_numpy(tall).float().view(1, -1, 1)
+        table = method.encoder._positions((3, 6))[0, 1:, 0].view(3, 6)
+    assert (table.diff(dim=0) > 0.1).all()
+    assert (table.diff(dim=1).abs() < 1e-5).all()
+
+
+def test_blocks_of_a_rectangle_reach_all_of_it():
+    masks = draw_masks(np.random.default_rng(0), 400, (4, 12)).reshape(-1, 4, 12)
+    shares = masks.mean((1, 2))
+    assert 0.1 < shares[shares > 0].mean() < 0.5
+    assert masks.any(0).all()

@@ -4,16 +4,19 @@ import datetime
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
 from ijepa_fast.__main__ import main
-from ijepa_fast.config import load_config
-from ijepa_fast.eval.figures import figures_of, headline, table
+from ijepa_fast.config import ConfigError, load_config
+from ijepa_fast.eval.evaluate import evaluate
+from ijepa_fast.eval.figures import figures_of, headline, table, verdict
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import describe, read_summary, train_seconds
 from ijepa_fast.run.provenance import provenance
+from ijepa_fast.run.sources import evaluated, training_source
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_the_command_measures_what_the_end_of_the_run_measured(summary, finished
     options = ["--heads", "bn_linear", "--device", "cpu", "--out", str(out)]
     assert main(["probe", "--checkpoint", str(finished_run), *options]) == 0
     found = json.loads(out.read_text())
-    assert found["figures"] == [figure | {"untrained": None} for figure in summary["figures"]]
+    assert found["figures"] == [figure | {"untrained": None, "untrained_error": None} for figure in summary["figures"]]
     assert found.keys() & summary.keys() >= provenance("cpu").keys()
     assert capsys.readouterr().out == table(figures_of(found)) + "\n"
 
@@ -87,7 +90,8 @@ def test_the_untrained_encoder_is_the_one_before_training(summary, finished_run)
 def test_a_person_reads_the_headline(summary):
     text = describe(summary)
     assert text.startswith("24 steps, loss 0.")
-    assert text.endswith(table(headline(figures_of(summary))))
+    figures = headline(figures_of(summary))
+    assert text.endswith(table(figures) + "\n" + verdict(figures))
     assert "untrained" in text
 
 
@@ -109,3 +113,56 @@ def test_a_summary_before_versions_is_named(tmp_path):
         ValueError, match=r"summary.json has version 1 .* reads version 2; evaluate the run again: python"
     ):
         read_summary(tmp_path)
+
+
+def labelled_folder(folder, classes, each):
+    """Small images of one colour each in a folder per class."""
+    from PIL import Image
+
+    for kind in range(classes):
+        (folder / f"kind{kind}").mkdir(parents=True)
+        for i in range(each):
+            Image.new("RGB", (16, 16), (kind * 60, i, 128)).save(folder / f"kind{kind}" / f"{i:03}.png")
+    return folder
+
+
+def config_of(source, tmp_path, *overrides):
+    return load_config("quickstart", [f"data.source={source}", f"runs={tmp_path}/runs", "data.crop=16", *overrides])
+
+
+def test_a_labelled_folder_is_tested_on_a_tenth_of_itself(tmp_path):
+    config = config_of(labelled_folder(tmp_path / "images", 2, 60), tmp_path)
+    train, test, options = evaluated(config, training_source(config), torch.device("cpu"))
+    assert options.probes == ("knn",)
+    names = [{part.source.name(i) for i in range(len(part.source))} for part in (train, test)]
+    assert [len(found) for found in names] == [108, 12]
+    assert not names[0] & names[1]
+    for part in (train, test):
+        kinds = [part.classes["class"][int(k)] for k in part.labels["class"]]
+        assert [f"/{kind}/" in part.source.name(i) for i, kind in enumerate(kinds)] == [True] * len(kinds)
+    figures = evaluate(lambda images: images[:, :1, :1].flatten(1, 2).float(), train, test, options)
+    assert [(f.probe, f.value, f.n) for f in figures] == [(f"{k}-NN", 1.0, 12) for k in (10, 20, 100)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "given"),
+    [(1, 120, ()), (2, 40, ()), (2, 60, ("probe.enabled=false",))],
+    ids=["one class", "few images", "no probes"],
+)
+def test_nothing_is_tested_where_it_would_say_nothing(tmp_path, classes, each, given):
+    config = config_of(labelled_folder(tmp_path / "images", classes, each), tmp_path, *given)
+    assert evaluated(config, training_source(config), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("wrong", ["no labels", "another class", "not there"])
+def test_images_to_test_on_are_matched_before_the_first_step(tmp_path, wrong):
+    images, test = labelled_folder(tmp_path / "images", 2, 3), tmp_path / "test"
+    if wrong == "no labels":
+        (labelled_folder(test, 1, 3) / "kind0").rename(tmp_path / "test2")
+        test = tmp_path / "test2"
+    elif wrong == "another class":
+        (labelled_folder(test, 1, 3) / "kind0").rename(test / "kind7")
+    config = config_of(images, tmp_path, f"probe.test={test}")
+    said = "kind7" if wrong == "another class" else str(test)
+    with pytest.raises(ConfigError, match=f"^probe.train, probe.test: .*{said}"):
+        evaluated(config, training_source(config), torch.device("cpu"))

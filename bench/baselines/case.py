@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ijepa_fast.config import ARCHITECTURES, Data, Mask, Model
-from ijepa_fast.masks.crops import LARGE, CropSampler
+from ijepa_fast.masks.crops import LARGE, CropSampler, smaller
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods import ibot, mae
@@ -93,7 +93,7 @@ class Case:
 
             sides = [view.crop for view in others.sketch(self).views()]
             return [draw(side) for side in sides] if sides else draw(self.crop)
-        small = ibot.small_crop_side(self.grid[0]) * self.patch
+        small = smaller(self.grid)[0] * self.patch
         return [draw(side) for side in [self.crop] * LARGE + [small] * ibot.Options.small_crops]
 
     def masks(self, i: int) -> Masks | Draw:
@@ -103,10 +103,9 @@ class Case:
 
             return others.sketch(self).draw(self.batch, self.seed, i)
         if self.method == "ibot":
-            side, published = self.grid[0], ibot.Options
+            published = ibot.Options
             temperatures = published.first_temperature, published.temperature
-            sides = side, ibot.small_crop_side(side)
-            sampler = CropSampler(*sides, published.small_crops, self.sizes["depth"], temperatures)
+            sampler = CropSampler(self.grid, published.small_crops, self.sizes["depth"], temperatures)
             return sampler(self.batch, self.seed, i)
         if self.method == "mae":
             return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)

@@ -328,7 +328,7 @@ def _ibot(case: Case, impls, contexts, external, engine) -> list[Contender]:
 
 def _ibot_work(case: Case, context: str) -> tuple[float, float, float]:
     drawn = [case.masks(i) for i in range(case.batches)]
-    sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_side ** 2}
+    sizes = {"patch": case.patch, "global_patches": case.patches, "local_patches": drawn[0].small_patches}
     sizes |= {"images": case.batch, "locals_": drawn[0].small}
     encoder, head = _stacks(case)[0], ibot.HeadSizes(**case.head)
     masked = sum(int(batch.mask.sum()) for batch in drawn) // len(drawn)

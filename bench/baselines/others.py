@@ -69,7 +69,7 @@ def _dino_batch(views, draw):
 
 def _dino_work(case: Case, method: Method, draw) -> float:
     chosen = method.options
-    sizes = {"large_patches": draw.side**2, "small_patches": draw.small_side**2, "small": draw.small}
+    sizes = {"large_patches": draw.patches, "small_patches": draw.small_patches, "small": draw.small}
     head = HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes)
     sizes |= {"values": 3 * case.patch**2, "images": draw.images}
     return dino.step_work(_stack(case), head, **sizes, used_rows_only=False).total

@@ -103,7 +103,9 @@ def _zip(path: str) -> Iterator[Member]:
                 packed = info.compress_type == zipfile.ZIP_DEFLATED
                 yield Member(info.filename, info.header_offset + 30 + name + extra, info.compress_size, packed)
     except (zipfile.BadZipFile, struct.error) as error:
-        raise ValueError(f"{path}: expected a zip archive, got {kind_of_file(path) or error}") from None
+        found = kind_of_file(path) or str(error)
+        found = f"one that is cut short or damaged ({error})" if found.startswith("a zip archive") else found
+        raise ValueError(f"{path}: expected a zip archive, got {found}") from None
 
 
 def inflate(data: bytes) -> bytes:
@@ -126,6 +128,8 @@ def unpacked(path: str, cache: str | Path | None) -> str:
     if not path.endswith(GZIP):
         return path
     status = os.stat(path)
+    if not (what := kind_of_file(path) or "other bytes").startswith("a gzip"):
+        raise ValueError(f"{path}: expected a gzip-compressed tar file, got {what}")
     key = hashlib.sha256(f"{os.path.abspath(path)}|{status.st_size}|{status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(cache) / "unpacked" if cache else Path(UNPACKED).expanduser()
     name = os.path.basename(path).removesuffix(".tgz").removesuffix(".tar.gz")

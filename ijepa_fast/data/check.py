@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.cores import cores
 from ijepa_fast.data.arguments import add_arguments, reading_of
 from ijepa_fast.data.decode import Decoder, Work, decode_all
@@ -156,8 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Return the exit status: 0 all files are good, 1 some are bad, 2 the path cannot be used."""
     parser = argparse.ArgumentParser(prog="ijepa-fast check-data", description=__doc__)
     parser.add_argument("path", help="a folder, archives, a file of arrays, a text list: whatever data.source takes")
-    parser.add_argument("--processes", type=int, help="files to decode at a time (default: one per core)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="an image that declares more counts as bad")
+    parser.add_argument("--processes", type=whole(), help="files to decode at a time (default: one per core)")
+    parser.add_argument(
+        "--max-pixels", type=whole(), default=MAX_PIXELS, help="an image that declares more counts as bad"
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     return check(args.path, args.processes, args.max_pixels, reading_of(args))

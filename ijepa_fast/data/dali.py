@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ import torch
 from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.crops import counter_bits, drawn_crops
-from ijepa_fast.data.decode import Decoder, Work, decode_all, hand_over
+from ijepa_fast.data.decode import AnyDecoder, Decoder, Work, decode_all, hand_over
+from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import as_ppm
 from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
 from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.order import SampleStream
 from ijepa_fast.data.reading import Raster, Reading
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
+from ijepa_fast.data.resident import IN_PLACE, ResidentDecoder, Room, on_device
 from ijepa_fast.data.sources import EIGHT_BITS, Source
 from ijepa_fast.data.storage import Patience
 
@@ -63,13 +65,14 @@ class _Reader:
 
     def __init__(self, source: Source, max_pixels: int, cache_bytes: int, stop: threading.Event | None = None):
         self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
+        self._resident = False
         self._patience = Patience(stop)
         self._cache: dict[int, tuple] = {}
         # Where two epochs meet, two threads may want the same sample: the second waits for what the first reads.
         self._locks = [threading.Lock() for _ in range(64)]
 
     def __call__(self, index: int) -> tuple[Any, int, int]:
-        """The encoded bytes of a sample, uint8 (n,), or its raster; and its height and width in pixels.
+        """The encoded bytes of a sample, uint8 (n,), its raster, or it as a tensor; and its height and width in pixels.
 
         Raises BadImage, and StorageTrouble where storage stays away.
         """
@@ -83,20 +86,31 @@ class _Reader:
                 row, held = self._patience(lambda: opened(self.source, index, self.max_pixels), self._name(index))
             except OSError as error:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from error
+            if self._resident:
+                raise BadImage("cannot be decoded")
             if held <= self._room:
                 self._room -= held
                 self._cache[index] = row
         return row
 
-    def keep_all(self, threads: int, stop: threading.Event) -> None:
-        """Decode every sample that can be, and keep it as bytes that need no decoding."""
+    def keep_all(self, threads: int, stop: threading.Event, device: torch.device | None = None) -> None:
+        """Decode every sample that can be, and keep it: on `device` as a tensor, else as bytes that need no decoding.
+
+        Raises ValueError where they do not fit.
+        """
+        room = Room(device or "cpu", len(self.source))
         for index, raster in decoded(self.source, threads, self.max_pixels):
             if stop.is_set():
                 return
-            if self.source.reading.plain:
+            room.take(raster.height * raster.width * raster.channels * raster.dtype.itemsize)
+            if device is not None:
+                pixels = on_device(raster.read(0, 0, raster.height, raster.width), device)
+                self._cache[index] = pixels, raster.height, raster.width
+            elif self.source.reading.plain:
                 self._cache[index] = np.frombuffer(as_ppm(raster), np.uint8), raster.height, raster.width
             else:
                 self._cache[index] = raster, raster.height, raster.width
+        self._resident = device is not None
 
     def _name(self, index: int) -> Callable[[], str]:
         return lambda: self.source.name(index)
@@ -133,7 +147,8 @@ class TrainLoader:
         max_bad_share: the loader raises TooManyBadFiles when more than this share of the source is bad.
         max_pixels: an image that declares more counts as bad.
         cache_bytes: bytes of encoded samples that are kept in memory.
-        memory: decode all samples once, before the first step, and keep them; then `cache_bytes` is no bound.
+        memory: decode all samples once, before the first step, and keep them in host memory, or under "device" where
+            the crops are wanted, and crop them there; then `cache_bytes` is no bound.
         draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
 
     Attributes:
@@ -167,7 +182,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         cache_bytes: int = 1 << 30,
-        memory: bool = False,
+        memory: bool | str = False,
         draw: Callable[[int], object] | None = None,
     ):
         global_batch = batch_size * world_size
@@ -191,6 +206,7 @@ class TrainLoader:
         self._stop = threading.Event()
         self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
         self._draw, self._prefetch, self._memory, self._count = draw, prefetch, memory, threads
+        self._device = torch.device(device)
         self._decoder = self._make_decoder(
             crop=crop,
             interpolation=interpolation,
@@ -230,14 +246,14 @@ class TrainLoader:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _make_decoder(self, **options: Any) -> Decoder | ArrayDecoder:
-        return make_decoder(self.source, **options)
+    def _make_decoder(self, **options: Any) -> AnyDecoder:
+        return ResidentDecoder(**options) if self._memory == IN_PLACE else make_decoder(self.source, **options)
 
     def _work(self) -> None:
         draws: deque[Future | None] = deque()
         try:
             if self._memory:
-                self._read.keep_all(self._count, self._stop)
+                self._read.keep_all(self._count, self._stop, self._device if self._memory == IN_PLACE else None)
             works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
@@ -435,9 +451,12 @@ def read_images(
 ) -> torch.Tensor:
     """Image files as (n, crop, crop, C) on `device`: the centre of each, decoded as for training with `reading`.
 
-    Raises ValueError, which names the file and the reason, where one cannot be used.
+    Where that reads large files by windows, all windows of each file, row by row. Raises ValueError, which names the
+    file and the reason, where one cannot be used.
     """
-    source = Source("", Index(Names.of(os.fspath(path) for path in paths)), reading=reading)
+    reading = replace(reading, where=None)  # the map was of the training's images
+    index = Index(Names.of(os.fspath(path) for path in paths))
+    source = Source("", index if reading.window is None else expand(index, "", reading), reading=reading)
     try:
         options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
         batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]

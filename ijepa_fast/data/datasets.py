@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class DatasetSource(Source):
         if labels is not None:
             add_column(index.labels, index.classes, "class", [classes[i] if classes else str(i) for i in labels])
         super().__init__(name, index, reading=reading)
-        self.dataset = dataset
+        self.dataset, self._dtypes = dataset, _dtypes(dataset)
         self._turn: Any = nullcontext() if getattr(dataset, "thread_safe", False) else threading.Lock()
 
     def name(self, index: int) -> str:
@@ -71,7 +72,12 @@ class DatasetSource(Source):
 
     def _item(self, index: int) -> Any:
         with self._turn:
-            return _image(self.dataset[index])
+            try:
+                return _image(self.dataset[index], self._dtypes)
+            except (BadImage, OSError):
+                raise
+            except Exception as error:  # whatever somebody else's code raises of an item
+                raise BadImage(f"the data set raised {type(error).__name__}: {error}") from error
 
     def _opened(self, item: Any) -> Raster:
         if isinstance(item, str | os.PathLike):
@@ -88,21 +94,42 @@ class DatasetSource(Source):
 def open_dataset(name: str, reading: Reading) -> Source:
     """The source of what the function `name`, written module:function, gives. Raises ValueError."""
     made = import_function("data.source", name)
-    dataset = made() if callable(made) and (isinstance(made, type) or not hasattr(made, "__getitem__")) else made
+    with _named(name):
+        dataset = made() if callable(made) and (isinstance(made, type) or not hasattr(made, "__getitem__")) else made
+    if isinstance(dataset, Mapping):  # a DatasetDict of Hugging Face, or torch's by phase
+        found = ", ".join(map(str, dataset))
+        raise ValueError(f"data.source={name}: expected one data set, got several by name ({found}); choose one")
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or _is_stream(dataset):
         if not hasattr(dataset, "__iter__"):
             raise ValueError(
                 f"data.source={name}: expected a data set with a length and items, or one to iterate over, got a "
                 f"{type(dataset).__name__}"
             )
-        dataset = _kept(name, dataset)
-    if len(dataset) == 0:
-        raise ValueError(f"data.source={name}: expected images, the data set is empty")
-    source = DatasetSource(name, dataset, reading)
-    first = _image(dataset[0])
+        with _named(name):
+            dataset = _kept(name, dataset)
+    with _named(name):
+        if len(dataset) == 0:
+            raise ValueError(f"data.source={name}: expected images, the data set is empty")
+        source = DatasetSource(name, dataset, reading)
+        first = _image(dataset[0], _dtypes(dataset))
+    if isinstance(first, str | os.PathLike) and not os.path.exists(first):
+        raise ValueError(f"data.source={name}: item 0 is the path {os.fspath(first)!r}, which does not exist")
     stored = isinstance(first, bytes) or (isinstance(first, str | os.PathLike) and is_dali(os.fspath(first)))
     source.reading = settle(source, reading, rgb=stored or isinstance(first, Image.Image))
     return source
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What somebody else's code raises becomes a ValueError with the data set's name and the line."""
+    try:
+        yield
+    except (ValueError, ImportError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        raise ValueError(f"data.source={name}: {type(error).__name__}: {error} ({where})") from error
 
 
 def _is_stream(dataset: Any) -> bool:
@@ -125,8 +152,15 @@ def _kept(name: str, stream: Any) -> list:
     return items
 
 
-def _image(item: Any) -> Any:
-    """The image of an item."""
+def _dtypes(dataset: Any) -> dict[str, str]:
+    """The dtypes of columns of arrays, which Hugging Face gives as lists, or as arrays of 64 bits."""
+    features = getattr(dataset, "features", None)
+    features = features if isinstance(features, Mapping) else {}
+    return {name: feature.dtype for name, feature in features.items() if hasattr(feature, "shape")}
+
+
+def _image(item: Any, dtypes: Mapping[str, str] | None = None) -> Any:
+    """The image of an item. dtypes: of columns of arrays."""
     if isinstance(item, Mapping):
         found = next((key for key in IMAGES if key in item), None)
         if found is None:
@@ -134,7 +168,7 @@ def _image(item: Any) -> Any:
         image = item[found]
         if isinstance(image, Mapping):  # of datasets, not decoded: {"bytes": ..., "path": ...}
             return image.get("bytes") or image.get("path")
-        return image
+        return np.asarray(image, dtypes[found]) if dtypes and found in dtypes else image
     return item[0] if isinstance(item, tuple | list) else item
 
 

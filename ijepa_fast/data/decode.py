@@ -25,6 +25,7 @@ from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import INTERPOLATIONS as FILTERS
 from ijepa_fast.data.arrays import ArrayDecoder
 from ijepa_fast.data.headers import pillow_complaint
+from ijepa_fast.data.resident import ResidentDecoder
 from ijepa_fast.data.resize import resize_
 
 Images = TypeVar("Images", torch.Tensor, list[torch.Tensor])
@@ -203,6 +204,9 @@ class Decoder:
         return torch.from_numpy(out)
 
 
+AnyDecoder = Decoder | ArrayDecoder | ResidentDecoder
+
+
 def hand_over(images: Images) -> Images:
     """Return `images` for use on the caller's CUDA stream; to be called in the thread that uses them.
 
@@ -216,7 +220,7 @@ def hand_over(images: Images) -> Images:
 
 
 def decode_all(
-    decoder: Decoder | ArrayDecoder,
+    decoder: AnyDecoder,
     works: Iterable[Work],
     repair: Callable[[Work, dict[int, str]], Work | None],
     batch_size: int,
@@ -261,7 +265,7 @@ def _feed(works: Iterable[Work], in_flight: deque[Work]) -> Iterator[tuple]:
         yield work.inputs()
 
 
-def _find_bad(decoder: Decoder | ArrayDecoder, work: Work) -> dict[int, str]:
+def _find_bad(decoder: AnyDecoder, work: Work) -> dict[int, str]:
     """The rows that cannot be decoded by themselves, each with the reason."""
     reasons: dict[int, str] = {}
     row, count = 0, len(work.ids)

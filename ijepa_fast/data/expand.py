@@ -39,11 +39,15 @@ def expand(index: Index, root: str, reading: Reading) -> Index:
         counts = _counts(paths, reading)
         if max(counts) > 1 or len(counts) == 1:
             rows = np.repeat(np.arange(len(names)), counts)
-            index = _taken(index, rows)
+            index = taken(index, rows)
             index.page = np.concatenate([np.arange(number) for number in counts])
             if not index.labels:
-                own = [part for path in paths if (part := labels(path, reading)) is not None]
-                if len(own) == len(paths):
+                found = [labels(path, reading) for path in paths]
+                own = [part for part, _ in found if part is not None]
+                wrong = [f"{path}: {problem}" for path, (_, problem) in zip(paths, found) if problem]
+                if wrong:
+                    index.problem = f"{wrong[0]}; expected one for each"
+                elif len(own) == len(paths):
                     values = np.concatenate(own)
                     add_column(index.labels, index.classes, "class", [str(value) for value in values.tolist()])
     return index if reading.window is None else _windows(index, root, reading)
@@ -70,13 +74,15 @@ def _counts(paths: list[str], reading: Reading) -> list[int]:
     return counts
 
 
-def _taken(index: Index, rows: np.ndarray) -> Index:
+def taken(index: Index, rows: np.ndarray) -> Index:
     """The index of the samples `rows` of another."""
     return Index(
         Names.of([index.names[row] for row in rows.tolist()]),
         labels={name: np.asarray(values)[rows] for name, values in index.labels.items()},
         classes=index.classes,
         page=index.page[rows] if len(index.page) else index.page,
+        y=index.y[rows] if len(index.y) else index.y,
+        x=index.x[rows] if len(index.x) else index.x,
         watched=index.watched,
         left_out=index.left_out,
         problem=index.problem,
@@ -104,7 +110,7 @@ def _windows(index: Index, root: str, reading: Reading) -> Index:
         raise ValueError(f"data.where={reading.where} leaves no window of {root}; is it nonzero where data are?")
     if len(index.page) == 0:
         index.page = np.zeros(len(index), np.int64)
-    index = _taken(index, np.array(rows))
+    index = taken(index, np.array(rows))
     index.y, index.x = np.stack(corners).T.astype(np.int64).copy()
     return index
 
@@ -135,16 +141,23 @@ def read_map(where: str, name: str) -> np.ndarray:
 
     where: a file, or a folder with one for each image, of the same stem.
     """
+    inside: np.ndarray = read_values(where, name).max(axis=2) > 0
+    return inside
+
+
+def read_values(where: str, name: str, key: str = "data.where") -> np.ndarray:
+    """The map of the image `name`, float32 (H, W, C); `where` is as in read_map. Raises ValueError, naming `key`."""
     path = where
-    if os.path.isdir(path):
+    if os.path.isdir(path) and extension(path) not in STACKS:
         stem = os.path.splitext(os.path.basename(name))[0]
         found = sorted(file for file in os.listdir(path) if os.path.splitext(file)[0] == stem)
         if not found:
-            raise ValueError(f"data.where={path}: expected a map named {stem}.*, found none; add one, empty or full")
+            raise ValueError(f"{key}={path}: expected a map named {stem}.*, found none; add one, empty or full")
         path = os.path.join(path, found[0])
+    if not os.path.exists(path):
+        raise ValueError(f"{key}={path}: there is no such file or folder")
     try:
         opened = open_image(path, path, Reading(channels=1, depth="float32"))
-        inside: np.ndarray = opened.read(0, 0, opened.height, opened.width).max(axis=2) > 0
+        return np.asarray(opened.read(0, 0, opened.height, opened.width), np.float32)
     except BadImage as error:
-        raise ValueError(f"data.where={path}: {error}") from None
-    return inside
+        raise ValueError(f"{key}={path}: {error}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import json
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.kinds import kind_of_file
 from ijepa_fast.data.reading import Raster, Reading
 
 DALI = (".jpg", ".jpeg", ".png", ".webp")
@@ -85,16 +87,43 @@ def count(path: str, reading: Reading) -> int:
         if kind in TIFF and reading.page == "each":
             with _tifffile().TiffFile(path) as tiff:
                 return len(tiff.pages)
-    except (ImportError, OSError):
+    except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from None
+        if isinstance(error, OSError) and error.errno is not None:  # storage's
+            raise
+        raise ValueError(f"{path}: {_why(path, error)}") from None
     return 1
 
 
-def labels(path: str, reading: Reading) -> np.ndarray | None:
-    """The labels in a file of arrays, one for each of its images, None where it has none."""
-    return open_stack(path, extension(path), reading).labels if extension(path) in STACKS else None
+# What libraries say of files of arrays, and what it means.
+_MEANING = {
+    "mmap length": "it is cut short",
+    "truncated file": "it is cut short",
+    "pickle": "it holds Python objects, which may be code and are not read, or it is damaged",
+    "Python objects": "it holds Python objects, which may be code and are not read",
+    "file signature": "expected an HDF5 file, got other bytes",
+    "not a zip file": "expected an NPZ file, got other bytes, or one that is cut short",
+    "found in store": "expected a Zarr array or group, found none",
+}
+
+
+def _why(path: str, error: Exception) -> str:
+    """Why a file of arrays cannot be opened, in words."""
+    what, text = kind_of_file(path), str(error) or type(error).__name__
+    if what and not isinstance(error, BadImage) and not what.startswith(("a zip", "an HDF5", "a NumPy", "a TIFF")):
+        return f"expected an array ({extension(path)}), got {what}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"its description in JSON is damaged: {text}"
+    return next((meaning for words, meaning in _MEANING.items() if words in text), text)
+
+
+def labels(path: str, reading: Reading) -> tuple[np.ndarray | None, str]:
+    """The labels in a file of arrays, one for each of its images, None where it has none; and what is wrong."""
+    if extension(path) not in STACKS:
+        return None, ""
+    stack = open_stack(path, extension(path), reading)
+    return stack.labels, stack.problem
 
 
 # Pillow
@@ -267,6 +296,8 @@ class Stack:
         self.array, self.axes = array, axes
         self.count = int(array.shape[axes.index("N")]) if "N" in axes else 1
         self.labels = labels if labels is not None and labels.shape == (self.count,) else None
+        wrong = labels is not None and self.labels is None
+        self.problem = f"{len(labels)} labels for {self.count} images" if wrong and labels is not None else ""
 
     def raster(self, page: int) -> Raster:
         """Image number `page`. Raises BadImage where there is none."""
@@ -402,9 +433,10 @@ def _axes(shape: tuple[int, ...], reading: Reading) -> str:
             if len(shape) == 3 and min(shape[-1], shape[-3]) > _FEW:
                 return "NHW"
             return stack + ("HWC" if shape[-1] < shape[-3] else "CHW")
+    wanted = f"{reading.channels} channels" if reading.channels else "images, such as (N, H, W, C)"
     raise BadImage(
-        f"expected {reading.channels} channels, found an array of shape {shape}; set data.channels, or say what its "
-        "axes are, as in data.axes=NHWC"
+        f"expected {wanted}, found an array of shape {shape}; set data.channels, or say what its axes are, as in "
+        "data.axes=NHWC"
     )
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ijepa_fast.data.kinds import kind_of
+
 MAX_PIXELS = 50_000_000  # 150 MB of RGB for each decoding thread; a progressive JPEG takes twice that beside it
 
 # Start-of-frame markers; C4, C8 and CC in their range are tables and extensions.
@@ -57,7 +59,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     elif not data:
         raise BadImage("empty file")
     else:
-        raise BadImage("not a JPEG, PNG or WebP image")
+        what = kind_of(data[:512])
+        raise BadImage("not a JPEG, PNG or WebP image" + (f" but {what}" if what else ""))
     if height <= 0 or width <= 0:
         raise BadImage("no image size in the header")
     if height * width > max_pixels:

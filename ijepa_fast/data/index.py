@@ -59,9 +59,9 @@ class Index:
     into `classes[column]`, or float64 values of a column without classes. shards: the archives; shard, start, size,
     packed: per sample its archive's number, its first byte there, how many, and whether they are deflated (zip); empty
     for loose files. page, y, x: per sample which image of its file it is, and the corner of its window; empty where a
-    file is an image. watched: the paths that
-    the index was made from, each with its state (see `watch`). left_out: {extension: how many files} of those that are
-    no samples. problem: why the collection's labels cannot be used; "" where they can, or there are none.
+    file is an image. watched: the paths that the index was made from, each with its state (see `watch`). left_out:
+    {extension: how many files} of those that are no samples. problem: why the collection's labels cannot be used; ""
+    where they can, or there are none.
     """
 
     names: Names
@@ -96,11 +96,13 @@ def cached(path: str, cache: str | Path | None, build: Callable[[], Index], how:
     """The index of the collection at `path`: the kept one if it still holds, else a new one.
 
     cache: the folder to keep it in; None: build it and keep nothing. Of several processes, one builds and the others
-    wait. how: what else the index is a function of.
+    wait. how: what else the index is a function of. Copies of a collection that machines have under one path, each its
+    own, get an index each: they are told apart by the number of their file (inode).
     """
     if cache is None:
         return build()
-    key = hashlib.sha256((os.path.abspath(path) + how).encode()).hexdigest()[:12]
+    number = os.stat(path).st_ino if os.path.exists(path) else 0
+    key = hashlib.sha256(f"{os.path.abspath(path)}{how}{number}".encode()).hexdigest()[:12]
     folder = Path(cache) / f"index-v{_VERSION}-{Path(path).name[:_LONGEST]}-{key}"
     index = _load(folder)
     if index is not None:

@@ -129,7 +129,9 @@ def fit(raster: Raster, reading: Reading, max_pixels: int | None = None) -> Rast
             pixels = pixels[..., list(bands)]
         if pixels.dtype == np.bool_:
             pixels = pixels.view(np.uint8) * np.uint8(255)
-        return _filled(np.ascontiguousarray(pixels, dtype=np.dtype(wanted)), reading)
+        with np.errstate(over="ignore"):  # what float32 does not hold is infinite, and refused as such
+            pixels = np.ascontiguousarray(pixels, dtype=np.dtype(wanted))
+        return _filled(pixels, reading)
 
     channels = raster.channels if bands is None else len(bands)
     return Raster(raster.height, raster.width, channels, np.dtype(wanted), read, raster.held)

@@ -26,6 +26,7 @@ _LONGEST_LABEL = 4096  # bytes of a .cls member
 # Of the files of one collection the first of these groups that occurs are its images: arrays beside photographs are
 # something else of theirs.
 _GROUPS = ((*DALI, *PILLOW), TIFF, STACKS)
+_PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout")
 _MAC = "._"  # begins the names in which macOS keeps a file's attributes beside it
 
 
@@ -87,7 +88,12 @@ def scan_folder(root: str) -> Index:
             left_out[f"beside the class folders ({printable(stray[0])})"] = len(stray)
             names = [name for name in names if "/" in name]
         index = Index(Names.of(names), watched=watched, left_out=dict(left_out))
-        _label_by_folder(index, names)
+        if parts := _parts(names):
+            index.problem = (
+                f"{root}: {' and '.join(parts)} look like parts of a data set, not classes; name one of them"
+            )
+        else:
+            _label_by_folder(index, names)
         return index
     watched[table] = watch(table)
     left_out[".csv"] -= 1
@@ -120,6 +126,13 @@ def _list(
             else:
                 others.append(entry.name)
     return folder, above | {identity}, before, files, folders, _others(others)
+
+
+def _parts(names: list[str]) -> list[str]:
+    """The first folders, where all are called as parts of a data set are and hold folders, not images."""
+    firsts = sorted({name.partition("/")[0] for name in names})
+    named = len(firsts) > 1 and all(first.lower() in _PARTS for first in firsts)
+    return firsts if named and all(name.count("/") > 1 for name in names) else []
 
 
 def _label_by_folder(index: Index, names: list[str]) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # they import torch, which a mistake in a configuration needs
 
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # the averages of ImageNet's over the channels
 ANY: dict[str, Any] = {"least": -3e38, "most": 3e38}  # what float32 holds
+LEAST_STD = 1e-35
+LONGEST = 16_384  # pixels of a side of a crop
 STATS = "python -m ijepa_fast stats {} --channels {} measures them and prints the lines"
 
 
@@ -25,7 +27,7 @@ class Data:
         "a folder, archives, arrays, a text list of paths; module:function, which gives a data set of yours; "
         '"scenes", the embedded data set; "synthetic", random images',
     )
-    channels: int = fixed(3, "of an image", least=1)
+    channels: int = fixed(3, "of an image", least=1, most=10_000)
     depth: str = fixed("auto", "of a pixel; auto: as the first image has it", choices=("auto", *DEPTHS))
     bands: list[int] | None = fixed(
         None, "channels of the files that are used, from 0, in this order; null: all", least=0
@@ -37,14 +39,16 @@ class Data:
     nodata: float | None = fixed(
         None, "pixels of this value, and NaN, are filled with the mean; null: there are none", **ANY
     )
-    window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1)
+    window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1, most=10**6)
     where: str | None = fixed(
         None, "a map of where windows and targets lie (not zero): a file, or a folder of one per image"
     )
     stretch: str = fixed("none", "of pixels, before mean and std", choices=STRETCHES)
     low: list[float] | None = fixed(None, "of the stretch, for each channel", **ANY)
     high: list[float] | None = fixed(None, "of the stretch, for each channel", **ANY)
-    memory: bool = key(False, "whether images are decoded once and kept in memory")
+    memory: Any = key(
+        False, "images are decoded once and kept: true, in the host's memory; device, on the GPU, which crops them"
+    )
     crop: Any = fixed(224, "side of the square crop, or [height, width], pixels")
     scale: list[float] = fixed([0.3, 1.0], "range of the crop's share of the image's area", **SHARES)
     ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", **RATIOS)
@@ -53,12 +57,12 @@ class Data:
     mean: list[float] = fixed(
         list(IMAGENET_MEAN), "of each channel, in units of 0..1; of floats as they are stored", **ANY
     )
-    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, likewise", above=0)
-    threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0)
-    prefetch: int = key(2, "batches decoded ahead", least=1)
+    std: list[float] = fixed(list(IMAGENET_STD), "of each channel, likewise", above=0, most=3e38)
+    threads: int = key(0, "decoding threads of a rank; 0: the rank's share of the cores", least=0, most=4096)
+    prefetch: int = key(2, "batches decoded ahead", least=1, most=1000)
     cache: str = key("~/.cache/ijepa_fast", "where the embedded data set is written")
-    scenes: int = fixed(4000, "images of the embedded data set", least=1)
-    scenes_size: int = fixed(64, "their side, pixels", least=1)
+    scenes: int = fixed(4000, "images of the embedded data set", least=1, most=10**7)
+    scenes_size: int = fixed(64, "their side, pixels", least=1, most=4096)
     hw_decoder_load: float = key(0.65, "share of the JPEGs for the GPU's decode engine", least=0, most=1)
     changed: str = key("refuse", "when a run goes on: other images than it began with", choices=("refuse", "accept"))
     max_bad_share: float = key(0.01, "unreadable files beyond this share end the run", least=0, most=1)
@@ -106,6 +110,8 @@ def check(data: Data, patch: int) -> None:
     sides = data.crop if isinstance(data.crop, list | tuple) else [data.crop]
     if not 1 <= len(sides) <= 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ConfigError(f"data.crop: expected a whole number of pixels, or [height, width], got {data.crop!r}")
+    if max(sides) > LONGEST:
+        raise ConfigError(f"data.crop: expected sides of at most {LONGEST} pixels, got {data.crop}")
     if any(side % patch for side in sides):
         whole = [max(1, side // patch) * patch for side in sides]
         raise ConfigError(
@@ -116,7 +122,11 @@ def check(data: Data, patch: int) -> None:
         raise ConfigError(
             f"data.where={data.where}: expected data.window with it, as it says where windows lie; set both"
         )
+    if not (isinstance(data.memory, bool) or data.memory == "device"):
+        raise ConfigError(f"data.memory: expected true, false or device, got {data.memory!r}")
     _check_channels(data)
+    if min(data.std) < LEAST_STD:
+        raise ConfigError(f"data.std: expected at least {LEAST_STD}, which float32 can divide by, got {data.std}")
     for name in ("scale", "ratio"):
         ends = getattr(data, name)
         if ends[0] > ends[1]:

@@ -147,8 +147,7 @@ def open_source(
     - a folder of images, flat or nested (then the first level names the classes), with an optional labels.csv (its
       columns: file, then one per label);
     - archives: tar shards, a folder of them, one, or a pattern with `*`, `{000..127}` and `{a,b}`; also tar files of
-    tar
-      files, .tar.gz and .zip;
+      tar files, .tar.gz and .zip;
     - one file with many images, or a large one: TIFF, NPY, NPZ, HDF5, Zarr;
     - a text list of paths;
     - module:function, see datasets.py.
@@ -190,6 +189,7 @@ def _open(path: str, label: str | None, cache: str | Path | None, reading: Readi
         root = os.path.dirname(path)
     elif not os.path.isdir(path):
         found = "is neither a folder nor a file" if os.path.exists(path) else "does not exist"
+        found = "is an address: fetch it first" if "://" in path else found
         raise ValueError(f"data path {path!r} {found}; expected a folder of images, archives, arrays or a list")
     source = kind(root, cached(path, cache, build, how), label)
     if not len(source):

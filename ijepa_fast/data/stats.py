@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.data import DEPTHS, STRETCHES
 from ijepa_fast.data.arguments import add_arguments, reading_of
 from ijepa_fast.data.check import Seen, describe
@@ -58,6 +58,7 @@ def measure(source: Source, images: int = 1000, stretch: str = "none", seed: int
     Raises ValueError where none can, or where a channel is the same everywhere.
     """
     reading, unit = source.reading, DEPTHS[source.reading.depth]
+    problem = ""
     rows = np.sort(np.random.default_rng(seed).permutation(len(source))[:images])
     generator, seen, drawn = np.random.default_rng(seed), Seen(), []
     for row in tqdm(rows.tolist(), desc="measuring", unit=" images", mininterval=1, disable=None, delay=2):
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ijepa_fast stats", description=__doc__)
     parser.add_argument("path", help="whatever data.source takes")
-    parser.add_argument("--images", type=int, default=1000, help="that are measured (default %(default)s)")
+    parser.add_argument("--images", type=whole(), default=1000, help="that are measured (default %(default)s)")
     parser.add_argument("--stretch", choices=STRETCHES, default="none")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -50,6 +50,7 @@ def read_table(path: str, names: list[str]) -> tuple[Columns, Classes]:
     rows: dict[str, tuple[int, list[str]]] = {}
     lines = _rows(path)
     _, header = next(lines, (1, []))
+    header = [column.strip() for column in header]
     columns = [column for column in header if column != "file"]
     if not columns or header.count("file") != 1 or len(set(header)) < len(header):
         raise ValueError(
@@ -59,17 +60,20 @@ def read_table(path: str, names: list[str]) -> tuple[Columns, Classes]:
     for line, row in lines:
         if len(row) != len(header):
             raise ValueError(f"{path}, line {line}: expected {len(header)} cells, got {len(row)}")
-        name = row.pop(key)
+        name = os.path.normpath(row.pop(key))
         if name in rows:
             raise ValueError(f"{path}, line {line}: {printable(name)} has a row already, in line {rows[name][0]}")
         for column, value in zip(columns, row):
             if not value.strip() or _is_odd(value):
                 raise ValueError(f"{path}, line {line}: expected a label under {column!r}, got {value!r}")
-        rows[name] = line, row
+        rows[name] = line, [value.strip() for value in row]
     missing = [name for name in names if name not in rows]
     if missing:
+        first = (
+            f" (the first row is for {printable(next(iter(rows)))!r})" if len(missing) == len(names) and rows else ""
+        )
         raise ValueError(
-            f"{path}: {len(missing)} images have no row, the first {printable(missing[0])!r}; write one per file"
+            f"{path}: {len(missing)} images have no row, the first {printable(missing[0])!r}; write one per file{first}"
         )
     labels: Columns = {}
     classes: Classes = {}
@@ -90,12 +94,12 @@ def _rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of each row of a CSV file that is not empty."""
     if what := kind_of_file(path):
         raise ValueError(f"{path}: expected a CSV table, got {what}")
-    line = 0
+    line = last = 0
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             for row in reader:
-                line = reader.line_num
+                line, last = last + 1, reader.line_num  # a row in quotes has several lines, and is known by its first
                 if any("\0" in cell for cell in row):
                     raise ValueError(f"{path}, line {line}: holds a NUL byte")
                 if row:
@@ -103,7 +107,7 @@ def _rows(path: str) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path}, line {_undecodable(path)}: is not UTF-8 text; save the table as UTF-8") from None
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: {error}") from None
+        raise ValueError(f"{path}, line {last + 1}: {error}") from None
 
 
 def _undecodable(path: str) -> int:
@@ -120,7 +124,7 @@ def _undecodable(path: str) -> int:
 def read_list(path: str, extensions: tuple[str, ...]) -> tuple[list[str], list[str | None]]:
     """The paths and labels in a text list, see scan.scan_list. Raises ValueError, naming file and line."""
     names, labels = [], []
-    if what := kind_of_file(path):
+    if what := kind_of_file(path) or _is_binary(path):
         raise ValueError(f"{path}: expected a text list of paths, got {what}")
     with (
         # Names on disk need not be UTF-8.
@@ -140,6 +144,12 @@ def read_list(path: str, extensions: tuple[str, ...]) -> tuple[list[str], list[s
             labels.append(label)
     _look(path, names)
     return names, labels
+
+
+def _is_binary(path: str) -> str | None:
+    """What to call a file that holds a NUL byte near its beginning; None for others."""
+    with open(path, "rb") as file:
+        return "binary data of an unknown kind" if b"\0" in file.read(512) else None
 
 
 def _split(line: str) -> tuple[str, str | None]:

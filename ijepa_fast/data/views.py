@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from ijepa_fast.data import size_of
-from ijepa_fast.data.arrays import ArrayDecoder, ArrayViewDecoder
+from ijepa_fast.data.arrays import ArrayViewDecoder
 from ijepa_fast.data.crops import TRIES, View, counter_uniform, random_resized_crop
 from ijepa_fast.data.dali import TrainLoader
-from ijepa_fast.data.decode import INTERPOLATIONS, Decoder, Work
+from ijepa_fast.data.decode import INTERPOLATIONS, AnyDecoder, Decoder, Work
 from ijepa_fast.data.sources import Source
 
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
@@ -81,7 +81,7 @@ class ViewLoader(TrainLoader):
         self.views = tuple(views)
         super().__init__(source, crop=self.views[0].crop, interpolation=interpolation, **options)
 
-    def _make_decoder(self, **options: Any) -> Decoder | ArrayDecoder:
+    def _make_decoder(self, **options: Any) -> AnyDecoder:
         kind = ViewDecoder if self.source.reading.plain else ArrayViewDecoder
         return kind(self.views, **options)
 

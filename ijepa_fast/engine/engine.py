@@ -16,6 +16,7 @@ from ijepa_fast.config import ConfigError
 from ijepa_fast.cores import threads
 from ijepa_fast.engine.clipping import ClipEach
 from ijepa_fast.engine.graphs import CUDARecorder, Recorder
+from ijepa_fast.engine.interface import facing
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.engine.partitions import LAYOUTS, Sharded
 from ijepa_fast.engine.update import GraphStep
@@ -56,10 +57,11 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def start(device: torch.device, timeout: int) -> tuple[int, int]:
+def start(device: torch.device, timeout: int, store: Any = None) -> tuple[int, int]:
     """Join the other ranks, or be the only one where no launcher started us. Returns (rank, number of ranks).
 
-    timeout: seconds after which a silent rank ends the run.
+    timeout: seconds after which a silent rank ends the run. store: where the ranks have met; None: as the environment
+    says.
     """
     import deepspeed
 
@@ -72,25 +74,34 @@ def start(device: torch.device, timeout: int) -> tuple[int, int]:
         os.environ.update({name: str(value) for name, value in alone.items()})
     # A shared-memory all-reduce for the CPU, compiled on first use: half a minute and a compiler for nothing here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    bound = datetime.timedelta(seconds=max(timeout, RENDEZVOUS))
+    if store is not None:
+        if interface := facing(os.environ["MASTER_ADDR"]):
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        own = device if device.type == "cuda" else None
+        torch.distributed.init_process_group(backend, timeout=bound, store=store, device_id=own, **place)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=max(timeout, RENDEZVOUS)),
-            auto_mpi_discovery=False,
-        )
+        deepspeed.init_distributed(dist_backend=backend, timeout=bound, auto_mpi_discovery=False)
     except RuntimeError as error:
-        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
-            raise
-        raise ConfigError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']}: another program has this port; start with another one "
-            f"(deepspeed --master_port, torchrun --master-port), or with train --ranks, which finds a free one"
-        ) from None
+        raise port_in_use(error) or error from None
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
         torch.set_num_threads(threads(local))
         keep_freed_memory()
     return rank, ranks
+
+
+def port_in_use(error: RuntimeError) -> ConfigError | None:
+    """What to say of an error that means that another program has the port where the ranks meet; None of others."""
+    if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+        return None
+    return ConfigError(
+        f"MASTER_PORT={os.environ['MASTER_PORT']}: another program has this port; start with another one "
+        f"(deepspeed --master_port, torchrun --master-port), or with train --ranks, which finds a free one"
+    )
 
 
 class Engine:

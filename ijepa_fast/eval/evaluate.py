@@ -20,7 +20,7 @@ from ijepa_fast.eval.figures import Figure, over_seeds
 from ijepa_fast.eval.knn import KS, knn_scores
 from ijepa_fast.eval.labels import Labelled, Samples, match
 from ijepa_fast.eval.lowshot import PAPER_TUNING, FineTuning, draw_share, fine_tune
-from ijepa_fast.eval.outputs import Outputs, measure
+from ijepa_fast.eval.outputs import Outputs, measure, standard_errors
 from ijepa_fast.eval.sweep import fit_head
 
 LAST = 4  # layers that "last4" concatenates
@@ -222,7 +222,8 @@ class Evaluation:
         return {f"low-shot {self.options.share:.3g} of labels, fine-tuned": runs} if runs else {}
 
     def _measure(self, name: str, outputs: Outputs, scores: torch.Tensor) -> dict[str, Any]:
-        return measure(outputs.decode(scores), self.test.labels[name].to(scores.device), outputs.task)
+        found = outputs.decode(scores), self.test.labels[name].to(scores.device), outputs.task
+        return measure(*found) | {"errors": standard_errors(*found)}
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.options.features[0]

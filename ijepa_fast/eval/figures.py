@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 METRICS = {"accuracy": "accuracy", "r2": "R^2", "mean_absolute_error": "mean abs. error"}
+CLEAR = 2  # standard errors that a difference must exceed to be called one
 
 # Student's t, 97.5 %, for 2 to 10 seeds; 1.96 and a little more for more of them.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -28,6 +29,8 @@ class Figure:
         untrained: the value of the same probe on the encoder before training; None where it is not known.
         n: number of test images.
         chosen: what the sweep of each seed chose on held-out training images; () for a probe without a sweep.
+        error: standard error of the value over test images, the mean over seeds; None where it is not known.
+        untrained_error: that of `untrained`.
     """
 
     task: str
@@ -40,13 +43,28 @@ class Figure:
     untrained: float | None
     n: int
     chosen: tuple[dict[str, Any], ...] = ()
+    error: float | None = None
+    untrained_error: float | None = None
+
+    @property
+    def gain(self) -> tuple[float, float] | None:
+        """By how much the value is better than the untrained encoder's, and in standard errors of the difference.
+
+        None where either is not known. Both encoders answer the same test images, so that the error of their difference
+        is smaller than this, which takes them for independent.
+        """
+        if self.untrained is None or self.error is None or self.untrained_error is None:
+            return None
+        better = self.value - self.untrained
+        if self.metric == "mean_absolute_error":
+            better = -better
+        error = math.hypot(self.error, self.untrained_error)
+        return better, better / error if error else math.copysign(math.inf, better) if better else 0.0
 
     @property
     def improved(self) -> bool:
-        """Whether the value is better than the untrained encoder's; False where that is not known."""
-        if self.untrained is None:
-            return False
-        return self.value < self.untrained if self.metric == "mean_absolute_error" else self.value > self.untrained
+        """Whether the value is better than the untrained encoder's by more than chance: `CLEAR` standard errors."""
+        return self.gain is not None and self.gain[1] > CLEAR
 
     def to_json(self) -> dict[str, Any]:
         """The figure as a dict that json.dumps takes."""
@@ -71,25 +89,25 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 def over_seeds(task: str, probe: str, runs: list[dict[str, Any]], chance: dict[str, float], n: int) -> list[Figure]:
     """The figures of a probe, one for each metric.
 
-    runs: of each seed, the value of each metric and, under other keys, what its sweep chose. chance: {metric: value}.
+    runs: of each seed, the value of each metric, "errors" with their standard errors, and under other keys what its
+    sweep chose. chance: {metric: value}.
     """
-    chosen = tuple({key: value for key, value in run.items() if key not in METRICS} for run in runs)
+    chosen = tuple({key: value for key, value in run.items() if key not in (*METRICS, "errors")} for run in runs)
     figures = []
     for metric in (key for key in METRICS if key in runs[0]):
         values = [run[metric] for run in runs]
         mean, half = interval(values)
-        figures.append(
-            Figure(
-                task, probe, metric, mean, half, tuple(values), chance[metric], None, n, chosen if any(chosen) else ()
-            )
-        )
+        kept = chosen if any(chosen) else ()
+        error = math.fsum(run["errors"][metric] for run in runs) / len(runs)
+        figures.append(Figure(task, probe, metric, mean, half, tuple(values), chance[metric], None, n, kept, error))
     return figures
 
 
 def against(figures: Iterable[Figure], before: Iterable[Figure]) -> list[Figure]:
     """`figures` with the values of the same probes in `before`, those of the untrained encoder."""
-    known = {(f.task, f.probe, f.metric): f.value for f in before}
-    return [replace(f, untrained=known.get((f.task, f.probe, f.metric))) for f in figures]
+    known = {(f.task, f.probe, f.metric): (f.value, f.error) for f in before}
+    pairs = [(f, known.get((f.task, f.probe, f.metric), (None, None))) for f in figures]
+    return [replace(f, untrained=value, untrained_error=error) for f, (value, error) in pairs]
 
 
 def figures_of(results: dict[str, Any]) -> list[Figure]:
@@ -108,13 +126,38 @@ def headline(figures: Iterable[Figure]) -> list[Figure]:
 def cells(figures: list[Figure]) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of a table with a row per figure, as text."""
     before = any(f.untrained is not None for f in figures)
-    head = ["task", "probe", "metric", "chance", *(["untrained"] if before else []), "value", "images"]
+    head = ["task", "probe", "metric", "chance", *(["untrained"] if before else []), "value", "s.e.", "images"]
     rows = []
     for f in figures:
         untrained = [_number(f.untrained)] if before else []
         value = _number(f.value) + ("" if f.interval is None else f" +- {f.interval:.4f}")
-        rows.append([f.task, f.probe, METRICS[f.metric], _number(f.chance), *untrained, value, f"{f.n:,}"])
+        words, error = [f.task, f.probe, METRICS[f.metric]], _number(f.error)
+        rows.append([*words, _number(f.chance), *untrained, value, error, f"{f.n:,}"])
     return head, rows
+
+
+def verdict(figures: Iterable[Figure]) -> str:
+    """One sentence: which labels an encoder tells better than before training, by how much, and which not.
+
+    Of each label the linear probe speaks, or the first there is; "" where no figure has an untrained one beside it.
+    """
+    of: dict[str, Figure] = {}
+    for f in headline(figures):
+        if f.gain is not None and (f.task not in of or (f.probe == "linear" and of[f.task].probe != "linear")):
+            of[f.task] = f
+    told = {"learned": [f for f in of.values() if f.improved]}
+    told["lost"] = [f for f in of.values() if f.gain and f.gain[1] < -CLEAR]
+    parts = [f"{word}: {', '.join(map(_change, clear))}" for word, clear in told.items() if clear]
+    if rest := [task for task, f in of.items() if f not in told["learned"] + told["lost"]]:
+        parts.append(f"no change beyond {CLEAR} standard errors: {', '.join(rest)}")
+    return "; ".join(parts)
+
+
+def _change(f: Figure) -> str:
+    assert f.gain is not None
+    better, errors = f.gain
+    size = f"{100 * better:+.1f} points" if f.metric == "accuracy" else f"{METRICS[f.metric]} {better:+.2f}"
+    return f"{f.task} {size} ({abs(errors):.1f} s.e.)"
 
 
 def table(figures: list[Figure]) -> str:

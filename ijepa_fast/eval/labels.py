@@ -3,8 +3,11 @@
 folders      DATA/<class>/...jpg: one column "class" (ImageNet, CIFAR-100, Places205); also tar shards, and text
              lists with one label per line (iNat18: the category of each path)
 a table      DATA/labels.csv: one column per label (the embedded scenes: kind, count, distance, metres)
+a map        any images, or windows of large ones, and a raster of classes over them (data/label_map.py)
 Clevr        CLEVR/images/<split>: count and distance from CLEVR/scenes/CLEVR_<split>_scenes.json
 """
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ijepa_fast.data.label_map import with_label_map
 from ijepa_fast.data.reading import Raster, Reading
 from ijepa_fast.data.sources import AS_THEY_ARE, Source, open_source
 
@@ -41,6 +45,11 @@ class Labelled:
     def at(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The labels {column: (n,)} of the samples `rows`, int64 (n,)."""
         return {name: values[rows] for name, values in self.labels.items()}
+
+    def take(self, rows: np.ndarray) -> Labelled:
+        """The samples `rows` alone, int64."""
+        labels = self.at(torch.from_numpy(rows))
+        return replace(self, source=Samples(self.source, rows), labels=labels)
 
 
 class Samples(Source):
@@ -72,13 +81,17 @@ def open_labelled(
     cache: str | Path | None = None,
     tasks: dict[str, str] | None = None,
     reading: Reading = AS_THEY_ARE,
+    label_map: str | None = None,
 ) -> Labelled:
     """The images and labels at `path`, in a layout named above.
 
     Numbers that are no integers are regressed, a column named count is counted, all else is classified; `tasks`,
-    {column: task}, says otherwise. `cache`, `reading`: see open_source. Raises ValueError where there are no labels.
+    {column: task}, says otherwise. `cache`, `reading`: see open_source. label_map: where labels are those of a map, see
+    with_label_map. Raises ValueError where there are no labels.
     """
     source = open_source(path, cache=cache, reading=reading)
+    if label_map is not None:
+        source = with_label_map(source, label_map)
     columns, classes = dict(source.columns), dict(source.index.classes)
     if scenes := _clevr_scenes(path):
         columns, classes = _read_clevr(scenes, source)
@@ -86,6 +99,7 @@ def open_labelled(
         raise ValueError(
             source.index.problem
             or f"{path}: found no labels; expected a folder per class, a labels.csv, or Clevr's images/<split>"
+            + ("; of windows, name a map of classes by --label-map" if reading.window else "")
         )
     tasks = _tasks(columns, tasks or {}, path)
     labels = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.labels import Samples
@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--source", required=True, help="a folder, tar files or a list, as data.source")
     parser.add_argument("--out", required=True, metavar="FILE.safetensors", help="not there yet")
-    parser.add_argument("--patch", type=int, default=8, help="pixels of a patch: objective.options.token_patch")
-    parser.add_argument("--vocabulary", type=int, default=8192, help="tokens: objective.options.vocabulary")
-    parser.add_argument("--size", type=int, default=112, help="pixels that images are resized to")
-    parser.add_argument("--images", type=int, default=10_000, help="images that are looked at, at most")
-    parser.add_argument("--patches", type=int, default=400_000, help="patches that are drawn of them, at most")
-    parser.add_argument("--rounds", type=int, default=20, help="of k-means")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patch", type=whole(), default=8, help="pixels of a patch: objective.options.token_patch")
+    parser.add_argument("--vocabulary", type=whole(), default=8192, help="tokens: objective.options.vocabulary")
+    parser.add_argument("--size", type=whole(), default=112, help="pixels that images are resized to")
+    parser.add_argument("--images", type=whole(), default=10_000, help="images that are looked at, at most")
+    parser.add_argument("--patches", type=whole(), default=400_000, help="patches that are drawn of them, at most")
+    parser.add_argument("--rounds", type=whole(), default=20, help="of k-means")
+    parser.add_argument("--seed", type=whole(0), default=0)
     args = parser.parse_args(argv)
     for name in ("patch", "vocabulary", "size", "images", "patches", "rounds"):
         if getattr(args, name) < 1:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.files import publish
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import read
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=[*ONE_ENCODER, *ALL_NETWORKS])
     parser.add_argument("--out", required=True, metavar="PATH", help="folder (hf, timm) or file, not there yet")
     parser.add_argument("--network", choices=["encoder", "target_encoder"], help="default: the average, if any")
-    parser.add_argument("--image-size", type=int, help="pixels; positions are resampled (default: the training's)")
-    parser.add_argument("--heads", type=int, help="of a .pth.tar whose width is none of the published ones")
+    parser.add_argument("--image-size", type=whole(), help="pixels; positions are resampled (default: the training's)")
+    parser.add_argument("--heads", type=whole(), help="of a .pth.tar whose width is none of the published ones")
     args = parser.parse_args(argv)
     weights = read(args.checkpoint, args.heads)
     if args.image_size is not None:

@@ -127,7 +127,8 @@ class PretrainedEncoder(nn.Module):
         return [output.view(len(images), self.patches, self.dim) for output in outputs]
 
     def read(self, paths: Iterable[str | Path]) -> torch.Tensor:
-        """Image files -> (B, H, W, C) on the module's device: their centres, decoded as in training.
+        """Image files -> (B, H, W, C) on the module's device: their centres, decoded as in training; where that read
+        large files by windows, all windows of each, row by row.
 
         Raises ValueError naming the file that cannot be used, ImportError without DALI.
         """

@@ -1,20 +1,26 @@
-"""What a step of iBOT draws beside its views: masks and all that follows from them, as index tensors, on the host.
+"""What a step on large and small crops draws beside its views: masks and what follows from them, as index tensors.
 
 Shapes: B images, L small crops per image, N and n patches of a large and a small crop, R masked patches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from ijepa_fast.data import Size, crop_of
+from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import fill
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
 LARGE = 2  # large crops per image
+PUBLISHED, SMALL_SIDE = 224, 96  # pixels of a side of a large and a small crop, as published
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class CropDraw(Draw):
     """
 
     small: int  # L
-    side: int  # patches along a large crop
-    small_side: int
+    grid: Grid  # of a large crop
+    small_grid: Grid
     temperature: float  # of the teacher
     frozen: bool  # the prototypes do not learn yet
     mask: torch.Tensor  # (2*B*N,) bool
@@ -44,14 +50,25 @@ class CropDraw(Draw):
     @property
     def tokens(self) -> int:
         """Tokens that pass through a network: student and teacher."""
-        large = LARGE * self.images * (1 + self.side**2)
-        return 2 * large + self.small * self.images * (1 + self.small_side**2)
+        large = LARGE * self.images * (1 + self.patches)
+        return 2 * large + self.small * self.images * (1 + self.small_patches)
+
+    @property
+    def patches(self) -> int:
+        """N."""
+        return math.prod(self.grid)
+
+    @property
+    def small_patches(self) -> int:
+        """n."""
+        return math.prod(self.small_grid)
 
 
 def lay_out(
     mask: np.ndarray,
+    grid: Grid,
     small: int,
-    small_side: int,
+    small_grid: Grid,
     temperature: float,
     frozen: bool = False,
     chance: np.ndarray | None = None,
@@ -59,7 +76,7 @@ def lay_out(
     """The batch whose large crops are masked by `mask` (2, B, N) bool; other arguments as in CropDraw."""
     _, images, patches = mask.shape
     crops = LARGE * images
-    lengths = np.repeat([1 + patches, 1 + small_side**2], [crops, small * images])
+    lengths = np.repeat([1 + patches, 1 + math.prod(small_grid)], [crops, small * images])
     starts = np.cumsum(lengths) - lengths
     counts = np.count_nonzero(mask.reshape(crops, patches), axis=1)
     wanted = np.zeros(lengths.sum(), dtype=bool)
@@ -71,8 +88,8 @@ def lay_out(
     return CropDraw(
         images=images,
         small=small,
-        side=round(patches**0.5),
-        small_side=small_side,
+        grid=grid,
+        small_grid=small_grid,
         temperature=temperature,
         frozen=frozen,
         mask=torch.from_numpy(mask.reshape(-1)),
@@ -97,13 +114,12 @@ def _int32(values: np.ndarray) -> torch.Tensor:
 class CropSampler:
     """Draws masks and dropped branches, of each image by (seed, step, its place), and the step's settings.
 
-    side, small_side: patches along a large and a small crop. small: small crops per image. depth: blocks.
+    grid: of a large crop; a small one's is `smaller` than it. small: small crops per image. depth: blocks.
     warmup_steps: over which the teacher's temperature rises, from the first to the second of `temperatures`.
     frozen_steps: in which the prototypes do not learn. masked: whether patches of large crops are masked.
     """
 
-    side: int
-    small_side: int
+    grid: Grid
     small: int
     depth: int
     temperatures: tuple[float, float]
@@ -113,16 +129,16 @@ class CropSampler:
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> CropDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        mask = np.zeros((LARGE, images, self.side**2), dtype=bool)
+        mask = np.zeros((LARGE, images, math.prod(self.grid)), dtype=bool)
         chance = np.empty((self.depth, 2, LARGE + self.small, images), dtype=np.float32)
         for image in range(images):
             rng = np.random.default_rng([seed, step, first + image])
             if self.masked:
-                mask[:, image] = draw_masks(rng, LARGE, self.side)
+                mask[:, image] = draw_masks(rng, LARGE, self.grid)
             chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
         frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)
-        return lay_out(mask, self.small, self.small_side, temperature, frozen, by_sequence)
+        return lay_out(mask, self.grid, self.small, smaller(self.grid), temperature, frozen, by_sequence)
 
 
 def teacher_temperature(step: int, warmup: int, temperatures: tuple[float, float]) -> float:
@@ -131,18 +147,41 @@ def teacher_temperature(step: int, warmup: int, temperatures: tuple[float, float
     return temperatures[0] + progress * (temperatures[1] - temperatures[0])
 
 
-def draw_masks(rng: np.random.Generator, crops: int, side: int) -> np.ndarray:
-    """Block masks of `crops` large crops of side x side patches -> (crops, N) bool.
+def smaller(grid: Grid) -> Grid:
+    """The grid of a small crop beside a large one of `grid`: each side as 96 pixels are beside 224."""
+    rows, columns = (max(1, round(side * SMALL_SIDE / PUBLISHED)) for side in grid)
+    return rows, columns
+
+
+def crops_of(
+    large: Sequence[View], small: View, size: Size, patch: int, scale: tuple[float, float], count: int
+) -> list[View]:
+    """The views `large`, and `count` times `small`, of a run whose crops are of `size` and `scale`.
+
+    Small ones have what is below `scale`, down to where theirs begins. All are blurred by the same share of a crop's
+    mean side as published, where it is of 224 pixels.
+    """
+    low, high = (sigma * math.sqrt(math.prod(size)) / PUBLISHED for sigma in large[0].sigma)
+    rows, columns = smaller((size[0] // patch, size[1] // patch))
+    share = (min(small.scale[0], scale[0]), scale[0])
+    views = [replace(view, crop=crop_of(size), scale=scale, sigma=(low, high)) for view in large]
+    return (
+        views + [replace(small, crop=crop_of((rows * patch, columns * patch)), scale=share, sigma=(low, high))] * count
+    )
+
+
+def draw_masks(rng: np.random.Generator, crops: int, grid: Grid) -> np.ndarray:
+    """Block masks of `crops` large crops of `grid` -> (crops, N) bool.
 
     A crop is masked by nothing or, as often, by a share of .3 +- .2 of its patches, in blocks (iBOT, section 3.4; the
     blocks are BEiT's, algorithm 1).
     """
-    return np.stack([_block_mask(rng, side) for _ in range(crops)]).reshape(crops, -1)
+    return np.stack([_block_mask(rng, grid) for _ in range(crops)]).reshape(crops, -1)
 
 
-def _block_mask(rng: np.random.Generator, side: int) -> np.ndarray:
-    mask = np.zeros((side, side), dtype=bool)
-    left = round(rng.uniform(0.1, 0.5) * side**2) if rng.random() < 0.5 else 0
-    smallest = min((side // 3) ** 2, left)
+def _block_mask(rng: np.random.Generator, grid: Grid) -> np.ndarray:
+    mask = np.zeros(grid, dtype=bool)
+    left = round(rng.uniform(0.1, 0.5) * mask.size) if rng.random() < 0.5 else 0
+    smallest = min((grid[0] // 3) * (grid[1] // 3), left)
     fill(rng, mask, left, lambda left: (min(smallest, left), left))
     return mask

@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from ijepa_fast.config import ConfigError
 
-from ijepa_fast.kernels.mask_sampler import BATCH, Key, below, random_subset, sample_blocks, words
+if TYPE_CHECKING:  # masks that do not fit are to be said before torch is imported, which what draws them needs
+    import torch
 
+    from ijepa_fast.kernels.mask_sampler import Key
+
+HIDDEN_SHARE = 0.5  # of the channels, under strategy=channels
 Range = tuple[float, float]
 Size = tuple[int, int]
 
@@ -111,6 +114,8 @@ class MultiBlock:
         """Masks of `batch` images."""
         key = _key(batch, seed, step, first)
         numbers = _batch_numbers(key)
+        from ijepa_fast.kernels.mask_sampler import sample_blocks
+
         context, target = sample_blocks(
             key,
             batch,
@@ -141,7 +146,7 @@ class MultiBlock:
     def _sizes(self, kind: str) -> list[Size]:
         _check_range(f"{kind}_scale", getattr(self, f"{kind}_scale"), 1.0)
         _check_range(f"{kind}_aspect", getattr(self, f"{kind}_aspect"), math.inf)
-        steps = np.linspace(0, 1, 2049 if self.published else 129)
+        steps = _steps(2048 if self.published else 128)
         return sorted({self._size(kind, u, v) for u in steps for v in (steps[:1] if self.published else steps)})
 
 
@@ -168,7 +173,7 @@ class Block:
     @property
     def target_sizes(self) -> list[Size]:
         """Every (height, width) a target block can have."""
-        steps = np.linspace(0, 1, 129)
+        steps = _steps(128)
         return sorted(
             {
                 _block_size(self.grid, _between(self.target_scale, u), _between(self.target_aspect, v))
@@ -182,6 +187,8 @@ class Block:
         key = _key(batch, seed, step, first)
         numbers = _batch_numbers(key)
         size = _block_size(self.grid, _between(self.target_scale, numbers[0]), _between(self.target_aspect, numbers[1]))
+        from ijepa_fast.kernels.mask_sampler import sample_blocks
+
         context, target = sample_blocks(key, batch, self.grid, 1, size, 1, self.grid, 0, False)
         return Masks(context, target, key)
 
@@ -203,6 +210,11 @@ class Rasterized:
     def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = 3, C = 1, a quarter of the patches each."""
         key = _key(batch, seed, step, first)
+        import numpy as np
+        import torch
+
+        from ijepa_fast.kernels.mask_sampler import below, words
+
         height, width = self.grid
         patch = np.arange(height * width, dtype=np.int32).reshape(2, height // 2, 2, width // 2)
         quadrants = patch.transpose(0, 2, 1, 3).reshape(4, -1)
@@ -236,6 +248,11 @@ class Random:
     def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = C = 1."""
         key = _key(batch, seed, step, first)
+        import numpy as np
+        import torch
+
+        from ijepa_fast.kernels.mask_sampler import random_subset
+
         patches = self.grid[0] * self.grid[1]
         everything = torch.ones(batch, patches, dtype=torch.bool)
         target = random_subset(key, everything, torch.full((batch,), self._count, dtype=torch.int32))
@@ -261,12 +278,21 @@ def _key(batch: int, seed: int, step: int, first: int) -> Key:
             raise ValueError(f"{name}: expected an integer of {bits} bits, not negative, got {value}")
     if batch < 1:
         raise ValueError(f"batch: expected at least one image, got {batch}")
+    from ijepa_fast.kernels.mask_sampler import Key
+
     return Key(int(seed), int(step), int(first))
 
 
 def _batch_numbers(key: Key) -> list[float]:
     """Four numbers in [0, 1) shared by all images of the step."""
+    from ijepa_fast.kernels.mask_sampler import BATCH, words
+
     return [int(word) / 2**32 for word in words(replace(key, first=0), 0, BATCH)]
+
+
+def _steps(count: int) -> list[float]:
+    """0 to 1 in so many steps."""
+    return [step / count for step in range(count + 1)]
 
 
 def _between(ends: Range, u: float) -> float:
@@ -313,3 +339,17 @@ def _check_block(kind: str, h: int, w: int, grid: Size) -> None:
             f"mask.{kind}_scale: a {kind} block of {h}x{w} patches does not fit the {_name(grid)} grid; "
             f"lower mask.{kind}_scale or bring mask.{kind}_aspect nearer to 1"
         )
+
+
+def hidden_channels(mask: dict[str, Any], channels: int, foreign: bool) -> int:
+    """How many channels of an image its contexts do not see. Takes the option out of `mask`. Raises ConfigError."""
+    if not foreign and ":" in mask["strategy"]:
+        raise ConfigError(f"mask.strategy={mask['strategy']}: only strategies of this package are imported here")
+    if mask["strategy"] != "channels":
+        if mask["hidden_channels"] is None:  # else the sampler refuses it
+            mask.pop("hidden_channels")
+        return 0
+    share = mask.pop("hidden_channels") or HIDDEN_SHARE
+    if channels < 2:
+        raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
+    return min(channels - 1, max(1, round(share * channels)))

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.agree import check_blocks, check_masked
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup, check_masked
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -31,13 +32,13 @@ class Options:
     """BEiT's options; the values here are the published ones."""
 
     tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)")
-    vocabulary: int = key(8192, "tokens that it has", least=2)
-    token_patch: int = key(8, "pixels of its view to a token", least=1)
+    vocabulary: int = key(8192, "tokens that it has", least=2, most=10**7)
+    token_patch: int = key(8, "pixels of its view to a token", least=1, most=1024)
     masked: int = key(75, "masked patches per image", least=1)
     smallest: int = key(16, "patches of a masked block, at least", least=1)
     largest: int | None = key(None, "patches of a masked block, at most; null: all that are left", least=1)
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0)
+    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0, most=10)
     jitter: float = key(0.4, "largest change of brightness, contrast and saturation", least=0, most=1)
 
 
@@ -52,6 +53,7 @@ class BEiT(Method[PatchDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """There are more patches than are masked."""
         check_masked(options.masked, setup)
+        check_blocks(options.smallest, options.largest)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

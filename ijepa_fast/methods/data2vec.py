@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.agree import check_blocks, check_masked
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup, check_masked
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
@@ -34,9 +35,9 @@ class Options:
     smallest: int = key(16, "patches of a masked block, at least", least=1)
     largest: int | None = key(196, "patches of a masked block, at most; null: all that are left", least=1)
     layers: int = key(6, "last blocks whose outputs are the target", least=1)
-    beta: float = key(2.0, "error up to which the loss is quadratic", above=0)
+    beta: float = key(2.0, "error up to which the loss is quadratic", above=0, most=10**6)
     drop_path: float = key(0.25, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    layer_scale: float = key(1e-4, "what the branches' gains begin as", above=0)
+    layer_scale: float = key(1e-4, "what the branches' gains begin as", above=0, most=10)
     jitter: float = key(0.4, "largest change of brightness, contrast and saturation", least=0, most=1)
 
 
@@ -53,6 +54,7 @@ class Data2Vec(Method[PatchDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """There are so many patches and blocks."""
         check_masked(options.masked, setup)
+        check_blocks(options.smallest, options.largest)
         if options.layers > setup.model.depth:
             raise ConfigError(
                 f"objective.options.layers={options.layers}: expected at most model.depth={setup.model.depth}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from torch import nn
 from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
-from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, crops_of
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
@@ -30,8 +29,6 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-PUBLISHED = 224  # pixels of a large crop, beside which a small one has 96
-SMALL_SIDE = 96
 LARGE_VIEWS = (View(PUBLISHED, (0.4, 1.0), blur=1.0), View(PUBLISHED, (0.4, 1.0), blur=0.1, solarise=0.2))
 SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.4), blur=0.5)
 
@@ -40,27 +37,22 @@ SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.4), blur=0.5)
 class Options:
     """DINO's options; the values here are those of the published command for 100 epochs."""
 
-    small_crops: int = key(8, "small crops per image", least=1)
-    hidden: int = key(2048, "width of the head's two layers", least=1)
-    bottleneck: int = key(256, "width of the head's bottleneck", least=1)
-    prototypes: int = key(65536, "outputs of the head", least=1)
+    small_crops: int = key(8, "small crops per image", least=1, most=100)
+    hidden: int = key(2048, "width of the head's two layers", least=1, most=65536)
+    bottleneck: int = key(256, "width of the head's bottleneck", least=1, most=65536)
+    prototypes: int = key(65536, "outputs of the head", least=1, most=10**7)
     norm_last_layer: bool = key(True, "whether the prototypes' gains stay 1")
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    temperature: float = key(0.04, "of the teacher, reached from first_temperature", above=0)
-    first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
-    temperature_epochs: float = key(0, "over which the teacher's temperature rises", least=0)
-    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
+    temperature: float = key(0.04, "of the teacher, reached from first_temperature", above=0, most=100)
+    first_temperature: float = key(0.04, "of the teacher, at the start", above=0, most=100)
+    temperature_epochs: float = key(0, "over which the teacher's temperature rises", least=0, most=10**6)
+    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0, most=10**6)
 
 
 class DINO(Method[CropDraw]):
     """The student's `encoder` and `head`, and their averages, the teacher. `carried` holds the centre (1, Q) fp32."""
 
     Options = Options
-
-    @classmethod
-    def check(cls, options: Any, setup: Setup) -> None:
-        """Crops are squares."""
-        check_square(setup, cls)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -75,8 +67,7 @@ class DINO(Method[CropDraw]):
         learned = not chosen.norm_last_layer
         self.head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes, learned)
         self.sampler = CropSampler(
-            setup.grid[0],
-            small_side(setup.grid[0]),
+            setup.grid,
             chosen.small_crops,
             model.depth,
             (chosen.first_temperature, chosen.temperature),
@@ -92,24 +83,17 @@ class DINO(Method[CropDraw]):
         self.carried = {"centre": torch.zeros(1, chosen.prototypes)}
 
     def views(self) -> list[View]:
-        """Large crops of data.crop pixels and data.scale, then small ones with what is below it, down to a twentieth.
-
-        All are blurred by the same share of a crop as published, where it is of 224 pixels.
-        """
-        data, patch = self.setup.data, self.setup.model.patch
-        crop, scale, (low, high) = data.size[0], (data.scale[0], data.scale[1]), LARGE_VIEWS[0].sigma
-        sigma = (low * crop / PUBLISHED, high * crop / PUBLISHED)
-        large = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
-        share = (min(SMALL_VIEW.scale[0], scale[0]), scale[0])
-        small = replace(SMALL_VIEW, crop=small_side(crop // patch) * patch, scale=share, sigma=sigma)
-        return large + [small] * self.options.small_crops
+        """Large crops of data.crop pixels and data.scale, then small ones."""
+        data, small_crops = self.setup.data, self.options.small_crops
+        scale = (data.scale[0], data.scale[1])
+        return crops_of(LARGE_VIEWS, SMALL_VIEW, data.size, self.setup.model.patch, scale, small_crops)
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> CropDraw:
         """Dropped branches and the step's settings."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: CropDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: 2 large, then L small crops of every image, (B, side, side, C) each -> scalar fp32 loss."""
+        """`images`: 2 large, then L small crops of every image, (B, h, w, C) each -> scalar fp32 loss."""
         large, small = (self.patchify(torch.cat(part)) for part in (images[:LARGE], images[LARGE:]))
         return self.loss_of_patches(large, small, draw), {}
 
@@ -130,14 +114,14 @@ class DINO(Method[CropDraw]):
     def student_tokens(self, large: torch.Tensor, small: torch.Tensor, draw: CropDraw) -> torch.Tensor:
         """Patches of the crops, (2*B*N, W) and (L*B*n, W) -> class tokens ((2 + L)*B, D), final norm applied."""
         encoder = self.encoder
-        tokens = torch.cat([encoder.embed(large, draw.side), encoder.embed(small, draw.small_side)])
+        tokens = torch.cat([encoder.embed(large, draw.grid), encoder.embed(small, draw.small_grid)])
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
         return _class_tokens(encoder, tokens, draw, len(draw.used), keep)
 
     def teacher_tokens(self, large: torch.Tensor, draw: CropDraw) -> torch.Tensor:
         """Patches of the large crops (2*B*N, W) -> the average's class tokens (2*B, D), final norm applied."""
         encoder = self.averaged["encoder"]
-        return _class_tokens(encoder, encoder.embed(large, draw.side), draw, LARGE * draw.images)
+        return _class_tokens(encoder, encoder.embed(large, draw.grid), draw, LARGE * draw.images)
 
     def work(self, draw: CropDraw) -> Work:
         """The work of a step on a batch, as executed here."""
@@ -146,8 +130,8 @@ class DINO(Method[CropDraw]):
             Transformer(model.dim, model.depth, model.mlp_ratio),
             HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes),
             values=self.setup.values,
-            large_patches=draw.side**2,
-            small_patches=draw.small_side**2,
+            large_patches=draw.patches,
+            small_patches=draw.small_patches,
             small=draw.small,
             images=draw.images,
         )
@@ -168,11 +152,6 @@ def _class_tokens(
     pick = partial(masked_gather, index=draw.used[:crops], unique=True)
     last = replace(sequences, rows=Rows(pick, draw.used_cu_seqlens[: crops + 1], 1))
     return run_blocks(encoder.blocks, encoder.norm, tokens, None, sequences, last, encoder.recompute, keep)
-
-
-def small_side(side: int) -> int:
-    """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_SIDE / PUBLISHED))
 
 
 def step_work(

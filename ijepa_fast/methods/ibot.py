@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.config import key
+from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
-from ijepa_fast.masks.crops import LARGE, CropDraw, CropSampler
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, crops_of
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
@@ -32,8 +33,7 @@ from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
-LARGE_SIDE, SMALL_SIDE = 224, 96
-LARGE_VIEWS = (View(LARGE_SIDE, (0.25, 1.0), blur=1.0), View(LARGE_SIDE, (0.25, 1.0), blur=0.1, solarise=0.2))
+LARGE_VIEWS = (View(PUBLISHED, (0.25, 1.0), blur=1.0), View(PUBLISHED, (0.25, 1.0), blur=0.1, solarise=0.2))
 SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.25), blur=0.5)
 
 
@@ -41,15 +41,15 @@ SMALL_VIEW = View(SMALL_SIDE, (0.05, 0.25), blur=0.5)
 class Options:
     """iBOT's options; the values here are the published ones."""
 
-    small_crops: int = key(10, "small crops per image", least=1)
-    hidden: int = key(2048, "width of the head's two layers", least=1)
-    bottleneck: int = key(256, "width of the head's bottleneck", least=1)
-    prototypes: int = key(8192, "outputs of the head", least=1)
+    small_crops: int = key(10, "small crops per image", least=1, most=100)
+    hidden: int = key(2048, "width of the head's two layers", least=1, most=65536)
+    bottleneck: int = key(256, "width of the head's bottleneck", least=1, most=65536)
+    prototypes: int = key(8192, "outputs of the head", least=1, most=10**7)
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    temperature: float = key(0.07, "of the teacher, reached from first_temperature", above=0)
-    first_temperature: float = key(0.04, "of the teacher, at the start", above=0)
-    temperature_epochs: float = key(30, "over which the teacher's temperature rises", least=0)
-    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0)
+    temperature: float = key(0.07, "of the teacher, reached from first_temperature", above=0, most=100)
+    first_temperature: float = key(0.04, "of the teacher, at the start", above=0, most=100)
+    temperature_epochs: float = key(30, "over which the teacher's temperature rises", least=0, most=10**6)
+    frozen_epochs: float = key(1, "in which the prototypes do not learn", least=0, most=10**6)
 
 
 class IBOT(Method[CropDraw]):
@@ -60,11 +60,6 @@ class IBOT(Method[CropDraw]):
 
     Options = Options
     former_names: ClassVar = {"encoder.backbone.": "encoder.", "encoder.head.": "head."}
-
-    @classmethod
-    def check(cls, options: Any, setup: Setup) -> None:
-        """Crops are squares."""
-        check_square(setup, cls)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -79,8 +74,7 @@ class IBOT(Method[CropDraw]):
         )
         self.head = Head(model.dim, chosen.hidden, chosen.bottleneck, chosen.prototypes)
         self.sampler = CropSampler(
-            setup.grid[0],
-            small_crop_side(setup.grid[0]),
+            setup.grid,
             chosen.small_crops,
             model.depth,
             (chosen.first_temperature, chosen.temperature),
@@ -97,14 +91,14 @@ class IBOT(Method[CropDraw]):
     def views(self) -> list[View]:
         """Large crops of data.crop pixels and data.scale, then small ones."""
         data, small_crops = self.setup.data, self.options.small_crops
-        return views_of(data.size[0], self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
+        return views_of(data.size, self.setup.model.patch, (data.scale[0], data.scale[1]), small_crops)
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> CropDraw:
         """Masks, dropped branches and the step's settings."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: CropDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: 2 large, then L small crops of every image, (B, side, side, C) each -> scalar fp32 loss."""
+        """`images`: 2 large, then L small crops of every image, (B, h, w, C) each -> scalar fp32 loss."""
         large, small = (self.patchify(torch.cat(part)) for part in (images[:LARGE], images[LARGE:]))
         classes, patches = self.losses(large, small, draw)
         return classes + patches, {"class": classes.detach(), "patch": patches.detach()}
@@ -132,7 +126,7 @@ class IBOT(Method[CropDraw]):
         patches (R, Q).
         """
         encoder = self.encoder
-        tokens = [encoder.embed(large, draw.side, draw.mask), encoder.embed(small, draw.small_side)]
+        tokens = [encoder.embed(large, draw.grid, draw.mask), encoder.embed(small, draw.small_grid)]
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
         sequences = Packed(draw.cu_seqlens, draw.max_seqlen)
         pick = partial(masked_gather, index=draw.used, unique=True)
@@ -147,7 +141,7 @@ class IBOT(Method[CropDraw]):
         """
         encoder, head = self.averaged["encoder"], self.averaged["head"]
         crops = LARGE * draw.images
-        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.side), None, Dense(crops))
+        x = run_blocks(encoder.blocks, encoder.norm, encoder.embed(large, draw.grid), None, Dense(crops))
         z = head.bottleneck(x)
         by_crop = z.view(crops, -1, z.shape[1])
         mean = by_crop[:, 1:].mean((0, 1), dtype=torch.float32).to(z.dtype)[None]
@@ -162,8 +156,8 @@ class IBOT(Method[CropDraw]):
             HeadSizes(chosen.hidden, chosen.bottleneck, chosen.prototypes),
             patch=model.patch,
             channels=self.setup.data.channels,
-            global_patches=draw.side**2,
-            local_patches=draw.small_side**2,
+            global_patches=draw.patches,
+            local_patches=draw.small_patches,
             locals_=draw.small,
             masked=int(draw.mask.sum()),
             images=draw.images,
@@ -184,23 +178,10 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def views_of(
-    crop: int, patch: int, scale: tuple[float, float] = (0.25, 1.0), small_crops: int = Options.small_crops
+    crop: int | Size, patch: int, scale: tuple[float, float] = (0.25, 1.0), small_crops: int = Options.small_crops
 ) -> list[View]:
-    """The published views for large crops of `crop` pixels and `scale`, shares of the image's area.
-
-    Small ones have what is below `scale`, down to a twentieth of the image. All are mirrored half of the time, and
-    blurred by the same share of a crop as published, where it is of 224 pixels.
-    """
-    large = LARGE_VIEWS[0]
-    sigma = (large.sigma[0] * crop / LARGE_SIDE, large.sigma[1] * crop / LARGE_SIDE)
-    views = [replace(view, crop=crop, scale=scale, sigma=sigma) for view in LARGE_VIEWS]
-    side, share = small_crop_side(crop // patch) * patch, (min(0.05, scale[0]), scale[0])
-    return views + [replace(SMALL_VIEW, crop=side, scale=share, sigma=sigma)] * small_crops
-
-
-def small_crop_side(side: int) -> int:
-    """Patches along a small crop beside a large one of `side`: as 96 pixels beside 224."""
-    return max(1, round(side * SMALL_SIDE / LARGE_SIDE))
+    """The published views for large crops of `crop`, a side or height and width, and `scale`: see `crops_of`."""
+    return crops_of(LARGE_VIEWS, SMALL_VIEW, size_of(crop), patch, scale, small_crops)
 
 
 def step_work(

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.agree import check_samples
 from ijepa_fast.config import ConfigError, check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.channels import hidden_channels, seen_channels
+from ijepa_fast.masks.channels import seen_channels
 from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
-from ijepa_fast.masks.samplers import make_sampler
+from ijepa_fast.masks.samplers import Sampler, hidden_channels, make_sampler
 from ijepa_fast.masks.views import directions
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -30,12 +31,13 @@ from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.initial import init_xavier
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
-from ijepa_fast.models.regulariser import WEIGHTS, Regulariser, check_samples
-from ijepa_fast.models.target_norm import NORMS, TargetNorm
+from ijepa_fast.models.regulariser import Regulariser
+from ijepa_fast.models.target_norm import TargetNorm
 from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
+POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
 
 
 @dataclass
@@ -44,20 +46,30 @@ class Options:
 
     loss: str = key("l2", "l2: paper; smooth_l1: published code", choices=("l2", "smooth_l1"))
     target: str = key("features", "of the target encoder, or normalised pixels", choices=("features", "pixels"))
-    target_norm: str = key("token", "what targets are normalised by; token: published", choices=NORMS)
+    target_norm: str = key(
+        "token",
+        "what targets are normalised by; token: published",
+        choices=("token", "position", "position_token", "batch", "none"),
+    )
     target_momentum: float = key(
         0.99, "of a place's running mean and scale, target_norm=position", least=0, most=0.9999
     )
-    target_layers: int = key(1, "last blocks whose normalised mean is the target; 1: the encoder's output", least=1)
+    target_layers: int = key(
+        1, "last blocks whose normalised mean is the target; 1: the encoder's output", least=1, most=1000
+    )
     teacher: str = key("ema", "the target encoder: the average, or a frozen one", choices=("ema", "frozen"))
     teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder")
-    regulariser: str = key("none", "of pooled context features", choices=tuple(WEIGHTS))
-    regulariser_weight: float | None = key(None, "null: .001 of vicreg, .02 of sigreg, as published", least=0)
-    projector: list[int] = key(
-        [], "widths of layers between pooled features and the regulariser; none: no layer", least=1
+    regulariser: str = key("none", "of pooled context features", choices=("none", "vicreg", "sigreg"))
+    regulariser_weight: float | None = key(
+        None, "null: .001 of vicreg, .02 of sigreg, as published", least=0, most=10**6
     )
-    slices: int = key(256, "random directions of sigreg in a step", least=1)
-    mask_sets: int = key(1, "sets of context and targets of an image, for one pass of the target encoder", least=1)
+    projector: list[int] = key(
+        [], "widths of layers between pooled features and the regulariser; none: no layer", least=1, most=65536
+    )
+    slices: int = key(256, "random directions of sigreg in a step", least=1, most=65536)
+    mask_sets: int = key(
+        1, "sets of context and targets of an image, for one pass of the target encoder", least=1, most=1000
+    )
     init: str = key("published", "of weights; xavier: uniform, as MAE's", choices=("published", "xavier"))
 
 
@@ -75,17 +87,23 @@ class IJEPA(Method[MaskDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """The predictor has the encoder's heads; the options go together."""
+        """The predictor has the encoder's heads, the options go together, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
         check_options(options, setup.model.depth)
         check_samples(setup.batch, options.regulariser)
+        mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
+        if setup.mask.budget is not None and setup.mask.budget > patches:
+            raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")
+        hidden_channels(mask, setup.data.channels, setup.foreign)
+        if ":" not in setup.mask.strategy:  # somebody else's are made with the method
+            _sampler(mask, setup)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
-        self.policy: dict[str, Any] = {name: mask.pop(name) for name in ("policy", "budget", "padding", "group")}
+        self.policy: dict[str, Any] = {name: mask[name] for name in POLICY}
         self.hidden = hidden_channels(mask, setup.data.channels, setup.foreign)
-        self.sampler = make_sampler(mask.pop("strategy"), setup.grid, **mask)
+        self.sampler = _sampler(mask, setup)
         self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
@@ -282,6 +300,15 @@ def check_options(options: Options, depth: int) -> None:
     for words, holds in wrong.items():
         if holds:
             raise ConfigError(prefix + words)
+
+
+def _sampler(mask: dict[str, Any], setup: Setup) -> Sampler:
+    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
+    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
+    try:
+        return make_sampler(mask["strategy"], setup.grid, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def step_work(

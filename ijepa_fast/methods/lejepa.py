@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ijepa_fast.agree import check_samples
 from ijepa_fast.config import ConfigError, key
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.masks.views import ViewDraw, ViewSampler
-from ijepa_fast.methods.method import Method, Setup, check_square
+from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, projector
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.layouts import Packed, Rows
 from ijepa_fast.models.projector import Projector
-from ijepa_fast.models.regulariser import check_samples
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
 
 PUBLISHED = 128  # pixels of a view, beside which the blur is given
@@ -37,18 +38,21 @@ SIGMA = (0.1, 2.0)
 class Options:
     """LeJEPA's options; the values here are those of the authors' minimal example, whose views are of one size."""
 
-    views: int = key(4, "views per image", least=2)
+    views: int = key(4, "views per image", least=2, most=100)
     weight: float = key(0.02, "of SIGReg; the agreement of the views has the rest", least=0, most=1)
-    slices: int = key(256, "random directions of a step", least=1)
-    knots: int = key(17, "at which a direction's characteristic function is compared", least=2)
-    last_knot: float = key(3.0, "the largest of them", above=0)
-    bottleneck: int = key(512, "width between encoder and projector", least=1)
-    hidden: int = key(2048, "width of the projector's two hidden layers", least=1)
-    embedding: int = key(16, "width of an embedding", least=1)
+    slices: int = key(256, "random directions of a step", least=1, most=65536)
+    knots: int = key(17, "at which a direction's characteristic function is compared", least=2, most=1000)
+    last_knot: float = key(3.0, "the largest of them", above=0, most=100)
+    bottleneck: int = key(512, "width between encoder and projector", least=1, most=65536)
+    hidden: int = key(2048, "width of the projector's two hidden layers", least=1, most=65536)
+    embedding: int = key(16, "width of an embedding", least=1, most=65536)
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
     scale: float = key(0.08, "smallest share of an image in a view, in place of data.scale's", above=0, most=1)
     strengths: list[float] = key(
-        [0.8, 0.8, 0.8, 0.2], "largest changes of brightness, contrast, saturation (shares), hue (turns)", least=0
+        [0.8, 0.8, 0.8, 0.2],
+        "largest changes of brightness, contrast, saturation (shares), hue (turns)",
+        least=0,
+        most=1,
     )
 
 
@@ -59,8 +63,7 @@ class LeJEPA(Method[ViewDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """Views are squares; four strengths; a batch that can be compared with a Gaussian."""
-        check_square(setup, cls)
+        """Four strengths; a batch that can be compared with a Gaussian."""
         check_samples(setup.batch)
         if len(options.strengths) != 4:
             raise ConfigError(f"objective.options.strengths: expected four numbers, got {options.strengths}")
@@ -87,10 +90,11 @@ class LeJEPA(Method[ViewDraw]):
     def views(self) -> list[View]:
         """Views of data.crop pixels, from `scale` to data.scale's upper bound of an image."""
         data, chosen = self.setup.data, self.options
-        sigma = (SIGMA[0] * data.size[0] / PUBLISHED, SIGMA[1] * data.size[0] / PUBLISHED)
+        side = min(data.size)
+        sigma = (SIGMA[0] * side / PUBLISHED, SIGMA[1] * side / PUBLISHED)
         brightness, contrast, saturation, hue = chosen.strengths
         view = View(
-            data.size[0],
+            crop_of(data.size),
             (min(chosen.scale, data.scale[1]), data.scale[1]),
             blur=0.5,
             solarise=0.2,

@@ -13,14 +13,15 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from ijepa_fast.config import ConfigError, Data, Mask, Model, parse_options
+from ijepa_fast.agree import CAPABILITIES, NoOptions, Setup, check_method
+from ijepa_fast.config import ConfigError
 from ijepa_fast.data.crops import View
 from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw
@@ -29,45 +30,7 @@ from ijepa_fast.models.vit import Encoder
 
 # Registered are the files of this folder, by their names.
 METHODS = sorted(found.name for found in pkgutil.iter_modules([os.path.dirname(__file__)]) if found.name != "method")
-CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")
 D = TypeVar("D", bound=Draw)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method is made from: sections of the run's configuration, and its own options as they were given."""
-
-    model: Model
-    data: Data
-    mask: Mask = field(default_factory=Mask)
-    options: Any = field(default_factory=dict)  # a mapping, or the method's Options
-    steps_per_epoch: int = 1
-    batch: int | None = None  # images of a micro-batch over all ranks, where they are known
-    foreign: bool = True  # whether masks of somebody else's module may be imported
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a crop."""
-        height, width = self.data.size
-        return (height // self.model.patch, width // self.model.patch)
-
-    @property
-    def values(self) -> int:
-        """Numbers in a patch."""
-        return self.data.channels * self.model.patch**2
-
-    @property
-    def encoder_sizes(self) -> dict[str, Any]:
-        """Arguments of an Encoder."""
-        model = self.model
-        sizes: dict[str, Any] = {"patch": model.patch, "dim": model.dim, "depth": model.depth, "heads": model.heads}
-        sizes |= {"image_size": self.data.size, "channels": self.data.channels, "recompute": model.recompute}
-        return sizes | {"mlp_ratio": model.mlp_ratio}
-
-
-@dataclass
-class NoOptions:
-    """Of a method without options of its own."""
 
 
 class Method(nn.Module, Generic[D]):
@@ -120,12 +83,8 @@ class Method(nn.Module, Generic[D]):
     @classmethod
     def parse(cls, setup: Setup) -> Any:
         """The checked options. Raises ConfigError, naming the key."""
-        if not cls.reads_mask and setup.mask != Mask():
-            name = cls.__module__.rpartition(".")[2]
-            raise ConfigError(f"mask: objective.method={name} draws its own masks; remove the section")
-        options = parse_options(setup.options, cls.Options)
-        cls.check(options, setup)
-        return options
+        name = cls.__module__.rpartition(".")[2]
+        return check_method(name, setup, cls.Options, cls.reads_mask, cls.check)
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
@@ -211,22 +170,6 @@ class Method(nn.Module, Generic[D]):
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) in the encoder's dtype."""
         return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
-
-
-def check_square(setup: Setup, method: type[Method]) -> None:
-    """ConfigError unless crops are squares, as views are."""
-    if setup.grid[0] != setup.grid[1]:
-        name = method.__module__.rpartition(".")[2]
-        raise ConfigError(
-            f"data.crop: expected a square for objective.method={name}, got {setup.data.crop}; set a side"
-        )
-
-
-def check_masked(masked: int, setup: Setup) -> None:
-    """ConfigError unless `masked`, of objective.options, leaves some of the patches of a crop."""
-    patches = setup.grid[0] * setup.grid[1]
-    if masked >= patches:
-        raise ConfigError(f"objective.options.masked={masked}: expected fewer than the {patches} patches of a crop")
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:

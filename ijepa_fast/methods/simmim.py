@@ -32,7 +32,7 @@ class Options:
     masked: float = key(0.6, "share of the squares, rounded up", above=0, most=1)
     square: int = key(2, "patches along a masked square (32 pixels)", least=1)
     drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
-    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0)
+    layer_scale: float = key(0.1, "what the branches' gains begin as", above=0, most=10)
     relative: bool = key(True, "a bias by relative position, shared by all blocks")
     absolute: bool = key(False, "learned absolute positions")
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.config import ConfigError
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models import flops
@@ -22,8 +21,6 @@ from ijepa_fast.models.target_norm import predicted
 SIMILARITY, DEVIATION, COVARIANCE = 25.0, 25.0, 1.0  # C-JEPA's, which are VICReg's
 STD_EPS = 1e-4
 WEIGHTS = {"none": 0.0, "vicreg": 1e-3, "sigreg": 0.02}  # published: C-JEPA, LeJEPA
-# SIGReg compares means of cosines over a batch with a Gaussian's; of N they are known to 1 / sqrt(2 N) at best.
-LEAST_SAMPLES = 8
 
 
 @dataclass
@@ -59,16 +56,6 @@ class Regulariser:
         """Forward work on `rows` pooled features, projected to `widths`."""
         of_terms = flops.linear(rows, widths[-1], self.slices if self.kind == "sigreg" else widths[-1])
         return projector_work(rows, widths) + of_terms
-
-
-def check_samples(batch: int | None, kind: str = "sigreg") -> None:
-    """ConfigError for a micro-batch, over all ranks, too small for the regulariser; None: it is not known."""
-    least = {"sigreg": LEAST_SAMPLES, "vicreg": 2}.get(kind, 1)
-    if batch is not None and batch < least:
-        raise ConfigError(
-            f"batch_size: {kind} takes statistics over a batch and wants at least {least} images of a micro-batch over "
-            f"all ranks, got {batch}; raise batch_size or lower engine.accumulation"
-        )
 
 
 def pooled_context(context: torch.Tensor, draw: MaskDraw) -> torch.Tensor:

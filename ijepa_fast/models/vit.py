@@ -389,13 +389,14 @@ class Encoder(nn.Module):
         """The bias (H, n, n) of the attention scores, where there is one."""
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
-    def embed(self, patches: torch.Tensor, side: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self, patches: torch.Tensor, grid: tuple[int, int] | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
-        side: patches along a square crop, where it is not the training's. mask: (I*n,) bool, patches to replace by the
-        mask token.
+        grid: of the crops, where it is not the training's. mask: (I*n,) bool, patches to replace by the mask token.
         """
-        grid = (side, side) if side else self.grid
+        grid = grid or self.grid
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.command import one_sentence
+from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.figures import cells, figures_of, headline
+from ijepa_fast.eval.figures import CLEAR, cells, figures_of, headline, verdict
 from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.interop.load import latest, load
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.report import pictures
-from ijepa_fast.report.charts import line_chart, with_average
+from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
-from ijepa_fast.report.summary import read_summary
+from ijepa_fast.report.summary import SEEN, read_summary
 from ijepa_fast.run.build import build_method
 from ijepa_fast.run.log import newest
 from ijepa_fast.run.sources import probe_folders, training_source
@@ -111,10 +111,8 @@ def _column(records: list[Record], key: str) -> tuple[list[int], list[float]]:
 
 
 def _training(training: list[Record]) -> str:
-    loss = with_average(*_column(training, "loss"), "loss")
-    figure = line_chart("Loss", loss, wide=True)
-    if len(loss) > 1:
-        figure = figure.replace('class="chart', 'class="averaged chart', 1)
+    steps, losses = _column(training, "loss")
+    figure = line_chart("Loss", {"loss": (steps, losses)}, wide=True, log=all(loss > 0 for loss in losses))
     terms = [{"step": record["step"]} | record.get("loss_terms", {}) for record in training]
     charts = [line_chart("Terms of the loss", {name: _column(terms, name) for name in terms[-1] if name != "step"})]
     titles = {"lr": "Learning rate", "weight_decay": "Weight decay", "ema": EMA, "momentum": EMA}
@@ -143,7 +141,11 @@ def _figures(run: Path) -> str:
         return text(told, "note")
     head, rows = cells(figures)
     better = [(row, head.index("value")) for row, figure in enumerate(figures) if figure.improved]
-    return text("Of frozen features of the trained encoder, on test images.") + table(head, rows, better)
+    where = "training images that the probe did not see" if (summary or {}).get(SEEN) else "test images"
+    told = f"Of frozen features of the trained encoder, on {where}; s.e. is the standard error over these images. "
+    told += f"Stressed is what is better than before training by more than {CLEAR} standard errors of the difference."
+    said = verdict(figures)
+    return (text(said[0].upper() + said[1:] + ".", "verdict") if said else "") + text(told) + table(head, rows, better)
 
 
 def _probes(online: Series) -> str:
@@ -245,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ijepa-fast report", description="Make one HTML page of a run.")
     parser.add_argument("run", metavar="RUN", help="the run's folder")
     parser.add_argument("--images", metavar="FOLDER", help="images to show (default: the probes', or the training's)")
-    parser.add_argument("--sample", type=int, default=400, metavar="N", help="how many to encode (default %(default)s)")
+    parser.add_argument(
+        "--sample", type=whole(), default=400, metavar="N", help="how many to encode (default %(default)s)"
+    )
     parser.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.run) / "report.html")

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ijepa_fast.report.plots import smooth
-
 WIDTH, HEIGHT, WIDE = 520, 220, 1080  # of a chart's drawing, and of one over both columns
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 34  # margins
 COLOURS = 6  # colours in the style sheet: .s0 to .s5
@@ -75,11 +73,6 @@ def line_chart(
         f"<output>{html.escape(note)}</output></figcaption><svg {size}>{''.join(marks)}"
         f'<text x="{width - RIGHT}" y="{HEIGHT - 14}" class="end">{html.escape(x_label)}</text></svg></figure>'
     )
-
-
-def with_average(xs: Numbers, ys: Numbers, name: str) -> dict[str, tuple[Numbers, Numbers]]:
-    """{name: points, and their moving average} once there are enough points for one."""
-    return {name: (xs, ys), "moving average": (xs, smooth(ys))} if len(xs) > 20 else {name: (xs, ys)}
 
 
 def thin(xs: Numbers, ys: Numbers, most: int = MOST) -> tuple[Numbers, Numbers]:

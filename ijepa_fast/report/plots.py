@@ -31,17 +31,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def smooth(values: Sequence[float] | np.ndarray, weight: float = 0.9) -> np.ndarray:
-    """Bias-corrected exponential moving average of a 1-D sequence, float64."""
-    average, out = 0.0, np.empty(len(values))
-    for i, value in enumerate(values):
-        average = weight * average + (1 - weight) * value
-        out[i] = average / (1 - weight ** (i + 1))
-    return out
-
-
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss over steps as a PNG.
+    """Draw loss over steps as a PNG, on a logarithmic axis where every loss is positive.
 
     records: dicts with `step` and `loss` (lines without them are passed over); path: of the PNG to write.
     """
@@ -55,11 +46,8 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=1, label="loss")
-    if len(points) > 20:
-        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2, label="moving average")
-        axes.legend(frameon=False)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.plot(steps, losses, color=COLOURS[0], linewidth=2 if len(points) < 200 else 1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if (losses > 0).all() else "linear")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

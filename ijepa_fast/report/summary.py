@@ -15,27 +15,29 @@ from ijepa_fast.config import Config
 from ijepa_fast.data.sources import Source
 from ijepa_fast.engine.precision import Precision
 from ijepa_fast.eval.evaluate import evaluate
-from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table
+from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table, verdict
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
 from ijepa_fast.run.build import build_loader
 from ijepa_fast.run.provenance import FORMAT, provenance
-from ijepa_fast.run.sources import encode_with, evaluation, untrained
+from ijepa_fast.run.sources import Evaluated, encode_with, probe_folders, untrained
+
+SEEN = "tested_on_training_images"  # key of the summary
 
 
 def finish(
     config: Config,
     method: Method,
     source: Source | None,
-    folders: tuple[str, str] | None,
+    labelled: Evaluated | None,
     device: torch.device,
     began: float,
     precision: Precision,
 ) -> dict[str, Any]:
     """Write the run's results and print them. Called by rank 0. Returns what summary.json holds.
 
-    folders: labelled training and test images, None to evaluate nothing. began: time.perf_counter() of the start.
+    labelled: what the encoder is evaluated with, None to evaluate nothing. began: time.perf_counter() of the start.
     precision: what was computed in, and why.
     """
     folder = config.folder
@@ -45,7 +47,7 @@ def finish(
     _plot_masks(config, method, source)
     if config.log.tensorboard:
         _board(folder)
-    figures = [] if folders is None else _evaluate(config, method, folders, device)
+    figures = [] if labelled is None else _evaluate(config, method, labelled, device)
     summary = provenance(device) | {
         "wall_seconds": time.perf_counter() - began,  # of this launch, with what follows the last step
         "train_seconds": train_seconds(records, records[-1]["step"], config.batch_size),
@@ -59,6 +61,8 @@ def finish(
         "precision": precision.name,
         "precision_reason": precision.reason,
         "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,
+        # Whether the test images are among those trained on, of which the probe did not see them.
+        SEEN: labelled is not None and probe_folders(config) is None,
         "figures": [figure.to_json() for figure in figures],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -107,14 +111,17 @@ def describe(summary: dict[str, Any]) -> str:
     if summary["bad_files"]:
         lines.append(f"{summary['bad_files']} files could not be decoded: bad_files.txt names them, with reasons")
     if figures := headline(figures_of(summary)):
-        lines.append(table(figures))
+        if summary.get(SEEN):
+            lines.append("k-NN of training images that the probe did not see; probe.test=FOLDER names others")
+        lines += [table(figures), *filter(None, [verdict(figures)])]
     return "\n".join(lines)
 
 
-def _evaluate(config: Config, method: Method, folders: tuple[str, str], device: torch.device) -> list[Figure]:
-    print("evaluating the encoder before and after training", file=sys.stderr)
-    data = evaluation(config, folders, device)
-    before, after = (evaluate(encode, *data) for encode in (untrained(config, device), encode_with(method)))
+def _evaluate(config: Config, method: Method, labelled: Evaluated, device: torch.device) -> list[Figure]:
+    train, test, _ = labelled
+    some = "" if probe_folders(config) else f": k-NN of {len(test.source)} among {len(train.source)} training images"
+    print(f"evaluating the encoder before and after training{some}", file=sys.stderr)
+    before, after = (evaluate(encode, *labelled) for encode in (untrained(config, device), encode_with(method)))
     return against(after, before)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from ijepa_fast.agree import check_capabilities
 from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.cores import cores
 from ijepa_fast.data.dali import TrainLoader
+from ijepa_fast.data.resident import IN_PLACE
 from ijepa_fast.data.sources import Source
 from ijepa_fast.data.synthetic import SyntheticLoader
 from ijepa_fast.data.views import ViewLoader
@@ -61,7 +63,7 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
-    _check_capabilities(config, cls)
+    check_capabilities(config, cls.capabilities)
     torch.manual_seed(config.seed)
     batch = config.batch_size // config.engine.accumulation
     sections = config.model, config.data, config.mask, config.objective.options
@@ -88,21 +90,6 @@ def make_ready(method: Method) -> None:
 def with_options(config: Config, method: Method) -> Config:
     """The same configuration with every option of the method, defaults included."""
     return replace(config, objective=replace(config.objective, options=asdict(method.options)))
-
-
-def _check_capabilities(config: Config, method: type[Method]) -> None:
-    engine = config.engine
-    wanted = {
-        "graphs": ("engine.cuda_graphs=on", engine.cuda_graphs == "on"),
-        "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
-        "target_stream": ("engine.target_stream=true", engine.target_stream),
-    }
-    for capability, (setting, on) in wanted.items():
-        if on and capability not in method.capabilities:
-            key = setting.partition("=")[0]
-            raise ConfigError(
-                f"{setting}: objective.method={config.objective.method} cannot do it; leave {key} at its default"
-            )
 
 
 def with_precision(config: Config, last: Path | None, device: torch.device, rank: int) -> tuple[Config, Precision]:
@@ -161,6 +148,11 @@ def build_loader(
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
     """
     data, views = config.data, method.views()
+    if views and data.memory == IN_PLACE:
+        raise ConfigError(
+            f"data.memory=device: objective.method={config.objective.method} sees several views of an image, which are "
+            "made on the host; set data.memory=true"
+        )
     if source is not None and data.where is not None and not views:
         scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
         method.inside = Inside(source, config.seed, scale, ratio, data.flip, method.setup.grid)

@@ -20,6 +20,8 @@ from ijepa_fast.methods.method import Method
 from ijepa_fast.models.flops import MEMORIES, PEAKS
 from ijepa_fast.run.build import SYNTHETIC_IMAGES, Length, build_method, micro_batch
 from ijepa_fast.run.counted import IMAGES, saved_values
+from ijepa_fast.run.traffic import Traffic, traffic
+from ijepa_fast.run.traffic import report as traffic_report
 
 STAGES = (0, 1, 2, 3)
 DRAWS = 4  # batches of masks whose mean the plan uses
@@ -104,6 +106,8 @@ class Plan:
     tokens_per_image: dict[int, float]  # by number of ranks
     hours: dict[float, float]  # of one GPU, by utilisation
     counted: bool  # whether activations are those of a forward pass here, as the method does not say them
+    traffic: dict[int, Traffic]  # by number of ranks, at engine.zero
+    step_seconds: dict[int, float]  # by number of ranks, of a step's computing at the GPU's peak
 
 
 def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tuple[int, ...] = (1, 2, 8)) -> Plan:
@@ -129,6 +133,7 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
     sizes, flop = parameters(method), 0.0
     tokens: dict[int, float] = {}
     table: dict[tuple[int, int], Memory] = {}
+    sent: dict[int, Traffic] = {}
     for n in fitting:
         batches = [
             method.draw(micro_batch(config, n), config.seed, step, 0, config.batch_size) for step in range(DRAWS)
@@ -142,13 +147,18 @@ def make(config: Config, images: int | None = None, gpu: str = "H200", ranks: tu
             needed = memory(config.engine.precision, sizes, stage, n, kept)
             graphs = "off" if config.engine.cuda_graphs == "off" else "auto"
             engine = replace(config.engine, zero=stage, cuda_graphs=graphs)
-            if wants_graphs(method, engine, config.optim, torch.device("cuda")):
+            captured = wants_graphs(method, engine, config.optim, torch.device("cuda"))
+            if stage == config.engine.zero and n > 1:
+                size = VALUE_BYTES[config.engine.precision]
+                sent[n] = traffic(size, sizes, stage, n, config.engine.accumulation, captured)
+            if captured:
                 held = graph_bytes(config.engine.precision, sum(sizes), stage, n, config.engine.accumulation)
                 needed = replace(needed, graphs=held)
             table[stage, n] = needed
     seconds = flop * config.batch_size * length.steps / PEAKS[gpu]
     hours = {share: seconds / share / 3600 for share in UTILISATIONS}
-    return Plan(table, sizes, images, length.steps, flop / 1e9, tokens, hours, not own)
+    computing = {n: flop * config.batch_size / (n * PEAKS[gpu]) for n in fitting}
+    return Plan(table, sizes, images, length.steps, flop / 1e9, tokens, hours, not own, sent, computing)
 
 
 @dataclass(frozen=True)
@@ -229,4 +239,6 @@ def report(config: Config, plan: Plan, gpu: str, device: Device | None = None) -
         "|---|---|---|",
     ]
     lines += [f"| {share:.0%} | {hours:.4g} | {hours / 8:.4g} |" for share, hours in plan.hours.items()]
+    if plan.traffic:
+        lines += ["", *traffic_report(plan.traffic, plan.step_seconds, config.engine.zero, gpu)]
     return "\n".join(lines)

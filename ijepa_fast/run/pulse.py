@@ -61,10 +61,18 @@ class _Pulse:
 
 
 _own: list[_Pulse] = []
+_hosts: list[str] = []
+_now: list[tuple[int, str]] = [(0, "starting")]  # of this rank, whether there are others or not
 
 
-def begin(rank: int, ranks: int) -> None:
-    """Tell the others from now on. Called by every rank that has met the others."""
+def name(rank: int) -> str:
+    """For a message: rank 3, or rank 3 on node-1 where the ranks are known to be on several machines."""
+    return f"rank {rank} on {_hosts[rank]}" if len(set(_hosts)) > 1 else f"rank {rank}"
+
+
+def begin(rank: int, ranks: int, hosts: list[str]) -> None:
+    """Tell the others from now on. Called by every rank that has met the others. hosts: the machine of each rank."""
+    _hosts[:] = hosts
     _own[:] = [_Pulse(rank, ranks)] if ranks > 1 else []
 
 
@@ -76,8 +84,14 @@ def end() -> None:
 
 def at(step: int, doing: str) -> None:
     """What this rank is at, after `step` steps."""
+    _now[0] = step, doing
     for own in _own:
         own.step, own.doing = step, doing
+
+
+def doing() -> str:
+    """For a message, what this rank is at."""
+    return f"{_now[0][1]} after step {_now[0][0]}"
 
 
 def last_heard() -> str:
@@ -89,14 +103,14 @@ def last_heard() -> str:
         return ""
     heard = _own[0].heard()
     if not heard:
-        return "rank 0, which knows of all ranks, does not answer"
+        return f"{name(0)}, which knows of all ranks, does not answer"
     silent = sorted(heard, key=lambda rank: (-round(heard[rank][0] / (3 * EVERY)), heard[rank][1], rank))
     words = [_words(rank, *heard[rank]) for rank in silent[:NAMED]]
     return f"last heard of: {'; '.join(words)}"
 
 
 def _words(rank: int, ago: float, step: int, doing: str) -> str:
-    return f"rank {rank} {ago:.0f} s ago, {doing} after step {step}"
+    return f"{name(rank)} {ago:.0f} s ago, {doing} after step {step}"
 
 
 def _quietly(work: Any) -> None:

@@ -19,11 +19,14 @@ from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, open_labelled
+from ijepa_fast.eval.labels import Labelled, match, open_labelled
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
 
 HELD_OUT = 1000  # scenes to test on
+# Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
+# and how few are not worth it.
+READ, TESTED, FEWEST = 2000, 10, 100
 
 
 def training_source(config: Config) -> Source | None:
@@ -39,7 +42,8 @@ def training_source(config: Config) -> Source | None:
             return open_source(_scenes(config, "train"))
         source = open_source(config.data.source, cache=cache, reading=config.data.reading)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"data.source: {error}") from None
+        named = str(error).startswith("data.source")
+        raise ConfigError(f"{error}" if named else f"data.source: {error}") from None
     if os.environ.get("RANK", "0") == "0":
         if source.left_out:
             print(f"data.source: {len(source)} images; left out: {source.left_out}", file=sys.stderr)
@@ -109,6 +113,36 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
         draw_seed=config.seed,
     )
     return train, test, options
+
+
+Evaluated = tuple[Labelled, Labelled, Options]  # what eval.evaluate takes beside an encoder
+
+
+def evaluated(config: Config, source: Source | None, device: torch.device) -> Evaluated | None:
+    """What a run's encoder is evaluated with when it ends; None where there are no labels, or nobody asked.
+
+    Where the training images have labels and no test images are named, k-NN is tried on a tenth of 2,000 of them.
+    Raises ConfigError where the images that are named have no labels, or others than those they are to be tested on.
+    """
+    if (folders := probe_folders(config)) is not None:
+        try:
+            train, test, options = evaluation(config, folders, device)
+            match(train, test)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
+        return train, test, options
+    if not config.probe.enabled or source is None or not source.columns or len(source) < FEWEST:
+        return None
+    try:
+        whole, _, options = evaluation(config, (config.data.source, config.data.source), device)
+    except ValueError:  # training needs no labels
+        return None
+    if all(len(values.unique()) < 2 for values in whole.labels.values()):
+        return None
+    rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
+    cut = len(rows) // TESTED
+    test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
+    return train, test, replace(options, probes=("knn",))
 
 
 def untrained(config: Config, device: torch.device) -> Encode:

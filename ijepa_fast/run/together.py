@@ -12,7 +12,7 @@ import torch
 from ijepa_fast.run import pulse
 
 T = TypeVar("T")
-LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "refused", "nccl")
+LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "refused", "nccl", "fullmesh")
 HEAD_START = 2.0  # seconds in which the rank that met an error says it, before those that lost it do
 
 
@@ -49,6 +49,7 @@ def sentence(error: Exception) -> str | None:
     rank is gone, after that one had the time to say why.
     """
     rank = os.environ.get("RANK", "0")
+    name = pulse.name(int(rank))
     lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     if isinstance(error, RuntimeError) and not lost:
         return None
@@ -64,10 +65,10 @@ def sentence(error: Exception) -> str | None:
             return f"error: rank {rank} waited in vain for all {os.environ.get('WORLD_SIZE')} ranks to start: {said}"
         heard = pulse.last_heard()
         return (
-            f"error: rank {rank} lost another rank, which ended or was silent for engine.timeout seconds "
+            f"error: {name} lost another rank, which ended or was silent for engine.timeout seconds "
             f"({heard or 'which is not known'}): {said}"
         )
     if rank == "0":
         return f"error: {error}"
     time.sleep(HEAD_START)
-    return f"error: rank {rank}: {error}"
+    return f"error: {name}: {error}"
