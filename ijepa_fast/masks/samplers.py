@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # masks that do not fit are to be said before torch is import
 
     from ijepa_fast.kernels.mask_sampler import Key
 
+POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
 HIDDEN_SHARE = 0.5  # of the channels, under strategy=channels
 Range = tuple[float, float]
 Size = tuple[int, int]
@@ -353,3 +354,12 @@ def hidden_channels(mask: dict[str, Any], channels: int, foreign: bool) -> int:
     if channels < 2:
         raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
     return min(channels - 1, max(1, round(share * channels)))
+
+
+def sampler_of(mask: dict[str, Any], grid: Size) -> Sampler:
+    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
+    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
+    try:
+        return make_sampler(mask["strategy"], grid, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

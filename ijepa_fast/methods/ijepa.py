@@ -22,7 +22,7 @@ from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.channels import seen_channels
 from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
-from ijepa_fast.masks.samplers import Sampler, hidden_channels, make_sampler
+from ijepa_fast.masks.samplers import POLICY, hidden_channels, sampler_of
 from ijepa_fast.masks.views import directions
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
@@ -37,7 +37,6 @@ from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
-POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
 
 
 @dataclass
@@ -96,14 +95,14 @@ class IJEPA(Method[MaskDraw]):
             raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")
         hidden_channels(mask, setup.data.channels, setup.foreign)
         if ":" not in setup.mask.strategy:  # somebody else's are made with the method
-            _sampler(mask, setup)
+            sampler_of(mask, setup.grid)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
         self.policy: dict[str, Any] = {name: mask[name] for name in POLICY}
         self.hidden = hidden_channels(mask, setup.data.channels, setup.foreign)
-        self.sampler = _sampler(mask, setup)
+        self.sampler = sampler_of(mask, setup.grid)
         self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
@@ -300,15 +299,6 @@ def check_options(options: Options, depth: int) -> None:
     for words, holds in wrong.items():
         if holds:
             raise ConfigError(prefix + words)
-
-
-def _sampler(mask: dict[str, Any], setup: Setup) -> Sampler:
-    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
-    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
-    try:
-        return make_sampler(mask["strategy"], setup.grid, **options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def step_work(
