@@ -285,7 +285,7 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
         ("mae_cifar10", ["engine.target_precision=fp8"], ["engine.target_precision=fp8", "mae"]),
         ("mae_cifar10", ["engine.target_stream=true"], ["engine.target_stream=true", "mae"]),
         ("ibot_cifar10", ["objective.options.small_crops=0"], ["objective.options.small_crops", "at least 1"]),
-        ("quickstart", ["objective.options={masked: 0.5}"], ["objective.options.masked", "loss, target"]),
+        ("quickstart", ["objective.options={bottleneck: 5}"], ["objective.options.bottleneck", "loss, target"]),
         ("quickstart", ["model.predictor_dim=100"], ["model.predictor_dim=100", "model.heads=3"]),
         ("mae_cifar10", ["objective.options.masked=1"], ["objective.options.masked", "64 patches"]),
         ("mae_cifar10", ["model.predictor_dim=100"], ["model.predictor_dim=100", "multiple of 32"]),
