@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 # Processes that run tests side by side. Those that compare times run after them, alone.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: install train test test-faults test-gpu bench lint wheelhouse
+.PHONY: install train test test-faults test-machines test-gpu bench lint wheelhouse
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
@@ -26,6 +26,9 @@ test: install
 
 test-faults: install
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+test-machines: install
+	MACHINES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/machines $(ARGS)
 
 test-gpu: install
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)

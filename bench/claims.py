@@ -64,8 +64,10 @@ RUNS = (
     Run("iBOT B/16", "ibot", "vit_base", 16, 400, 1024, 64),
     Run("iBOT L/16", "ibot", "vit_large", 16, 250, 1024, 64),
     Run("DINO S/16", "dino", "vit_small", 16, 100, 512, 64, 8 * 42, "V100"),
+    Run("MSN S/16", "msn", "vit_small", 16, 800, 1024, 64),
     Run("data2vec B/16", "data2vec", "vit_base", 16, 800, 2048, 128),
     Run("BEiT B/16", "beit", "vit_base", 16, 800, 2048, 128),
+    Run("CAE B/16", "cae", "vit_base", 16, 300, 2048, 64),
     Run("SimMIM B/16", "simmim", "vit_base", 16, 800, 2048, 128),
 )
 OURS = RUNS[0]

@@ -4,23 +4,26 @@
     python bench/learning.py --data cifar10 --runs options,salt+xavier --seeds 0,1,2      # I-JEPA's options
     python bench/learning.py --data cifar10 --runs masks         # multiblock, rasterized, block, random
     python bench/learning.py --data cifar10 --runs ijepa,mae,ibot --seeds 0,1,2 --steps 600 optim.lr=5e-4
+    python bench/learning.py --data cifar10 --runs all --minutes 10 --seeds 0,1,2    # every method, equally long
 
 Every run is the trainer's own command on a config of configs/, with the same images, encoder, batch, steps and probes;
 augmentation and optimiser are each method's. A checkpoint is kept at fixed iterations, and linear and k-NN probes read
 the encoder it leaves: the average over patches of its features, or of iBOT the class token. Results are in --out:
 learning.json, learning.md and learning.png, of the runs that are named; one that was finished is not run again, its
-checkpoints are gone by then.
+checkpoints are gone by then. A method of tokens gets a tokenizer that is fitted to the training images, in --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +35,13 @@ import numpy as np
 import torch
 
 from ijepa_fast.config import Config, ConfigError, load_config
+from ijepa_fast.data import size_of
 from ijepa_fast.data.sources import open_source
-from ijepa_fast.engine.engine import choose_device
+from ijepa_fast.engine.engine import DTYPES, choose_device
+from ijepa_fast.engine.precision import choose_precision
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import against, figures_of
+from ijepa_fast.eval.tokens import main as fit_tokenizer
 from ijepa_fast.interop.load import load
 from ijepa_fast.methods.method import METHODS
 from ijepa_fast.report.plots import COLOURS, read_log
@@ -55,6 +61,7 @@ RUNS = {
     "pixels": ("cifar10", ["objective.options.target=pixels", "objective.options.loss=l2"]),
     "ibot": ("ibot_cifar10", ["model.patch=4"]),  # as the others have
     "dino": ("dino_cifar10", ["model.patch=4"]),
+    "msn": ("msn_cifar10", ["model.patch=4"]),
 }
 # Every other method by its own config.
 RUNS |= {name: (f"{name}_cifar10", []) for name in METHODS if name not in RUNS}
@@ -82,6 +89,8 @@ for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 
     }
 GROUPS = {"options": ("mae", "ijepa", *OPTIONS), "masks": MASKS, "methods": ("ijepa", "mae", "pixels"), "all": METHODS}
 BATCHES = 20  # whose work is averaged
+TIMED = 3  # steps, after one more, that say how many fit into --minutes
+OTHER_SHARE = 0.15  # of a step beside forward and backward: optimiser, average, data
 HEADS = ("linear", "20-NN")  # probes in the table and the plot
 
 
@@ -181,6 +190,64 @@ def work_per_image(config: Config) -> float:
     return sum(method.work(draw(step)).total for step in range(BATCHES)) / BATCHES / config.batch_size / 1e9
 
 
+def tokens(config: Config, train: Path, out: Path) -> list[str]:
+    """The key that gives `config` its tokenizer, fitted to the images of `train` where it is not in `out`; or none."""
+    method = build_method(config)
+    if not hasattr(method.options, "tokenizer"):
+        return []
+    patch, count = method.options.token_patch, method.options.vocabulary
+    size = max(method.setup.grid) * patch
+    path = out / f"tokens-{count}-of-{patch}.safetensors"
+    if not path.is_file():
+        options = ["--source", str(train), "--patch", str(patch), "--size", str(size), "--vocabulary", str(count)]
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            failed = fit_tokenizer([*options, "--out", str(path)])
+        if failed:
+            raise RuntimeError("no tokenizer could be fitted, see above")
+    return [f"objective.options.tokenizer={path}"]
+
+
+def steps_in(minutes: float, name: str, preset: Preset, data: Path, out: Path, extra: list[str]) -> int:
+    """Steps of a run in so many minutes of training on this machine: timed once, and kept in `out`."""
+    if "salt" in name.split("+"):
+        raise ConfigError(f"--minutes: {name} has a teacher that is not there when steps are timed; give --steps")
+    kept = out / f"{name}-steps.json"
+    if kept.is_file() and (found := json.loads(kept.read_text()))["minutes"] == minutes:
+        return found["steps"]
+    images = len(open_source(data / "train", cache=out / "index"))
+    base, changes = changes_of(name) or RUNS["ijepa"]
+    given = [
+        "name=timed",
+        *changes,
+        *overrides_of(preset, images),
+        *method_overrides(name, preset, images),
+        *extra,
+    ]
+    config = load_config(ROOT / "configs" / f"{base}.yaml", given)
+    config = load_config(ROOT / "configs" / f"{base}.yaml", [*given, *tokens(config, data / "train", out)])
+    device = choose_device(config.engine.device)
+    method, precision = build_method(config), choose_precision(config.engine.precision, device).name
+    for network in method.networks.values():
+        network.to(device, DTYPES[precision])
+    method.carried = {key: value.to(device) for key, value in method.carried.items()}
+    views = method.views()
+    sides = [size_of(view.crop) for view in views] or [method.setup.data.size]
+    drawn = [torch.randint(256, (preset.batch, *side, 3), dtype=torch.uint8, device=device) for side in sides]
+    for step in range(1 + TIMED):
+        if step == 1:
+            start = time.perf_counter()
+        loss, _ = method(drawn if views else drawn[0], method.draw(preset.batch, 0, step).to(device))
+        loss.backward()
+        method.zero_grad()
+        loss.item()  # waits for the device
+    seconds = (time.perf_counter() - start) / TIMED * (1 + OTHER_SHARE)
+    steps = max(preset.probes, round(60 * minutes / seconds))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"minutes": minutes, "steps": steps, "seconds_per_step": seconds}))
+    return steps
+
+
 def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list[str]) -> dict:
     """Train and probe one run -> its record, also kept in its folder. What was finished before is read from there."""
     folder = out / f"{name}-{seed}"
@@ -202,6 +269,7 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
         raise ConfigError(f"{folder} holds a run with other settings or of an earlier version; give another --out")
     paths = [f"data.source={data / 'train'}", f"probe.test={data / 'test'}", f"runs={out}", f"name={name}-{seed}"]
     path, overrides = ROOT / "configs" / f"{base}.yaml", paths + settings
+    overrides += tokens(load_config(path, overrides), data / "train", out)
     config = load_config(path, overrides)
     command = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", str(path), *overrides]
     print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
@@ -296,6 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", default="methods", help=f"of {', '.join([*RUNS, *OPTIONS, *GROUPS])}, with commas")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, help="of training, in place of --steps: timed for each run")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--probes", type=int, help="along a run, beside the one before it")
     parser.add_argument("--images", type=int, help="a probe trains on, and is tested on")
@@ -311,6 +380,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         given["seeds"] = tuple(int(seed) for seed in args.seeds.split(","))
     if given.get("images", 20) < 20:
         parser.error(f"--images: expected at least 20, the neighbours that vote, got {args.images}")
+    if args.minutes is not None and (args.steps or args.minutes <= 0):
+        parser.error(f"--minutes: expected more than 0 and no --steps beside it, got {args.minutes}")
     args.runs, args.preset = names, replace(PRESETS[args.preset], **given)
     return args
 
@@ -321,8 +392,13 @@ def main(argv: list[str] | None = None) -> int:
     out, data = args.out.resolve(), args.data.resolve()
     records = []
     try:
+        presets = dict.fromkeys(args.runs, args.preset)
+        if args.minutes:
+            for name in args.runs:
+                steps = steps_in(args.minutes, name, args.preset, data, out, args.overrides)
+                presets[name] = replace(args.preset, steps=steps)
         for seed in args.preset.seeds:
-            records += [run(name, seed, args.preset, data, out, args.overrides) for name in args.runs]
+            records += [run(name, seed, presets[name], data, out, args.overrides) for name in args.runs]
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

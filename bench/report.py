@@ -9,8 +9,8 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, claims, learning (bench/data.py's, claims.py's, learning.py's). A file that is not there makes a
-table which says so.
+--breakdown), data, formats, claims, learning, host (of the JSON of the program of that name). A file that is not there
+makes a table which says so.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -201,6 +201,37 @@ def data_table(result: dict) -> list[str]:
     return lines
 
 
+def formats(path: Path) -> list[str]:
+    """The tables that bench/formats.py prints."""
+    return formats_table(json.loads(path.read_text())) if path.is_file() else [_missing(path)]
+
+
+def formats_table(result: dict) -> list[str]:
+    """Images/s of each format, of the loader and a plain DataLoader, and of an earlier revision's loader."""
+    shown = ("threads", "crop", "size", "channels", "batch_size")
+    facts = ", ".join(f"{name.replace('_', ' ')} {result[name]}" for name in shown)
+    lines = [f"{result['device']}; {result['versions']}; commit {result['commit']}; {facts}.", ""]
+    lines += _head(("format", "loader, images/s", "plain DataLoader", "times as many", "a CPU second"))
+    for row in result["formats"]:
+        if "failed" in row:
+            lines.append(f"| {row['format']} | failed: {row['failed']} | | | |")
+            continue
+        rates = row["images_per_second"]
+        cells = [row["format"], f"{rates['loader']:.0f}", f"{rates['plain']:.0f}"]
+        cells += [f"{row['loader_over_plain']:.2f}", f"{row['loader_over_plain_by_cpu_time']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    compared = [row for row in result["formats"] if "against" in row]
+    if compared:
+        commit = compared[0]["against"]["commit"]
+        lines += ["", *_head(("RGB", "images/s", f"at {commit}", "times as many", "a CPU second"))]
+    for row in compared:
+        found = row["against"]
+        cells = [row["format"], *(f"{found['images_per_second'][when]:.0f}" for when in ("now", "then"))]
+        cells += [f"{found['now_over_then']:.3f}", f"{found['now_over_then_by_cpu_time']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def claims(path: Path) -> list[str]:
     """The tables that bench/claims.py prints."""
     from bench.claims import table
@@ -241,6 +272,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "claims": claims,
     "learning": learning,
     "data": data,
+    "formats": formats,
     "host": host,
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from ijepa_fast.config import Config, ConfigError, Data, Mask, Model, parse_options
+from ijepa_fast.config import ConfigError, Data, Engine, Mask, Model, parse_options
 
 CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")  # of methods, see methods/method.py
 
@@ -26,7 +26,7 @@ class Setup:
     mask: Mask = field(default_factory=Mask)
     options: Any = field(default_factory=dict)  # a mapping, or the method's Options
     steps_per_epoch: int = 1
-    batch: int | None = None  # images of a micro-batch over all ranks, where they are known
+    micro_batch: int | None = None  # images of a micro-batch over all ranks, where that is known
     foreign: bool = True  # whether masks of somebody else's module may be imported
 
     @property
@@ -84,9 +84,8 @@ def check_method(
     return options
 
 
-def check_capabilities(config: Config, capabilities: Collection[str]) -> None:
-    """ConfigError where the run wants what its method, which has `capabilities`, cannot do."""
-    engine = config.engine
+def check_capabilities(method: str, engine: Engine, capabilities: Collection[str]) -> None:
+    """ConfigError where `engine` wants what the method, which has `capabilities`, cannot do."""
     wanted = {
         "graphs": ("engine.cuda_graphs=on", engine.cuda_graphs == "on"),
         "fp8": ("engine.target_precision=fp8", engine.target_precision == "fp8"),
@@ -95,9 +94,7 @@ def check_capabilities(config: Config, capabilities: Collection[str]) -> None:
     for capability, (setting, on) in wanted.items():
         if on and capability not in capabilities:
             key = setting.partition("=")[0]
-            raise ConfigError(
-                f"{setting}: objective.method={config.objective.method} cannot do it; leave {key} at its default"
-            )
+            raise ConfigError(f"{setting}: objective.method={method} cannot do it; leave {key} at its default")
 
 
 def check_samples(batch: int | None, kind: str = "sigreg") -> None:

@@ -183,10 +183,10 @@ def _check_method(config: Config, path: Path) -> None:
         says = partly.read(path, "Method", ("Options", "check", "reads_mask", "capabilities"))
     except partly.HeavyError:  # said when the method is built
         return
-    check_capabilities(config, says.get("capabilities", ()))
+    check_capabilities(config.objective.method, config.engine, says.get("capabilities", ()))
     check = partial(says["check"], None) if "check" in says else None
-    batch = config.batch_size // config.engine.accumulation
-    setup = Setup(config.model, config.data, config.mask, config.objective.options, batch=batch)
+    images = config.batch_size // config.engine.accumulation
+    setup = Setup(config.model, config.data, config.mask, config.objective.options, micro_batch=images)
     check_method(config.objective.method, setup, says.get("Options", NoOptions), says.get("reads_mask", False), check)
 
 

@@ -26,12 +26,12 @@ class HeavyError(Exception):
 def read(path: Path, base: str, members: Collection[str]) -> dict[str, Any]:
     """What the subclass of `base` in the module at `path` gives to the names `members`, those that it defines.
 
-    Class methods become functions with the class, which is None, as their first argument. Raises HeavyError where one
-    of them needs what is not LIGHT.
+    A base whose name ends in `base`, TokenMethod say, is one too. Class methods become functions with the class, which
+    is None, as their first argument. Raises HeavyError where one of them needs what is not LIGHT.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     statements = {name: statement for statement in tree.body for name in _defines(statement)}
-    owners = [x for x in tree.body if isinstance(x, ast.ClassDef) and any(_names(y, base) for y in x.bases)]
+    owners = [x for x in tree.body if isinstance(x, ast.ClassDef) and any(_ends(y, base) for y in x.bases)]
     inside = [statement for owner in owners for statement in owner.body]
     found = {name: statement for statement in inside for name in _defines(statement) if name in members}
     for name, statement in found.items():
@@ -52,9 +52,14 @@ def read(path: Path, base: str, members: Collection[str]) -> dict[str, Any]:
 
 
 def _names(value: ast.expr, name: str) -> bool:
-    """Whether it is that name, or something of it in brackets."""
-    value = value.value if isinstance(value, ast.Subscript) else value
+    """Whether it is that name."""
     return isinstance(value, ast.Name) and value.id == name
+
+
+def _ends(value: ast.expr, end: str) -> bool:
+    """Whether it is a name that ends so, or something of it in brackets."""
+    value = value.value if isinstance(value, ast.Subscript) else value
+    return isinstance(value, ast.Name) and value.id.endswith(end)
 
 
 def _defines(statement: ast.stmt) -> Iterator[str]:
@@ -92,6 +97,6 @@ def _reads(statement: ast.AST) -> Iterator[str]:
     else:
         parts = [*ast.iter_child_nodes(statement)]
     for part in parts:
-        if isinstance(part, ast.Name):
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load):
             yield part.id
         yield from _reads(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from ijepa_fast.config import Optim
 from ijepa_fast.engine.optim import decays
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.masks.blocks import lay_out
-from ijepa_fast.methods import beit, data2vec, simmim
+from ijepa_fast.methods import beit, cae, data2vec, simmim
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.relative import relative_index
 from tests.parity import RAW, patches_of, relative_error
@@ -47,6 +48,16 @@ def gradients(method: Method, archive, ours) -> dict[str, float]:
     for name, golden in tensors(archive, "grad/").items():
         param = method.get_parameter(ours(name))
         errors[f"grad/{name}"] = relative_error(param.grad.view(golden.shape), golden)
+    return errors
+
+
+def rounding(method: Method, archive, names, ours) -> dict[str, float]:
+    """Errors, beside the largest gradient of all, of gradients that are 0 but for rounding. names: in the archive."""
+    scale = max(float(param.grad.abs().max()) for param in method.parameters())
+    errors = {}
+    for name in names:
+        difference = method.get_parameter(ours(name)).grad - torch.from_numpy(archive[f"grad/{name}"])
+        errors[f"grad/{name}"] = float(difference.abs().max()) / scale
     return errors
 
 
@@ -194,3 +205,65 @@ def parity_beit(archive) -> dict[str, float]:
     errors |= gradients(model, archive, masked_name)
     errors["grad_norm"] = relative_error(take_step(model, config), archive["grad_norm"])
     return errors | moved(archive, {"model/": lambda name: model.get_parameter(masked_name(name))})
+
+
+def cae_name(name: str) -> str:
+    """A parameter of CAE's network by its name here."""
+    moves = {
+        "encoder_to_regresser_norm.": "regressor.embed_norm.",
+        "encoder_to_regresser.": "regressor.embed.",
+        "regresser.": "regressor.",
+        "mask_token": "regressor.mask_token",
+    }
+    old = next((old for old in moves if name.startswith(old)), "")
+    return moves.get(old, "") + name.removeprefix(old)
+
+
+def parity_cae(archive) -> dict[str, float]:
+    """Positions, encoder, latents and their targets, logits, both terms, every gradient, and the step."""
+    config = config_of(archive)
+    options = cae.Options(
+        vocabulary=config["vocab"],
+        masked=config["masked"],
+        width=config["decoder_dim"],
+        heads=config["decoder_heads"],
+        regressor_depth=config["regressor_depth"],
+        decoder_depth=config["decoder_depth"],
+        alignment=config["align_loss_weight"],
+        drop_path=0.0,
+        layer_scale=config["layer_scale"],
+    )
+    model = cae.CAE(setup_of(*set_sides(archive, config), options=options, **RAW))
+    golden = {cae_name(name): tensor for name, tensor in tensors(archive, "model/").items()}
+    model.load_state_dict({name: golden[name] for name in model.state_dict()})
+    lag = copy.deepcopy(model.encoder)  # of the first step alone: afterwards it is the encoder
+    load(lag, tensors(archive, "model/alignment_encoder."))
+    images, mask = torch.from_numpy(archive["images"]), archive["bool_masked_pos"]
+    draw = cae.with_visible(lay_out(mask.reshape(len(images), -1)))
+    patches, places = patches_of(images, config["patch"]), model.places(draw)
+    visible = model.visible(patches, draw)
+    latents, targets = model.latents(visible, draw, places), model.targets(patches, draw, encoder=lag)
+    logits = model.decoder(latents, places[0], draw.images)
+    model.targets = lambda patches, draw, keep: targets
+    classes, squares = model.losses(patches, torch.from_numpy(archive["tokens"]).flatten(), draw)
+    loss = classes + options.alignment * squares
+    loss.backward()
+    errors = {
+        "pos_embed": relative_error(
+            model.encoder._positions(model.encoder.grid)[None], archive["model/encoder.pos_embed"]
+        ),
+        "rd_pos_embed": relative_error(model.regressor.positions[None], archive["model/rd_pos_embed"][:, 1:]),
+    }
+    found = {"encoder_out": visible, "latent_predict": latents, "latent_target": targets, "logits": logits}
+    found |= {"loss_main": classes, "loss_mse": squares, "loss_align": options.alignment * squares, "loss": loss}
+    errors |= {name: relative_error(value.view(archive[name].shape), archive[name]) for name, value in found.items()}
+    errors |= gradients(model, archive, cae_name)
+    # What is added to all keys alike changes no attention.
+    keys = [name for name in tensors(archive, "grad/") if name.endswith("norm1_k.bias")]
+    errors |= rounding(model, archive, keys, cae_name)
+    errors["grad_norm"] = relative_error(take_step(model, config), archive["grad_norm"])
+
+    def ours(name: str) -> torch.Tensor:
+        return model.get_parameter(cae_name(name.replace("alignment_encoder.", "encoder.")))
+
+    return errors | moved(archive, {"model/": ours})

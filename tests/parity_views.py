@@ -10,16 +10,17 @@ import numpy as np
 import torch
 
 from ijepa_fast.config import Optim
-from ijepa_fast.engine.clipping import ClipEach
+from ijepa_fast.engine.clipping import ClipEach, ClipTogether
 from ijepa_fast.engine.partitions import Fragment, Partition
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.kernels.sigreg.reference import knots
+from ijepa_fast.masks import anchors
 from ijepa_fast.masks.crops import LARGE, lay_out, teacher_temperature
-from ijepa_fast.methods import dino, lejepa
+from ijepa_fast.methods import dino, lejepa, msn
 from ijepa_fast.methods.method import Method
 from tests.parity import RAW, patches_of, relative_error
-from tests.parity_masked import config_of, gradients, load, moved, set_sides, tensors
+from tests.parity_masked import config_of, gradients, load, moved, rounding, set_sides, tensors
 from tests.small import optimizer_of, setup_of
 
 
@@ -134,3 +135,116 @@ def parity_sigreg(archive) -> dict[str, float]:
         (gradient,) = torch.autograd.grad(value, projections, retain_graph=True)
         errors[f"dproj/{name}"] = relative_error(gradient, get[f"dproj/{name}"])
     return errors
+
+
+# What batch norm makes of these is the same whatever they are: their gradients are 0 but for rounding.
+WITHOUT_GRADIENT = ("norm.bias", "fc.fc1.bias", "fc.fc2.bias")
+
+
+def msn_name(name: str) -> str:
+    """A parameter of MSN's network, or its prototypes, by its name here."""
+    if name == "prototypes":
+        return "prototypes.weight"
+    return name.replace("fc.", "head.", 1) if name.startswith("fc.") else f"encoder.{name}"
+
+
+def parity_msn(archive) -> dict[str, float]:
+    """Embeddings, targets, terms and their gradients, every gradient, running statistics, schedules, and the step."""
+    config = config_of(archive)
+    large, small = config["rand_views"], config["focal_views"]
+    if config["focal"] == config["image"]:  # published: views are told by their size alone
+        large, small = large + small, 0
+    options = msn.Options(
+        anchors=large,
+        small_anchors=small,
+        patch_drop=config["patch_drop"],
+        hidden=config["hidden"],
+        out=config["out"],
+        prototypes=config["num_proto"],
+        temperature=config["temperature"],
+        sharpening=config["sharpen"],
+        sinkhorn=msn.Options.sinkhorn if config["use_sinkhorn"] else 0,
+        me_max=config["memax_weight"],
+        entropy=config["ent_weight"],
+    )
+    model = msn.MSN(setup_of(*set_sides(archive, config), options=options, **RAW))
+    for networks, prefix in ((model.trained, "encoder/"), (model.averaged, "target_encoder/")):
+        load(networks["encoder"], tensors(archive, prefix))
+        load(networks["head"], tensors(archive, prefix + "fc."))
+    load(model.prototypes, {"weight": torch.from_numpy(archive["prototypes"])})
+    network_of = {"head": "encoder", "target_head": "target_encoder"}
+    kinds = {"mean": "running_mean", "variance": "running_var"}
+    published_of = {
+        f"{head}.{norm}.{kind}": f"{network}/fc.{norm}.{name}"
+        for head, network in network_of.items()
+        for norm in msn.NORMS
+        for kind, name in kinds.items()
+    }
+    model.carried = {ours: torch.from_numpy(archive[name].copy()) for ours, name in published_of.items()}
+    views = [torch.from_numpy(archive[f"view{i}"]) for i in range(1 + large + small)]
+    patches = [patches_of(view, config["patch"]) for view in views]
+    focal = torch.cat(patches[1 + large :]) if small else None
+    side = config["image"] // config["patch"]
+    kept = archive["kept_patches"] if config["patch_drop"] else np.arange(side**2)
+    focal_side = config["focal"] // config["patch"]
+    draw = anchors.lay_out(len(views[0]), kept, large, small, (side, side), (focal_side, focal_side))
+    drawn = model.draw(2, 0, 0)
+
+    embedding = model.target_embedding(patches[0], draw)
+    found = model.anchor_embeddings(torch.cat(patches[1 : 1 + large]), focal, draw)
+    found.retain_grad()
+    targets = model.assignments(embedding)
+    loss = model.loss_of(found, targets)[0]
+    moved_statistics = dict(model.carried)
+    errors = {
+        "targets_embedding": relative_error(embedding, archive["targets_embedding"]),
+        "anchors": relative_error(found, archive["anchors"]),
+        "targets_before_sinkhorn": relative_error(model.sharpened(embedding), archive["targets_before_sinkhorn"]),
+        "targets": relative_error(targets, archive["targets"]),
+        "loss": relative_error(loss, archive["loss"]),
+        "kept patches": relative_error(len(drawn.kept), len(kept)),
+    }
+    # Each term by itself: its value, and its gradient for the embeddings.
+    weights = {"ploss": (0.0, 0.0), "me_max": (1.0, 0.0), "ent": (0.0, 1.0)}
+    only = {}
+    for name, (model.options.me_max, model.options.entropy) in weights.items():
+        point = found.detach().requires_grad_()
+        total, parts = model.loss_of(point, targets)
+        (only[name],) = torch.autograd.grad(total, point)
+        value = parts[{"ploss": "cross_entropy", "me_max": "me_max", "ent": "entropy"}[name]]
+        errors[f"loss_{name}"] = relative_error(value, archive[f"loss_{name}"])
+        gradient = only[name] if name == "ploss" else only[name] - only["ploss"]
+        errors[f"dz/{name}"] = relative_error(gradient, archive[f"dz/{name}"])
+    model.options.me_max, model.options.entropy = options.me_max, options.entropy
+    loss.backward()
+    errors |= gradients(model, archive, lambda name: msn_name(name.removeprefix("encoder/")))
+    names = [f"encoder/{name}" for name in WITHOUT_GRADIENT]
+    errors |= rounding(model, archive, names, lambda name: msn_name(name.removeprefix("encoder/")))
+    for ours, name in published_of.items():
+        errors[f"after/{name}"] = relative_error(moved_statistics[ours], archive[f"after/{name}"])
+    schedule = Schedule(Optim(epochs=10, warmup_epochs=2, horizon=1.25), 3)
+    steps = range(len(archive["schedule/lr"]))
+    errors |= {
+        "schedule/lr": relative_error([schedule.learning_rate(i) for i in steps], archive["schedule/lr"]),
+        "schedule/wd": relative_error([schedule.decay(i) for i in steps], archive["schedule/wd"]),
+        "lr": relative_error(schedule.learning_rate(0), archive["lr"]),
+        "wd": relative_error(schedule.decay(0), archive["wd"]),
+    }
+    optimizer = optimizer_of(model, lr=float(archive["lr"]), momentum=config["momentum"])
+    for group in optimizer.param_groups:
+        group["weight_decay"] = float(archive["wd"]) if group["decay"] else 0.0
+    clipped = [p.grad for group in optimizer.param_groups if group["clip"] for p in group["params"]]
+    errors["grad_norm"] = relative_error(torch.stack([g.norm() for g in clipped]).norm(), archive["grad_norm"])
+    optimizer.clip = ClipTogether(True, config["clip"], lambda: clipped)
+    optimizer.step()
+    averages = {f"{network}.{k}": p for network, m in model.averaged.items() for k, p in m.named_parameters()}
+
+    def stays(name: str) -> bool:
+        return "running" in name or name in WITHOUT_GRADIENT
+
+    after = {
+        "encoder/": lambda name: None if stays(name) else model.get_parameter(msn_name(name)),
+        "target_encoder/": lambda name: None if stays(name) else averages[msn_name(name)],
+        "prototypes": lambda name: model.prototypes.weight,
+    }
+    return errors | moved(archive, after)

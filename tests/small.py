@@ -66,7 +66,8 @@ def loss_of(method: Method, images, draw) -> torch.Tensor:
 
 def optimizer_of(method: Method, **options) -> AdamWEMA:
     """The engine's optimiser on the whole parameters of `method`, whose averages hold the optimiser's."""
-    optimizer = AdamWEMA(parameter_groups(method.trained, method.averaged, method.undecayed), **options)
+    groups = parameter_groups(method.trained, method.averaged, method.undecayed, method.unclipped)
+    optimizer = AdamWEMA(groups, **options)
     for name, average in method.averaged.items():
         for param, target in zip(method.trained[name].parameters(), average.parameters(), strict=True):
             optimizer.tie(param, target)

@@ -44,7 +44,7 @@ def refusal(path) -> str:
 KINDS = {
     "data_batch_1": (pickle.dumps({"data": 1}), "a Python pickle"),
     "train-images-idx3-ubyte": (struct.pack(">IIII", 2051, 1, 2, 2) + bytes(4), "an IDX file"),
-    "a.parquet": (b"PAR1" + bytes(20), "a Parquet file"),
+    "a.parquet": (b"PAR1\x15" + bytes(20), "a Parquet file"),
     "a.fits": (b"SIMPLE  =                    T", "a FITS file"),
     "a.dcm": (bytes(128) + b"DICM", "a DICOM file"),
     "a.heic": (b"\0\0\0\x18ftypheic" + bytes(9), "a HEIC image"),

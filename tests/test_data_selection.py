@@ -235,7 +235,7 @@ PAGE = b"\n <!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("a.tar.gz", PAGE, "no gzip file"),
+        ("a.tar.gz", PAGE, "expected a gzip-compressed tar file, got an HTML page"),
         ("a.tgz", archive("tgz")[:60], "cut short"),
         ("a.tar", archive("tgz"), "no tar header at byte 0; .* got a gzip-compressed file"),
         ("a.tar.part", archive("tar"), "a tar archive"),

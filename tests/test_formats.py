@@ -327,15 +327,45 @@ def test_rasters_say_what_they_cannot_give(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bench_of_formats_runs(tmp_path):
+def test_the_bench_of_formats_runs(tmp_path, capsys):
+    """And against a checkout, which here is this one."""
+    pytest.importorskip("sklearn")
+    from bench import formats, report
+
+    sizes = ["--count", "8", "--size", "64", "--large", "256", "--crop", "32", "--batch-size", "4", "--threads", "1"]
+    path = tmp_path / "x.json"
+    built = bool(list((formats.ROOT / "ijepa_fast").glob("_C*.so")))
+    more = ["--against", str(formats.ROOT)] if built else []
+    assert formats.main([*sizes, *more, "--seconds", "0.05", "--rounds", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["formats"]
+    assert [row["format"] for row in rows] == ["jpg", "png", "tif", "npy", "h5", "zarr", "windows of a large tif"]
+    assert all(rate > 0 for row in rows for rate in row["images_per_second"].values())
+    assert [row["format"] for row in rows if "against" in row] == (["jpg", "png"] if built else [])
+    shown = "\n".join(report.formats(path))
+    assert "| windows of a large tif |" in shown
+    assert shown in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected a checkout with its extension built"):
+        formats.main([*sizes, "--against", str(tmp_path), "--json", str(path)])
+
+
+def test_a_format_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     from bench import formats
 
-    sizes = ["--count", "8", "--size", "64", "--large", "256", "--crop", "32", "--batch-size", "4", "--threads", "1"]
-    formats.main([*sizes, "--seconds", "0.05", "--rounds", "1", "--json", str(tmp_path / "x.json")])
-    rows = json.loads((tmp_path / "x.json").read_text())["formats"]
-    assert [row["format"] for row in rows] == ["jpg", "png", "tif", "npy", "h5", "zarr", "windows of a large tif"]
-    assert all(rate > 0 for row in rows for rate in row["images_per_second"].values())
+    turns = []
+
+    def some_fail(pair, seconds, rounds):
+        turns.append(pair)
+        if len(turns) == 3:
+            raise OSError("no such codec")
+        return {name: [(2.0, 1.0)] for name in pair}
+
+    monkeypatch.setattr(formats, "measure", some_fail)
+    arguments = ["--count", "2", "--size", "16", "--large", "64", "--json", str(tmp_path / "x.json")]
+    assert formats.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "| tif | failed: OSError: no such codec" in out
+    assert "| npy | 2 | 2 | 1.00 | 1.00 |" in out
 
 
 def test_labels_from_a_map_of_classes(tmp_path):

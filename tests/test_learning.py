@@ -71,13 +71,14 @@ def photos(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_command_trains_probes_and_does_nothing_twice(tmp_path, photos, capsys, monkeypatch):
-    options = ["--data", str(photos), "--runs", "mae,random", "--preset", "cpu", "--out", str(tmp_path)]
+    options = ["--data", str(photos), "--runs", "mae,random,cae", "--preset", "cpu", "--out", str(tmp_path)]
     options += ["--steps", "4", "--batch", "8", "--probes", "2", "--images", "40", "--seeds", "0"]
     options += ["model.dim=32", "model.depth=2", "model.heads=2", "model.predictor_depth=1"]
     assert learning.main(options) == 0
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "learning.json").read_text())
-    assert [record["run"] for record in result["records"]] == ["mae", "random"]
+    assert [record["run"] for record in result["records"]] == ["mae", "random", "cae"]
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["tokens-512-of-4.safetensors"]
     for record in result["records"]:
         points = record["points"]
         assert [point["step"] for point in points] == [0, 2, 4]
@@ -139,6 +140,23 @@ def test_every_option_is_a_run_of_i_jepas(name):
         options = build_method(found).options
         assert options != build_method(load_config(base, [])).options or found.data.flip
     assert learning.changes_of(f"{name}+nothing") is None
+
+
+def test_steps_fit_into_the_minutes(tmp_path, photos):
+    """Timed once; twice the time is twice the steps."""
+    tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "model.predictor_depth=1", "engine.precision=fp32"]
+    preset = Preset(steps=4, batch=4, probes=2, images=20, seeds=(0,))
+    steps = learning.steps_in(1.0, "cae", preset, photos, tmp_path, tiny)
+    assert steps == learning.steps_in(1.0, "cae", preset, photos, tmp_path, tiny)
+    kept = json.loads((tmp_path / "cae-steps.json").read_text())
+    assert steps == round(60 / kept["seconds_per_step"]) > 100
+
+
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "1", "--steps", "5"]])
+def test_minutes_that_cannot_be_are_named(options, capsys):
+    with pytest.raises(SystemExit):
+        learning.main(["--data", ".", *options])
+    assert "--minutes: expected more than 0 and no --steps beside it" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_exist_is_named(capsys):

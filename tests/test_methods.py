@@ -41,6 +41,10 @@ TRIED = {
     "simmim": ("simmim_cifar10", ["mask.min_keep=null"]),
     "data2vec": ("data2vec_cifar10", ["mask.min_keep=null", "objective.options={masked: 20, smallest: 4, layers: 2}"]),
     "beit": ("beit_cifar10", ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4}}"]),
+    "cae": (
+        "cae_cifar10",
+        ["mask.min_keep=null", f"objective.options={{{TOKENS}, masked: 20, smallest: 4, width: 16}}"],
+    ),
     "dino": (
         "dino_cifar10",
         [
@@ -52,21 +56,32 @@ TRIED = {
         "lejepa_cifar10",
         ["mask.min_keep=null", "objective.options={views: 3, slices: 16, bottleneck: 16, hidden: 32, embedding: 8}"],
     ),
+    "msn": (
+        "msn_cifar10",
+        [
+            "mask.min_keep=null",
+            "objective.options={small_anchors: 2, patch_drop: 0.3, hidden: 16, out: 8, prototypes: 32, drop_path: 0.1}",
+        ],
+    ),
     "toy": ("mae_cifar10", ["mask.min_keep=null", "objective.method=tests.toy_method"]),
 }
 HEADED = ["target_encoder", "target_head"]
-CARRIED = {"ibot": 2, "dino": 1, "toy": 1}  # tensors that lie in a checkpoint beside the weights
+CARRIED = {"ibot": 2, "dino": 1, "msn": 8, "toy": 1}  # tensors that lie in a checkpoint beside the weights
 AVERAGED = {
     "mae": [],
     "simmim": [],
     "beit": [],
     "lejepa": [],
+    "cae": [],
     "ibot": HEADED,
     "dino": HEADED,
+    "msn": HEADED,
 }  # where not the encoder alone
-BY_CLASS = {"ibot", "dino", "lejepa"}  # read by the class token
+BY_CLASS = {"ibot", "dino", "msn", "lejepa"}  # read by the class token
+# What batch norm takes out again: the gradient is rounding, and Adam makes steps of that.
+UNMOVED = {"msn": {"encoder.norm.bias", "head.fc1.bias", "head.fc2.bias"}}
 NO_CLASS_TOKEN = {"ijepa", "toy"}
-BEITS = {"simmim", "data2vec", "beit"}  # whose encoder has no key bias: a BeitModel
+BEITS = {"simmim", "data2vec", "beit", "cae"}  # whose encoder has no key bias: a BeitModel
 OTHERS = [name for name in TRIED if name != "ijepa"]  # what the trainer's own tests do not train
 
 
@@ -136,7 +151,7 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2), ("lejepa", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2), ("msn", 2), ("lejepa", 2)])
 def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
     """Of iBOT and DINO on two ranks, whose centres are one; of DINO with each parameter's gradient clipped."""
     options = ("optim.steps=3",)
@@ -147,7 +162,8 @@ def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
     weights = [load_file(f / "checkpoints" / "step-00000003" / "weights.safetensors") for f in folders]
     for key, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+        if key.removeprefix("target_") not in UNMOVED.get(name, ()):
+            torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow

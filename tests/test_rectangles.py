@@ -35,7 +35,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit", "ibot", "dino"])
+@pytest.mark.parametrize("name", ["mae", "simmim", "data2vec", "beit", "cae", "msn", "ibot", "dino"])
 def test_a_method_on_rectangles(name, photos, tmp_path):
     """Trained, counted for `plan`, loaded, probed, reported and exported; I-JEPA's are in test_any_images.py."""
     config, options = options_of(name, "data.crop=[32,48]", "optim.steps=2", "batch_size=4", f"runs={tmp_path}")
@@ -81,7 +81,7 @@ def test_a_view_may_be_a_rectangle(kind, tmp_path):
     assert (images.float().diff(dim=2).abs() <= 1).all()
 
 
-@pytest.mark.parametrize("name", ["ibot", "dino"])
+@pytest.mark.parametrize("name", ["ibot", "dino", "msn"])
 def test_small_crops_have_the_shape_of_large_ones(name):
     """Each side is 3/7 of a large crop's, in whole patches; masks and positions are of those grids."""
     config, options = options_of(name, "model.patch=8", "data.crop=[56,112]")

@@ -75,7 +75,7 @@ def test_with_data_loading_too(tmp_path, method):
 
     write_photos(tmp_path / "photos", 6, size=80)
     options = ["--method", method, "--impl", "fast", "--data", str(tmp_path / "photos"), "--threads", "1"]
-    if method in ("beit", "data2vec"):  # which hide 75 and 120 patches
+    if method in ("beit", "data2vec", "cae"):  # which hide 75, 120 and 98 patches
         options += ["--crop", "96"]
     result = throughput.run([*TINY, *QUICK, *options])
     assert [row["data"] for row in result["rows"]] == [False, True]

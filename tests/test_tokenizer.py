@@ -7,6 +7,7 @@ pytest.importorskip("safetensors")
 
 from ijepa_fast.config import ConfigError
 from ijepa_fast.methods import beit
+from ijepa_fast.methods.method import tokens_of
 from ijepa_fast.models.tokenizer import (
     fit_patches,
     load_tokenizer,
@@ -104,9 +105,9 @@ def test_another_file_of_tensors_is_named(tmp_path):
 def test_tokens_of_another_grid_or_vocabulary_are_named():
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     with pytest.raises(ConfigError, match=r"tokens of shape \(2, 2, 2\) and the grid of patches has \(2, 3, 3\)"):
-        beit.tokens_of(lambda x: torch.zeros(2, 2, 2, dtype=torch.int64), images, (3, 3), 4)
+        tokens_of(lambda x: torch.zeros(2, 2, 2, dtype=torch.int64), images, (3, 3), 4)
     with pytest.raises(ConfigError, match="gave token 4 and the head has 4"):
-        beit.tokens_of(lambda x: torch.full((2, 2, 2), 4), images, (2, 2), 4)
+        tokens_of(lambda x: torch.full((2, 2, 2), 4), images, (2, 2), 4)
 
 
 def test_the_command_fits_one_that_trains(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,10 +27,16 @@ def plain():
     kernels.use("auto")
 
 
-def random_images(method, images):
+def random_images(method, images, cells=None):
+    """Images, or a list of views, of noise; cells: on so many random colours along a side."""
     views = method.views()
     sides = [view.crop for view in views] or [method.setup.data.crop]
-    drawn = [torch.randint(256, (images, side, side, 3), dtype=torch.uint8) for side in sides]
+    drawn = []
+    for side in sides:
+        pixels = torch.randint(256, (images, 3, side, side)).float()
+        if cells:
+            pixels = (3 * F.interpolate(torch.randint(256, (images, 3, cells, cells)).float(), size=side) + pixels) / 4
+        drawn.append(pixels.permute(0, 2, 3, 1).to(torch.uint8).contiguous())
     return drawn if views else drawn[0]
 
 

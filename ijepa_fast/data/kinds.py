@@ -22,9 +22,9 @@ _BEGINNINGS = (
     (b"MM\0*", "a TIFF image"),
     (b"%PDF-", "a PDF document"),
     (b"\x89HDF", "an HDF5 file"),
-    (b"PAR1", "a Parquet file: open it in a function, data.source=module:function"),
-    (b"SIMPLE  =", "a FITS file: save its array as .npy, or give it by data.source=module:function"),
-    (b"MATLAB 5.0", "a MATLAB file: save its array as .npy or HDF5"),
+    (b"PAR1\x15", "a Parquet file: open it in a function, data.source=module:function"),
+    (b"SIMPLE  =      ", "a FITS file: save its array as .npy, or give it by data.source=module:function"),
+    (b"MATLAB 5.0 MAT-file", "a MATLAB file: save its array as .npy or HDF5"),
     *((b"\x80" + bytes([version]), "a Python pickle, which may hold code and is not read") for version in range(2, 6)),
     *((b"\0\0\x08" + bytes([axes]), "an IDX file, as MNIST's: save its array as .npy") for axes in range(1, 5)),
     (b"<svg", "an SVG drawing"),
@@ -53,6 +53,8 @@ def kind_of(head: bytes) -> str | None:
         return "a HEIC image: convert it to JPEG" if brand in _HEIC else "a video or another file of MPEG-4's form"
     if head[128:132] == b"DICM":
         return "a DICOM file: save its array as .npy, or give it by data.source=module:function"
+    if head[4:9] == b"\0\0\0\0{":
+        return "a safetensors file"
     if head[257:262] == b"ustar":
         return "a tar archive: its name should end in .tar"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML):

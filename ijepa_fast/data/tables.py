@@ -147,9 +147,11 @@ def read_list(path: str, extensions: tuple[str, ...]) -> tuple[list[str], list[s
 
 
 def _is_binary(path: str) -> str | None:
-    """What to call a file that holds a NUL byte near its beginning; None for others."""
+    """What to call a file that begins with many bytes that no text has; None for others."""
     with open(path, "rb") as file:
-        return "binary data of an unknown kind" if b"\0" in file.read(512) else None
+        head = file.read(512)
+    strange = sum(byte < 9 or 13 < byte < 32 for byte in head)
+    return "binary data of an unknown kind" if 4 * strange > len(head) else None
 
 
 def _split(line: str) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ import torch
 from ijepa_fast import config
 from ijepa_fast.config import ConfigError
 from ijepa_fast.cores import threads
-from ijepa_fast.engine.clipping import ClipEach
+from ijepa_fast.engine.clipping import ClipEach, ClipTogether
 from ijepa_fast.engine.graphs import CUDARecorder, Recorder
 from ijepa_fast.engine.interface import facing
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
@@ -79,9 +79,14 @@ def start(device: torch.device, timeout: int, store: Any = None) -> tuple[int, i
     if store is not None:
         if interface := facing(os.environ["MASTER_ADDR"]):
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        place, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         own = device if device.type == "cuda" else None
-        torch.distributed.init_process_group(backend, timeout=bound, store=store, device_id=own, **place)
+        # All ranks are there: they connect within `timeout`, and may then take their time to list images.
+        within = datetime.timedelta(seconds=min(timeout, RENDEZVOUS))
+        torch.distributed.init_process_group(
+            backend, timeout=within, store=store, rank=place, world_size=size, device_id=own
+        )
+        _bound_waits(max(timeout, RENDEZVOUS))
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=bound, auto_mpi_discovery=False)
     except RuntimeError as error:
@@ -145,9 +150,9 @@ class Engine:
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
             compile_blocks(*method.networks.values(), *method.frozen.values())
-        groups = parameter_groups(method.trained, method.averaged, method.undecayed)
+        groups = parameter_groups(method.trained, method.averaged, method.undecayed, method.unclipped)
         self.optimizer = AdamWEMA(
-            [{name: group[name] for name in ("params", "ema", "decay")} for group in groups],
+            [{name: group[name] for name in ("params", "ema", "decay", "clip")} for group in groups],
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
         )
@@ -157,10 +162,11 @@ class Engine:
             for name, param in zip(group["names"], group["params"], strict=True)
         }
         each = optim.clip > 0 and optim.clip_by == "parameter"
+        ours = each or (optim.clip > 0 and bool(method.unclipped))
         self._engine, *_ = deepspeed.initialize(
             model=method,
             optimizer=self.optimizer,
-            config=deepspeed_config(settings, 0 if each else optim.clip, micro_batch, device),
+            config=deepspeed_config(settings, 0 if ours else optim.clip, micro_batch, device),
         )
         _bound_waits(settings.timeout + (AFTER if device.type == "cuda" else 0))
         # DeepSpeed's bf16 stage 0 takes a step with zero gradients to make the state, which would count as the first.
@@ -169,6 +175,8 @@ class Engine:
         if each:
             held = self.layout.partitions, self.layout.replicated
             self.optimizer.clip = ClipEach(*held, optim.clip, list(self.shapes))
+        elif ours:
+            self.optimizer.clip = ClipTogether(self.layout.replicated, optim.clip, self.layout.clipped)
         averages = method.averaged.items()
         self.layout.tie({f"{name}.{key}": p for name, network in averages for key, p in network.named_parameters()})
         fp8 = settings.target_precision == "fp8" and has_fp8(device) and fp8_gains(method, micro_batch, device)
@@ -206,6 +214,8 @@ class Engine:
             for group in self.optimizer.param_groups:
                 group["lr"], group["momentum"] = lr, ema
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
+            if isinstance(self.optimizer.clip, ClipTogether):
+                self.optimizer.clip.begin()
         if graphs is None:
             self._engine.step()
             if update:

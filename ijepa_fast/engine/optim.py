@@ -6,6 +6,7 @@ As a state of the optimiser the EMA lives on the same fp32 partition as the mome
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class AdamWEMA(torch.optim.Optimizer):
         momentum: float = 0.996,
         ema: bool = False,
     ):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, ema=ema, clip=True)
         super().__init__(params, defaults)
         self._copies: dict[torch.Tensor, torch.Tensor] = {}
         self.clip: Callable[[list[torch.Tensor]], object] | None = None  # of the gradients of a group's parameters
@@ -132,7 +133,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if self.squares is not None:
                 norms = torch._foreach_norm([p.grad for p in params], dtype=torch.float32)
                 self.squares += torch.stack(norms).double().square().sum()
-            if self.clip is not None:
+            if self.clip is not None and group["clip"]:
                 self.clip(params)
             for state in states:
                 state["step"] += 1
@@ -155,23 +156,27 @@ class AdamWEMA(torch.optim.Optimizer):
 
 
 def parameter_groups(
-    trained: dict[str, nn.Module], averaged: Collection[str] = (), undecayed: Collection[str] = ()
+    trained: dict[str, nn.Module],
+    averaged: Collection[str] = (),
+    undecayed: Collection[str] = (),
+    unclipped: Collection[str] = (),
 ) -> list[dict]:
     """Groups as published: biases and 1-D tensors are not decayed. Only networks named in `averaged` have an EMA.
 
-    trained: the networks by name. undecayed: names of other parameters that are not decayed.
-    Each group has `params`, `names` ("<network>.<parameter>"), `ema` and `decay`
-    (whether weight decay applies).
+    trained: the networks by name. undecayed: names of other parameters that are not decayed. unclipped: of those whose
+    gradients are not clipped.
+    Each group has `params`, `names` ("<network>.<parameter>"), `ema`, `decay` and `clip` (whether weight decay and
+    clipping apply).
     """
     groups = []
     for ema in (True, False):
         networks = {name: network for name, network in trained.items() if (name in averaged) is ema}
         named = [(f"{name}.{key}", p) for name, network in networks.items() for key, p in network.named_parameters()]
-        for decay in (True, False):
-            chosen = [(n, p) for n, p in named if decays(n, p, undecayed) is decay]
+        for decay, clip in product((True, False), (True, False)):
+            chosen = [(n, p) for n, p in named if (decays(n, p, undecayed), n not in unclipped) == (decay, clip)]
             if chosen:
                 names, params = zip(*chosen)
-                groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay})
+                groups.append({"params": list(params), "names": list(names), "ema": ema, "decay": decay, "clip": clip})
     return groups
 
 

@@ -33,6 +33,7 @@ class Partition:
     master: torch.Tensor
     fragments: list[Fragment]
     ema: bool
+    clip: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Whole:
         for group, owned in zip(groups, masters, strict=True):
             for name, weight, master in zip(group["names"], group["params"], owned, strict=True):
                 whole = Fragment(name, 0, weight.numel(), 0)
-                self.partitions.append(Partition(master, [whole], group["ema"]))
+                self.partitions.append(Partition(master, [whole], group["ema"], group["clip"]))
                 self._weights.append(weight)
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
@@ -69,6 +70,10 @@ class Whole:
         for partition in self.partitions:
             if partition.ema:
                 self._optimizer.tie(partition.master, targets[partition.fragments[0].name].data)
+
+    def clipped(self) -> list[torch.Tensor]:
+        """Gradients that clipping counts, when a step of the optimiser begins."""
+        return [p.master.grad for p in self.partitions if p.clip and p.master.grad is not None]
 
     def gather(self) -> None:
         """Bring all ranks' EMA into the averages: here it is there already."""
@@ -121,7 +126,7 @@ class Flat:
                 if start < stop:
                     fragments.append(Fragment(name, start, stop, begin + start))
             self._offsets.append(offsets)
-            self.partitions.append(Partition(master, fragments, group["ema"]))
+            self.partitions.append(Partition(master, fragments, group["ema"], group["clip"]))
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
         """Lay the averages' parameters out as the networks' are, and let this rank's slices hold its EMA."""
@@ -137,6 +142,10 @@ class Flat:
             mine = whole[self._rank * partition.master.numel() :][: partition.master.numel()]
             self._optimizer.tie(partition.master, mine)
             self._averages.append((whole, mine))
+
+    def clipped(self) -> list[torch.Tensor]:
+        """This rank's gradients that clipping counts, when the first of them is to be clipped."""
+        return _due(self._zero, self.partitions)
 
     def gather(self) -> None:
         """One all-gather per group, in place."""
@@ -193,8 +202,8 @@ class Sharded:
                     fragments.append(Fragment(name, start, stop, offset))
                 shares.append((name, offset, share))
                 offset += share
-            master = self._zero.fp32_partitioned_groups_flat[i]
-            self.partitions.append(Partition(master, fragments, groups[self._zero.sub_group_to_group_id[i]]["ema"]))
+            master, group = self._zero.fp32_partitioned_groups_flat[i], groups[self._zero.sub_group_to_group_id[i]]
+            self.partitions.append(Partition(master, fragments, group["ema"], group["clip"]))
             self._shares.append(shares)
 
     def tie(self, targets: dict[str, torch.Tensor]) -> None:
@@ -210,6 +219,10 @@ class Sharded:
                 whole[self._rank, fragment.offset : fragment.offset + values.numel()] = values
             self._optimizer.tie(partition.master, whole[self._rank])
             self._averages.append((whole, [(targets[name].data, offset, n) for name, offset, n in shares]))
+
+    def clipped(self) -> list[torch.Tensor]:
+        """This rank's gradients that clipping counts, when the first of them is to be clipped."""
+        return _due(self._zero, self.partitions)
 
     def gather(self) -> None:
         """One all-gather per sub-group, then a copy of each parameter's shares into the averages."""
@@ -230,6 +243,16 @@ class Sharded:
 
 
 LAYOUTS: dict[int, type[Whole | Flat | Sharded]] = {0: Whole, 1: Flat, 2: Flat, 3: Sharded}
+
+
+def _due(zero: Any, partitions: list[Partition]) -> list[torch.Tensor]:
+    """Gradients of clipped partitions: DeepSpeed hands them to the optimiser one after the other."""
+    found: list[torch.Tensor] = []
+    for i, partition in enumerate(partitions):
+        if partition.clip:
+            held, mine = zero.averaged_gradients.get(i), partition.master.grad
+            found += held if held is not None else [] if mine is None else [mine]
+    return found
 
 
 def _aligned(elements: int) -> int:

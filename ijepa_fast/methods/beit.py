@@ -7,7 +7,7 @@ Shapes: B images of N patches, R masked patches in all, D width, V tokens of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.agree import check_blocks, check_masked
-from ijepa_fast.config import ConfigError, key
-from ijepa_fast.data import crop_of
-from ijepa_fast.data.crops import View
+from ijepa_fast.config import key
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
-from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.methods.method import Setup, TokenMethod
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
-from ijepa_fast.models.tokenizer import Tokenizer, load_tokenizer
 from ijepa_fast.models.vit import Encoder, Linear
 
 
@@ -42,12 +39,11 @@ class Options:
     jitter: float = key(0.4, "largest change of brightness, contrast and saturation", least=0, most=1)
 
 
-class BEiT(Method[PatchDraw]):
+class BEiT(TokenMethod[PatchDraw]):
     """`encoder` with a class token and relative positions, and `head`, a linear classifier."""
 
     Options = Options
     undecayed = frozenset({"encoder.cls_token"})
-    tokenizer: Tokenizer | None = None
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
@@ -72,31 +68,13 @@ class BEiT(Method[PatchDraw]):
         mask = partial(blocks, grid=setup.grid, count=chosen.masked, smallest=chosen.smallest, largest=chosen.largest)
         self.sampler = PatchSampler(mask, model.depth)
 
-    def ready(self) -> None:
-        """Load the tokenizer."""
-        chosen, data = self.options, self.setup.data
-        if data.channels != 3:
-            raise ConfigError(f"data.channels={data.channels}: a tokenizer reads images of 3 channels")
-        try:
-            self.tokenizer = load_tokenizer(chosen.tokenizer, chosen.vocabulary, chosen.token_patch)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def views(self) -> list[View]:
-        """One crop, its colours jittered; and the same at the tokenizer's size."""
-        return token_views(self.setup, self.options.token_patch, self.options.jitter)
-
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> PatchDraw:
         """Masks and dropped branches."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: PatchDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images`: the crop and the tokenizer's view of it, uint8 (B, side, side, 3) -> scalar fp32 loss."""
-        if self.tokenizer is None:
-            self.ready()
-        assert self.tokenizer is not None
-        tokens = tokens_of(self.tokenizer, images[1], self.encoder.grid, self.options.vocabulary)
-        return self.loss_of_patches(self.patchify(images[0]), tokens, draw), {}
+        return self.loss_of_patches(self.patchify(images[0]), self.tokens(images[1]), draw), {}
 
     def loss_of_patches(self, patches: torch.Tensor, tokens: torch.Tensor, draw: PatchDraw) -> torch.Tensor:
         """The loss from `patches` (B*N, W) and their `tokens` (B*N,) int64: cross-entropy at the masked ones."""
@@ -116,35 +94,6 @@ class BEiT(Method[PatchDraw]):
             patches=draw.patches,
             masked=draw.lengths.tolist(),
         )
-
-
-def token_views(setup: Setup, token_patch: int, jitter: float) -> list[View]:
-    """A crop as a method of tokens sees it, and the same window at the tokenizer's size.
-
-    Both are resized alike (published: the second by another filter).
-    """
-    data, (rows, columns) = setup.data, setup.grid
-    strengths = (jitter, jitter, jitter, 0.0)
-    scale, size = (data.scale[0], data.scale[1]), (rows * token_patch, columns * token_patch)
-    view = View(crop_of(data.size), scale, jitter=float(jitter > 0), strengths=strengths, grey=0.0)
-    return [view, replace(view, crop=crop_of(size), like=0)]
-
-
-@torch.no_grad()
-def tokens_of(tokenizer: Tokenizer, images: torch.Tensor, grid: tuple[int, int], vocabulary: int) -> torch.Tensor:
-    """Tokens (B*N,) int64 of `images` uint8 (B, S, S, 3). ValueError for another grid, or a token beyond the head."""
-    tokens = tokenizer(images)
-    if tokens.shape != (len(images), *grid):
-        raise ConfigError(
-            f"objective.options.tokenizer: it gives tokens of shape {tuple(tokens.shape)} and the grid of patches has "
-            f"{(len(images), *grid)}; set objective.options.token_patch to its pixels to a token"
-        )
-    if not tokens.is_cuda and int(tokens.max()) >= vocabulary:
-        raise ConfigError(
-            f"objective.options.tokenizer: it gave token {int(tokens.max())} and the head has {vocabulary}; set "
-            f"objective.options.vocabulary to its number of tokens"
-        )
-    return tokens.flatten()
 
 
 def step_work(

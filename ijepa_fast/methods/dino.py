@@ -9,8 +9,7 @@ Shapes: B images, L small crops per image, N and n patches of a large and a smal
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,12 @@ from torch import nn
 
 from ijepa_fast.config import key
 from ijepa_fast.data.crops import View
-from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, crops_of
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
-from ijepa_fast.models.layouts import Packed, Rows
-from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 STUDENT_TEMPERATURE = 0.1
 CENTRE_MOMENTUM = 0.9
@@ -116,12 +113,13 @@ class DINO(Method[CropDraw]):
         encoder = self.encoder
         tokens = torch.cat([encoder.embed(large, draw.grid), encoder.embed(small, draw.small_grid)])
         keep = encoder.keep(draw.chance) if self.training and draw.chance is not None else None
-        return _class_tokens(encoder, tokens, draw, len(draw.used), keep)
+        return encoder.class_tokens(tokens, draw.cu_seqlens, draw.max_seqlen, keep)
 
     def teacher_tokens(self, large: torch.Tensor, draw: CropDraw) -> torch.Tensor:
         """Patches of the large crops (2*B*N, W) -> the average's class tokens (2*B, D), final norm applied."""
         encoder = self.averaged["encoder"]
-        return _class_tokens(encoder, encoder.embed(large, draw.grid), draw, LARGE * draw.images)
+        ends = draw.cu_seqlens[: LARGE * draw.images + 1]
+        return encoder.class_tokens(encoder.embed(large, draw.grid), ends, draw.max_seqlen)
 
     def work(self, draw: CropDraw) -> Work:
         """The work of a step on a batch, as executed here."""
@@ -142,16 +140,6 @@ class DINO(Method[CropDraw]):
             torch.distributed.all_reduce(mean)
             mean /= torch.distributed.get_world_size()
         self.carried["centre"].lerp_(mean, 1 - CENTRE_MOMENTUM)
-
-
-def _class_tokens(
-    encoder: Encoder, tokens: torch.Tensor, draw: CropDraw, crops: int, keep: list[torch.Tensor | None] | None = None
-) -> torch.Tensor:
-    """Class tokens (crops, D) of the first `crops` sequences, whose `tokens` (T, D) are embedded."""
-    sequences = Packed(draw.cu_seqlens[: crops + 1], draw.max_seqlen)
-    pick = partial(masked_gather, index=draw.used[:crops], unique=True)
-    last = replace(sequences, rows=Rows(pick, draw.used_cu_seqlens[: crops + 1], 1))
-    return run_blocks(encoder.blocks, encoder.norm, tokens, None, sequences, last, encoder.recompute, keep)
 
 
 def step_work(

@@ -89,7 +89,7 @@ class IJEPA(Method[MaskDraw]):
         """The predictor has the encoder's heads, the options go together, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
         check_options(options, setup.model.depth)
-        check_samples(setup.batch, options.regulariser)
+        check_samples(setup.micro_batch, options.regulariser)
         mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
         if setup.mask.budget is not None and setup.mask.budget > patches:
             raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")

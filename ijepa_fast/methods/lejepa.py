@@ -64,7 +64,7 @@ class LeJEPA(Method[ViewDraw]):
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
         """Four strengths; a batch that can be compared with a Gaussian."""
-        check_samples(setup.batch)
+        check_samples(setup.micro_batch)
         if len(options.strengths) != 4:
             raise ConfigError(f"objective.options.strengths: expected four numbers, got {options.strengths}")
 

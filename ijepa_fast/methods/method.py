@@ -13,7 +13,7 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -22,10 +22,12 @@ from torch import nn
 
 from ijepa_fast.agree import CAPABILITIES, NoOptions, Setup, check_method
 from ijepa_fast.config import ConfigError
+from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.data.importing import import_module
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.models.flops import Work
+from ijepa_fast.models.tokenizer import Tokenizer, load_tokenizer
 from ijepa_fast.models.vit import Encoder
 
 # Registered are the files of this folder, by their names.
@@ -47,6 +49,7 @@ class Method(nn.Module, Generic[D]):
             `use_fp8`. target_stream: `target_stream` is used. forecast: `saved_values`.
         reads_mask: whether the section `mask` of the configuration means something to it.
         undecayed: names "<child>.<parameter>" that weight decay leaves, besides biases and vectors.
+        unclipped: names "<child>.<parameter>" whose gradients clipping neither counts nor scales.
         former_names: prefixes of parameter names in checkpoints of earlier versions, and what they are today.
         averaged: the EMA of a child module by the child's name, kept outside of the module tree by `keep_average`;
             empty where the method has none, and then the engine keeps none.
@@ -65,6 +68,7 @@ class Method(nn.Module, Generic[D]):
     capabilities: frozenset[str] = frozenset()
     reads_mask: ClassVar[bool] = False
     undecayed: ClassVar[frozenset[str]] = frozenset()
+    unclipped: ClassVar[frozenset[str]] = frozenset()
     former_names: ClassVar[dict[str, str]] = {}
     encoder: Encoder
 
@@ -170,6 +174,60 @@ class Method(nn.Module, Generic[D]):
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """`images` (B, H, W, C) uint8, uint16 or float32 -> normalised patches (B*N, W) in the encoder's dtype."""
         return self.setup.data.pixels.patches(images, self.encoder.patch, self.encoder.norm.weight.dtype)
+
+
+class TokenMethod(Method[D]):
+    """A method whose targets are the tokens that a frozen tokenizer gives to the patches of an image.
+
+    Its Options have `tokenizer`, `vocabulary`, `token_patch` and `jitter`, as BEiT's.
+    """
+
+    tokenizer: Tokenizer | None = None
+
+    def ready(self) -> None:
+        """Load the tokenizer."""
+        chosen, data = self.options, self.setup.data
+        if data.channels != 3:
+            raise ConfigError(f"data.channels={data.channels}: a tokenizer reads images of 3 channels")
+        try:
+            self.tokenizer = load_tokenizer(chosen.tokenizer, chosen.vocabulary, chosen.token_patch)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def views(self) -> list[View]:
+        """One crop, its colours jittered; and the same window at the tokenizer's size.
+
+        Both are resized alike (published: the second by another filter).
+        """
+        data, chosen, (rows, columns) = self.setup.data, self.options, self.setup.grid
+        strengths = (chosen.jitter, chosen.jitter, chosen.jitter, 0.0)
+        scale, size = (data.scale[0], data.scale[1]), (rows * chosen.token_patch, columns * chosen.token_patch)
+        view = View(crop_of(data.size), scale, jitter=float(chosen.jitter > 0), strengths=strengths, grey=0.0)
+        return [view, replace(view, crop=crop_of(size), like=0)]
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens (B*N,) int64 of the tokenizer's view, uint8 (B, S, S, 3). ConfigError where they do not fit."""
+        if self.tokenizer is None:
+            self.ready()
+        assert self.tokenizer is not None
+        return tokens_of(self.tokenizer, images, self.setup.grid, self.options.vocabulary)
+
+
+@torch.no_grad()
+def tokens_of(tokenizer: Tokenizer, images: torch.Tensor, grid: tuple[int, int], vocabulary: int) -> torch.Tensor:
+    """Tokens (B*N,) int64 of `images` uint8 (B, S, S, 3). ConfigError for another grid, or a token beyond the head."""
+    tokens = tokenizer(images)
+    if tokens.shape != (len(images), *grid):
+        raise ConfigError(
+            f"objective.options.tokenizer: it gives tokens of shape {tuple(tokens.shape)} and the grid of patches has "
+            f"{(len(images), *grid)}; set objective.options.token_patch to its pixels to a token"
+        )
+    if not tokens.is_cuda and int(tokens.max()) >= vocabulary:
+        raise ConfigError(
+            f"objective.options.tokenizer: it gave token {int(tokens.max())} and the head has {vocabulary}; set "
+            f"objective.options.vocabulary to its number of tokens"
+        )
+    return tokens.flatten()
 
 
 def method_class(name: str, foreign: bool = True) -> type[Method]:

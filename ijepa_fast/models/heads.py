@@ -1,10 +1,12 @@
-"""The projection head of self-distillation: a multilayer perceptron to points of length 1, and prototypes.
+"""Projection heads of self-distillation: multilayer perceptrons, and prototypes.
 
-Shapes: r rows, D width, Q prototypes.
+Shapes: r rows, D width, F hidden width, Q prototypes.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.models import flops
-from ijepa_fast.models.vit import LinearGELU
+from ijepa_fast.models.ranks import ranks, sum_over_ranks
+from ijepa_fast.models.vit import Linear, LinearGELU
+
+BATCH_EPS = 1e-5  # beside a variance of batch norm
+Moments = tuple[torch.Tensor, torch.Tensor]
 
 
 class Prototypes(nn.Module):
@@ -52,6 +58,74 @@ class Head(nn.Module):
         for layer in self.mlp.values():
             x = layer(x)
         return F.normalize(x, dim=1)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm of rows by the statistics of their group, over all ranks. It keeps none: they are the caller's."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor, groups: Sequence[int]) -> tuple[torch.Tensor, list[Moments]]:
+        """`x` (r, F), `groups` of so many rows one after the other -> (r, F), and of each group mean and unbiased
+        variance (F,) fp32. All ranks have the same groups. ValueError for a group of one row in all.
+        """
+        rows, moments = [], []
+        for part in x.float().split(list(groups)):
+            count = len(part) * ranks()
+            if count < 2:
+                raise ValueError("batch norm: expected at least 2 rows in a group, over all ranks, got 1")
+            mean = sum_over_ranks(part.sum(0)) / count
+            centred = part - mean
+            squares = sum_over_ranks(centred.square().sum(0))
+            rows.append(centred * (squares / count + BATCH_EPS).rsqrt())
+            moments.append((mean.detach(), squares.detach() / (count - 1)))
+        return (torch.cat(rows) * self.weight.float() + self.bias.float()).to(x.dtype), moments
+
+
+class NormedHead(nn.Module):
+    """MSN's head: three layers, batch norm and exact GELU behind each of the first two."""
+
+    def __init__(self, dim: int, hidden: int = 2048, out: int = 256):
+        super().__init__()
+        self.fc1, self.bn1 = Linear(dim, hidden), BatchNorm(hidden)
+        self.fc2, self.bn2 = Linear(hidden, hidden), BatchNorm(hidden)
+        self.fc3 = Linear(hidden, out)
+
+    def forward(self, x: torch.Tensor, groups: Sequence[int]) -> tuple[torch.Tensor, dict[str, list[Moments]]]:
+        """`x` (r, D), in groups as BatchNorm's -> (r, out), and the groups' statistics by layer, "bn1" and "bn2"."""
+        moments: dict[str, list[Moments]] = {}
+        for number, (layer, norm) in enumerate(((self.fc1, self.bn1), (self.fc2, self.bn2)), start=1):
+            x, moments[f"bn{number}"] = norm(layer(x), groups)
+            x = F.gelu(x)
+        return self.fc3(x), moments
+
+
+class Directions(nn.Module):
+    """Prototypes that are compared by the cosine."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width).uniform_(-math.sqrt(1 / width), math.sqrt(1 / width)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(r, width) -> cosines (r, Q) in fp32."""
+        return F.linear(F.normalize(x.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+
+
+@torch.no_grad()
+def sinkhorn(assignments: torch.Tensor, rounds: int) -> torch.Tensor:
+    """`assignments` (r, Q) fp32, rows that sum to 1, of all ranks together -> the same, prototypes equally used.
+
+    A round scales columns to a sum of 1 / Q, then rows to one of 1 over their number: Sinkhorn and Knopp.
+    """
+    count, prototypes = len(assignments) * ranks(), assignments.shape[1]
+    found = assignments / sum_over_ranks(assignments.sum())
+    for _ in range(rounds):
+        found = found / (prototypes * sum_over_ranks(found.sum(0)))
+        found = found / (count * found.sum(1, keepdim=True))
+    return found * count
 
 
 @dataclass(frozen=True)

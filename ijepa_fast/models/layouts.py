@@ -17,17 +17,21 @@ from ijepa_fast.masks.blocks import MaskedRows
 
 @dataclass(frozen=True)
 class Dense:
-    """`count` sequences of equal length, all of whose outputs are wanted."""
+    """`count` sequences of equal length, all of whose outputs are wanted.
+
+    keep: (2, count) factors of a block's two branches for each sequence: 0 where stochastic depth drops it.
+    """
 
     count: int
+    keep: torch.Tensor | None = None
 
     def select(self, x: torch.Tensor) -> torch.Tensor:
         """The wanted rows of `x` (T, D): all."""
         return x
 
     def scale(self, branch: torch.Tensor, number: int) -> torch.Tensor:
-        """The `branch` of a block: no sequence drops it."""
-        return branch
+        """The `branch` number of a block: each sequence times its factor."""
+        return branch if self.keep is None else _by_sequence(branch, self.keep[number])
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,9 @@ class Biased:
         """The branch `number` of a block, in wanted rows: each sequence times its factor."""
         if self.keep is None:
             return branch
-        factor = self.keep[number].to(branch.dtype)
         if self.rows is None:
-            return (branch.view(self.count, -1, branch.shape[1]) * factor[:, None, None]).view_as(branch)
+            return _by_sequence(branch, self.keep[number])
+        factor = self.keep[number].to(branch.dtype)
         return branch * factor.repeat_interleave(self.rows.lengths, output_size=len(branch))[:, None]
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,3 +115,20 @@ class Biased:
 
 
 Sequences = Dense | Packed | Biased
+
+
+def _by_sequence(branch: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`branch` (I*n, D) of I sequences of equal length, each times its `factor` (I,)."""
+    return (branch.view(len(factor), -1, branch.shape[1]) * factor.to(branch.dtype)[:, None, None]).view_as(branch)
+
+
+def keep_branches(chance: torch.Tensor, drop_path: float) -> list[torch.Tensor | None]:
+    """`keep` of each block's layout: 0 where a branch is dropped, else 1 over the chance to be kept.
+
+    chance: numbers in 0..1, (depth, 2, sequences). They come with the batch, not from a generator, so that a resumed
+    run drops the same. drop_path: share dropped in the last block, rising linearly from 0 at the first.
+    """
+    if not drop_path:
+        return [None] * len(chance)
+    drop = torch.linspace(0, drop_path, len(chance), device=chance.device)[:, None, None]
+    return [None, *((chance >= drop) / (1 - drop))[1:]]

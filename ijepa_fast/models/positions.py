@@ -12,14 +12,16 @@ def sincos_1d(width: int, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def sincos_2d(width: int, grid: tuple[int, int]) -> torch.Tensor:
+def sincos_2d(width: int, grid: tuple[int, int], row_first: bool = False) -> torch.Tensor:
     """Position table (rows*columns, width) in fp32 for a grid of (rows, columns) patches, row-major.
 
-    The first half of the features encodes the column, the second half the row. Raises ValueError unless width % 4 == 0.
+    The first half of the features encodes the column, the second half the row; row_first: the other way round, as in
+    CAE. Raises ValueError unless width % 4 == 0.
     """
     if width % 4:
         raise ValueError(f"positions: a 2-D sine-cosine table needs a width divisible by 4, got {width}")
     rows, columns = grid
     row = torch.arange(rows).repeat_interleave(columns)
     column = torch.arange(columns).repeat(rows)
-    return torch.cat([sincos_1d(width // 2, column), sincos_1d(width // 2, row)], dim=1).float()
+    halves = (row, column) if row_first else (column, row)
+    return torch.cat([sincos_1d(width // 2, places) for places in halves], dim=1).float()

@@ -26,7 +26,7 @@ from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attention, varlen_attention_qkv
 from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences
+from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences, keep_branches
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.relative import RelativePositions
 
@@ -166,12 +166,12 @@ def run_blocks(
 ) -> torch.Tensor:
     """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows.
 
-    keep: Packed.keep of each block.
+    keep: `keep` of each block's layout.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
         layout = last if last is not None and i == len(blocks) - 1 else sequences
-        if keep is not None and not isinstance(layout, Dense):
+        if keep is not None:
             layout = replace(layout, keep=keep[i])
         if recompute and torch.is_grad_enabled():
             # Nothing is random; and a CUDA graph could not capture the reading of the generator's state.
@@ -224,6 +224,8 @@ class Encoder(nn.Module):
         dim, depth, heads, mlp_ratio: the architecture; see config.ARCHITECTURES.
         class_token: a learned token before the patches.
         learned_positions: instead of the fixed table, in which the class token's position is zero.
+        resampling: what is added to the patches along another crop, for the scale by which learned positions are
+            resampled: as DINO and iBOT published it; in MSN nothing.
         relative_positions: a bias on attention scores, shared by all blocks, in place of the fixed table (BEiT). It
             needs a class token.
         mask_token: a learned embedding that stands in for masked patches, see `embed`.
@@ -248,6 +250,7 @@ class Encoder(nn.Module):
         *,
         class_token: bool = False,
         learned_positions: bool = False,
+        resampling: float = 0.1,
         relative_positions: bool = False,
         mask_token: bool = False,
         layer_scale: float = 0.0,
@@ -271,7 +274,7 @@ class Encoder(nn.Module):
             raise ValueError("readout: expected 'patches', for there is no class token, got 'class'")
         self.image_size, self.patch, self.dim = size, patch, dim
         self.grid = (size[0] // patch, size[1] // patch)  # (rows, columns) of patches
-        self.readout, self.drop_path, self.recompute = readout, drop_path, recompute
+        self.readout, self.drop_path, self.recompute, self.resampling = readout, drop_path, recompute, resampling
         extra = int(class_token)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.pos_embed = nn.Parameter(torch.zeros(1, extra + self.patches, dim)) if learned_positions else None
@@ -303,13 +306,30 @@ class Encoder(nn.Module):
 
         With a class token each context has one before its patches, and all contexts must be of one length.
         """
+        if self.cls_token is not None:
+            return self.some(patches, draw.context_index, draw.context_places, draw.sequences)
         x = self.patch_embed(masked_gather(patches, draw.context_index))
         positions = masked_gather(self.positions.to(x.dtype), draw.context_places)
-        if self.cls_token is None:
-            sequences = Packed(draw.context_cu_seqlens, draw.context_max_seqlen)
-            return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
-        x = self._with_class_token((x + positions).view(draw.sequences, -1, self.dim)).flatten(0, 1)
-        return run_blocks(self.blocks, self.norm, x, None, Dense(draw.sequences), recompute=self.recompute)
+        sequences = Packed(draw.context_cu_seqlens, draw.context_max_seqlen)
+        return run_blocks(self.blocks, self.norm, x, positions, sequences, recompute=self.recompute)
+
+    def some(
+        self,
+        patches: torch.Tensor,
+        index: torch.Tensor,
+        places: torch.Tensor,
+        count: int,
+        keep: list[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """Embed only the `patches` (B*N, W) of rows `index` (I*k,) int32, which are at `places` of their images, as
+        `count` = I sequences of equal length behind a class token -> (I*(1 + k), D), final norm applied.
+
+        keep: see `keep`.
+        """
+        x = self.patch_embed(masked_gather(patches, index))
+        x = (x + masked_gather(self.positions.to(x.dtype), places)).view(count, -1, self.dim)
+        x = self._with_class_token(x).flatten(0, 1)
+        return run_blocks(self.blocks, self.norm, x, None, Dense(count), None, self.recompute, keep)
 
     def targets(
         self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None, layers: int = 1
@@ -389,32 +409,54 @@ class Encoder(nn.Module):
         """The bias (H, n, n) of the attention scores, where there is one."""
         return None if self.rel_pos_bias is None else self.rel_pos_bias()
 
+    def class_tokens(
+        self,
+        tokens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        keep: list[torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """Embedded `tokens` (T, D) of I packed sequences -> their class tokens (I, D), final norm applied.
+
+        cu_seqlens: (I + 1,) int32. The last block computes the class tokens alone. keep: see `keep`.
+        """
+        pick = partial(masked_gather, index=cu_seqlens[:-1], unique=True)
+        ends = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
+        sequences = Packed(cu_seqlens, max_seqlen)
+        last = replace(sequences, rows=Rows(pick, ends, 1))
+        return run_blocks(self.blocks, self.norm, tokens, None, sequences, last, self.recompute, keep)
+
     def embed(
-        self, patches: torch.Tensor, grid: tuple[int, int] | None = None, mask: torch.Tensor | None = None
+        self,
+        patches: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        mask: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens of crops, with positions: `patches` (I*n, W) -> (I*n, D), or (I*(1 + n), D) with a class token.
 
         grid: of the crops, where it is not the training's. mask: (I*n,) bool, patches to replace by the mask token.
+        kept: (k,) int64 places, where only these patches of every crop are embedded; k stands for n then.
         """
         grid = grid or self.grid
+        count = grid[0] * grid[1]
+        if kept is not None:
+            patches, count = patches.unflatten(0, (-1, count))[:, kept].flatten(0, 1), len(kept)
         x = self.patch_embed(patches)
         if mask is not None:
             x = torch.where(mask[:, None], self.get_parameter("masked_embed").to(x.dtype), x)
-        x = self._with_class_token(x.view(-1, grid[0] * grid[1], self.dim))
+        x = self._with_class_token(x.view(-1, count, self.dim))
         if self.pos_embed is None and self.rel_pos_bias is not None:
             return x.flatten(0, 1)
-        return (x + self._positions(grid).to(x.dtype)).flatten(0, 1)
+        table = self._positions(grid).to(x.dtype)
+        if kept is not None:
+            extra = x.shape[1] - count
+            table = torch.cat([table[..., :extra, :], table[..., extra:, :].index_select(-2, kept)], dim=-2)
+        return (x + table).flatten(0, 1)
 
     def keep(self, chance: torch.Tensor) -> list[torch.Tensor | None]:
-        """Packed.keep of each block: 0 where a branch is dropped, else 1 over the chance to be kept.
-
-        chance: numbers in 0..1, (depth, 2, sequences). They come with the batch, not from a generator, so that a
-        resumed run drops the same.
-        """
-        if not self.drop_path:
-            return [None] * len(chance)
-        drop = torch.linspace(0, self.drop_path, len(chance), device=chance.device)[:, None, None]
-        return [None, *((chance >= drop) / (1 - drop))[1:]]
+        """`keep_branches` of the blocks."""
+        return keep_branches(chance, self.drop_path)
 
     def _with_class_token(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (I, n, D) -> (I, 1 + n, D), or the same where there is no class token."""
@@ -425,7 +467,7 @@ class Encoder(nn.Module):
     def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The table that is added to the tokens of a crop of `grid` patches.
 
-        Learned ones of other crops are resampled, bicubic, by the scale factor that DINO and iBOT published.
+        Learned ones of other crops are resampled, bicubic, by a scale as published.
         """
         if self.pos_embed is None:
             return self.positions if self.cls_token is None else F.pad(self.positions, (0, 0, 1, 0))
@@ -433,8 +475,11 @@ class Encoder(nn.Module):
             return self.pos_embed
         extra = self.pos_embed.shape[1] - self.patches
         table = self.pos_embed[:, extra:].view(1, *self.grid, self.dim).permute(0, 3, 1, 2)
-        scale = [(new + 0.1) / old for new, old in zip(grid, self.grid)]
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        if self.resampling:
+            scale = [(new + self.resampling) / old for new, old in zip(grid, self.grid)]
+            table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        else:
+            table = F.interpolate(table, size=grid, mode="bicubic")
         return torch.cat([self.pos_embed[:, :extra], table.flatten(2).transpose(1, 2)], dim=1)
 
     def _read_out(self, x: torch.Tensor, images: int, readout: str) -> torch.Tensor:

@@ -63,11 +63,18 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
     foreign: see method_class. Raises ConfigError for what does not go together.
     """
     cls = method_class(config.objective.method, foreign)
-    check_capabilities(config, cls.capabilities)
+    check_capabilities(config.objective.method, config.engine, cls.capabilities)
     torch.manual_seed(config.seed)
-    batch = config.batch_size // config.engine.accumulation
-    sections = config.model, config.data, config.mask, config.objective.options
-    method = cls(Setup(*sections, steps_per_epoch, batch, foreign))
+    setup = Setup(
+        config.model,
+        config.data,
+        config.mask,
+        config.objective.options,
+        steps_per_epoch,
+        micro_batch=config.batch_size // config.engine.accumulation,
+        foreign=foreign,
+    )
+    method = cls(setup)
     if not isinstance(getattr(method, "encoder", None), Encoder):
         raise ConfigError(
             f"objective.method={config.objective.method}: {cls.__name__}.encoder: expected an "

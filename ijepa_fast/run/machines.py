@@ -44,8 +44,9 @@ class NotAlike(ConfigError):
 
 @dataclass
 class Met:
-    """store: where the ranks have met; None for one rank alone. hosts: of each rank."""
+    """rank: this one. store: where the ranks have met; None for one rank alone. hosts: of each rank."""
 
+    rank: int
     store: Any
     hosts: list[str]
 
@@ -60,19 +61,21 @@ def meet(config: Config | None, device: str = "", error: str = "") -> Met:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     host = socket.gethostname()
     if ranks == 1:
-        return Met(None, [host])
+        return Met(0, None, [host])
     seconds = max(engine.RENDEZVOUS, config.engine.timeout) if config is not None else 4 * GRACE
     store = _store(rank, seconds)
     store.set(f"rank/{rank}", json.dumps({"host": host, "error": error, "same": _same(config, device)}))
     verdict = _judge(store, ranks, seconds) if rank == 0 else _hear(store, seconds + SAY)
     if verdict["error"]:
         raise NotAlike(verdict["error"])
+    if config is not None:
+        store.set_timeout(datetime.timedelta(seconds=config.engine.timeout))  # from here on, nobody is late
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(verdict["hosts"].count(host)))  # DeepSpeed's launcher sets none
-    return Met(store, verdict["hosts"])
+    return Met(rank, store, verdict["hosts"])
 
 
 def give_up(error: str) -> str:
-    """Tell the others why this rank cannot begin. Returns what it is to say itself: of all ranks, where it is rank 0."""
+    """Tell the others why this rank cannot begin. Returns what it is to say itself: rank 0 speaks for all."""
     try:
         meet(None, error=error)
     except NotAlike as told:
@@ -112,13 +115,13 @@ def same_data(data: dict[str, Any] | None, source: str) -> None:
             counts = [f"{each['images']} images" if each else "random images" for each in (other, found[0])]
             more = ", as many, of other names or in another order" if counts[0] == counts[1] else ""
             raise NotAlike(
-                f"data.source={source}: {pulse.name(rank)} has {counts[0]}{more}, where {pulse.name(0)} has {counts[1]}; "
-                f"copy the same images to all machines, or name a folder that they share"
+                f"data.source={source}: {pulse.name(rank)} has {counts[0]}{more}, where {pulse.name(0)} has "
+                f"{counts[1]}; copy the same images to all machines, or name a folder that they share"
             )
 
 
 def same_folder(folder: Path, met: Met) -> None:
-    """Raise NotAlike on all ranks where a machine does not see the folder of the run, which rank 0 holds by its lock."""
+    """Raise NotAlike on all ranks where a machine does not see the run's folder, which rank 0 holds by its lock."""
     if len(set(met.hosts)) == 1:
         return
     lock = folder / "checkpoints" / ".lock"
@@ -133,7 +136,8 @@ def same_folder(folder: Path, met: Met) -> None:
     for rank, seen in enumerate(together(look)):
         if not seen:
             raise NotAlike(
-                f"runs: {pulse.name(rank)} does not see {folder} of {pulse.name(0)}; set runs to a folder that all machines share"
+                f"runs: {pulse.name(rank)} does not see {folder} of {pulse.name(0)}; set runs to a folder that all "
+                f"machines share"
             )
 
 

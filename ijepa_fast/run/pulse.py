@@ -10,8 +10,6 @@ import threading
 import time
 from typing import Any
 
-import torch
-
 EVERY = 1.0  # seconds between two signs of a rank
 ANSWER = 5.0  # seconds in which the store must answer
 NAMED = 4  # ranks, at most, that `last_heard` names
@@ -20,11 +18,10 @@ NAMED = 4  # ranks, at most, that `last_heard` names
 class _Pulse:
     """This rank's own: the steps that it has done, and what it is at."""
 
-    def __init__(self, rank: int, ranks: int):
+    def __init__(self, rank: int, ranks: int, store: Any):
         self.rank, self.ranks = rank, ranks
         self.step, self.doing = 0, "starting"
         # Connections of their own: one that waits for a store that is gone holds up nobody.
-        store: Any = torch.distributed.distributed_c10d._get_default_store()
         self._store, self._asked = store.clone(), store.clone()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="pulse", daemon=True)
@@ -70,10 +67,13 @@ def name(rank: int) -> str:
     return f"rank {rank} on {_hosts[rank]}" if len(set(_hosts)) > 1 else f"rank {rank}"
 
 
-def begin(rank: int, ranks: int, hosts: list[str]) -> None:
-    """Tell the others from now on. Called by every rank that has met the others. hosts: the machine of each rank."""
+def begin(rank: int, hosts: list[str], store: Any) -> None:
+    """Tell the others from now on. Called by every rank that has met the others. hosts: the machine of each rank.
+
+    store: where they have met; None for one rank alone.
+    """
     _hosts[:] = hosts
-    _own[:] = [_Pulse(rank, ranks)] if ranks > 1 else []
+    _own[:] = [_Pulse(rank, len(hosts), store)] if store is not None else []
 
 
 def end() -> None:

@@ -61,9 +61,10 @@ def sentence(error: Exception) -> str | None:
     if lost:
         time.sleep(HEAD_START)
         said = " ".join(str(error).split())
-        if not torch.distributed.is_initialized():
-            return f"error: rank {rank} waited in vain for all {os.environ.get('WORLD_SIZE')} ranks to start: {said}"
         heard = pulse.last_heard()
+        if not torch.distributed.is_initialized():
+            known = f" ({heard})" if heard else ""
+            return f"error: {name} waited in vain for all {os.environ.get('WORLD_SIZE')} ranks to start{known}: {said}"
         return (
             f"error: {name} lost another rank, which ended or was silent for engine.timeout seconds "
             f"({heard or 'which is not known'}): {said}"

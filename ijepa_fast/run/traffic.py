@@ -64,8 +64,8 @@ def links(ranks: int) -> dict[str, float]:
 def report(found: dict[int, Traffic], seconds: dict[int, float], stage: int, gpu: str) -> list[str]:
     """Lines of Markdown. found: by number of ranks. seconds: of a step's computing, at the dense peak of `gpu`."""
     lines = [
-        f"Sent by each rank in a step at ZeRO {stage}, calculated, nothing was measured: GB, and seconds over the links",
-        f"of a machine of {GPUS} GPUs, at full speed and with nothing overlapped; beside them a step's computing at the",
+        f"Sent by each rank in a step at ZeRO {stage}, calculated, nothing was measured: GB, and seconds over the",
+        f"links of a machine of {GPUS} GPUs, at full speed, nothing overlapped; beside them a step's computing at the",
         f"{gpu}'s dense bf16 peak, which is not reached:",
         "| ranks | gradients | weights | averages | total | computing, s | " + " | ".join(LINKS) + " |",
         "|" + "---|" * (6 + len(LINKS)),

@@ -1,4 +1,4 @@
-"""Two machines on one host: namespaces of network, host name, mounts and processes, joined by a wire, each with an sshd.
+"""Two machines on one host: namespaces of network, host name, mounts and processes, joined by a wire, each with sshd.
 
 A machine that is `killed` loses all its processes at once; one that is `cut` off stays silent, as after a power cut.
 """
@@ -77,10 +77,13 @@ class Machine:
         )
         deadline = time.time() + 20
         while not (folder / f"{self.name}.up").exists():
-            assert self._outer.poll() is None and time.time() < deadline, (folder / f"{self.name}.log").read_text()
+            up = self._outer.poll() is None and time.time() < deadline
+            assert up, (folder / f"{self.name}.log").read_text()
             time.sleep(0.05)
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
         self.init = int(children[0])
+        # Held, so that the wire stays when the machine is killed: the other's end of it has the other's address.
+        self._network = os.open(f"/proc/{self.init}/ns/net", os.O_RDONLY)
 
     def inside(self, *words: str) -> list[str]:
         """The command line of `words` on this machine, in the folder of the project."""
@@ -112,6 +115,10 @@ class Machine:
             self._outer.wait()
         self._log.close()
 
+    def unplug(self) -> None:
+        """Give its network back."""
+        os.close(self._network)
+
 
 def environment() -> dict[str, str]:
     """What a login on a machine gives: CPU, one thread, no interpreter, this checkout."""
@@ -142,6 +149,7 @@ def machines(folder: Path, *binds: dict[Path, Path]):
     finally:
         for machine in made:
             machine.kill()
+            machine.unplug()
 
 
 def trainer(runs: Path, *overrides: str) -> list[str]:

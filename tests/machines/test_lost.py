@@ -17,7 +17,7 @@ from tests.machines.network import by_hand, deepspeed, outcome, said, torchrun
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 8
-MORE = 12  # seconds that a loaded machine takes to say it and to end, beside the time-out
+MORE = 20  # seconds that a loaded machine takes to say it and to end, beside the time-out
 OPTIONS = ("optim.epochs=9", "log.keep=9", "log.checkpoint_every=4")
 LONG = (*OPTIONS, "optim.steps=100000", f"engine.timeout={TIMEOUT}")
 
