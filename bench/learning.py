@@ -1,6 +1,7 @@
 """Accuracy by iteration, by work and by time: I-JEPA, MAE, I-JEPA on pixels, iBOT, and I-JEPA's masks, on real images.
 
     python bench/learning.py --data cifar10                      # cifar10/train/<class>/*.jpg and cifar10/test/<class>/
+    python bench/learning.py --data cifar10 --runs options,salt+xavier --seeds 0,1,2      # I-JEPA's options
     python bench/learning.py --data cifar10 --runs masks         # multiblock, rasterized, block, random
     python bench/learning.py --data cifar10 --runs ijepa,mae,ibot --seeds 0,1,2 --steps 600 optim.lr=5e-4
     python bench/learning.py --data cifar10 --runs all --minutes 10 --seeds 0,1,2    # every method, equally long
@@ -65,11 +66,52 @@ RUNS = {
 # Every other method by its own config.
 RUNS |= {name: (f"{name}_cifar10", []) for name in METHODS if name not in RUNS}
 RUNS |= {name: ("cifar10", [f"mask.strategy={name}", *_ANY_MASK]) for name in MASKS}
-GROUPS = {"masks": MASKS, "methods": ("ijepa", "mae", "pixels"), "all": METHODS}
+# Options of I-JEPA's that are not published, each a change of its run; several with a plus: xavier+deep.
+OPTIONS = {
+    "xavier": ["objective.options.init=xavier"],
+    "flip": ["data.flip=true"],
+    "position": ["objective.options.target_norm=position"],
+    "position_token": ["objective.options.target_norm=position_token"],
+    "batch": ["objective.options.target_norm=batch"],
+    "unnormalised": ["objective.options.target_norm=none"],
+    "deep": ["objective.options.target_layers=3"],
+    "sets2": ["objective.options.mask_sets=2"],
+    "sets4": ["objective.options.mask_sets=4"],
+    "salt": ["objective.options.teacher=frozen"],  # the teacher is the run mae of the same seed
+}
+for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 2e-2))):
+    OPTIONS |= {
+        f"{_kind}{weight:g}": [
+            f"objective.options.regulariser={_kind}",
+            f"objective.options.regulariser_weight={weight}",
+        ]
+        for weight in _weights
+    }
+GROUPS = {"options": ("mae", "ijepa", *OPTIONS), "masks": MASKS, "methods": ("ijepa", "mae", "pixels"), "all": METHODS}
 BATCHES = 20  # whose work is averaged
 TIMED = 3  # steps, after one more, that say how many fit into --minutes
 OTHER_SHARE = 0.15  # of a step beside forward and backward: optimiser, average, data
 HEADS = ("linear", "20-NN")  # probes in the table and the plot
+
+
+def changes_of(name: str) -> tuple[str, list[str]] | None:
+    """The config of the run `name`, and what is changed in it; None for a run that there is not."""
+    if name in RUNS:
+        return RUNS[name]
+    parts = name.split("+")
+    if not set(parts) <= OPTIONS.keys():
+        return None
+    return RUNS["ijepa"][0], [change for part in parts for change in OPTIONS[part]]
+
+
+def teacher_of(name: str, seed: int, out: Path) -> list[str]:
+    """Where a run with a frozen teacher finds it: the setting, or none. Raises ConfigError where it is not yet."""
+    if "salt" not in name.split("+"):
+        return []
+    path = out / f"mae-{seed}" / "weights.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{name}: its teacher is the run mae of the same seed, not found as {path}; run mae first")
+    return [f"objective.options.teacher_from={path}"]
 
 
 @dataclass(frozen=True)
@@ -124,9 +166,12 @@ def overrides_of(preset: Preset, images: int) -> list[str]:
 def method_overrides(name: str, preset: Preset, images: int) -> list[str]:
     """What differs by run: its learning rate, and what of its config is a share of the run."""
     epochs = preset.steps * preset.batch / images
-    rate = preset.rates.get("ijepa" if name in MASKS else name)
+    rate = preset.rates.get(name if name in RUNS and name not in MASKS else "ijepa")
     found = [] if rate is None else [f"optim.lr={rate}"]
-    method = build_method(load_config(RUNS[name][0], RUNS[name][1]))
+    base, changes = changes_of(name) or RUNS["ijepa"]
+    method = build_method(
+        load_config(base, [*changes, *(["objective.options.teacher_from=."] if "salt" in name else [])])
+    )
     if not method.averaged:
         return found
     # One in 150 of the first weights is left in the average at the end.
@@ -165,19 +210,22 @@ def tokens(config: Config, train: Path, out: Path) -> list[str]:
 
 def steps_in(minutes: float, name: str, preset: Preset, data: Path, out: Path, extra: list[str]) -> int:
     """Steps of a run in so many minutes of training on this machine: timed once, and kept in `out`."""
+    if "salt" in name.split("+"):
+        raise ConfigError(f"--minutes: {name} has a teacher that is not there when steps are timed; give --steps")
     kept = out / f"{name}-steps.json"
     if kept.is_file() and (found := json.loads(kept.read_text()))["minutes"] == minutes:
         return found["steps"]
     images = len(open_source(data / "train", cache=out / "index"))
+    base, changes = changes_of(name) or RUNS["ijepa"]
     given = [
         "name=timed",
-        *RUNS[name][1],
+        *changes,
         *overrides_of(preset, images),
         *method_overrides(name, preset, images),
         *extra,
     ]
-    config = load_config(ROOT / "configs" / f"{RUNS[name][0]}.yaml", given)
-    config = load_config(ROOT / "configs" / f"{RUNS[name][0]}.yaml", [*given, *tokens(config, data / "train", out)])
+    config = load_config(ROOT / "configs" / f"{base}.yaml", given)
+    config = load_config(ROOT / "configs" / f"{base}.yaml", [*given, *tokens(config, data / "train", out)])
     device = choose_device(config.engine.device)
     method, precision = build_method(config), choose_precision(config.engine.precision, device).name
     for network in method.networks.values():
@@ -204,11 +252,12 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
     """Train and probe one run -> its record, also kept in its folder. What was finished before is read from there."""
     folder = out / f"{name}-{seed}"
     kept = folder / "learning.json"
-    base, changes = RUNS[name]
+    base, changes = changes_of(name) or RUNS["ijepa"]
     images = len(open_source(data / "train", cache=out / "index"))
     settings = [
         f"seed={seed}",
         *changes,
+        *teacher_of(name, seed, out),
         *overrides_of(preset, images),
         *method_overrides(name, preset, images),
         *extra,
@@ -254,6 +303,7 @@ def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list
         "points": points,
     }
     kept.write_text(json.dumps(record, indent=1))
+    shutil.copy(checkpoints[max(checkpoints)] / "weights.safetensors", folder)  # what a run with a teacher reads
     shutil.rmtree(folder / "checkpoints")
     return record
 
@@ -311,7 +361,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     usage = "%(prog)s --data FOLDER [options] [key=value ...]"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=usage)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/<class>/ and test/<class>/")
-    parser.add_argument("--runs", default="methods", help=f"of {', '.join([*RUNS, *GROUPS])}, with commas")
+    parser.add_argument("--runs", default="methods", help=f"of {', '.join([*RUNS, *OPTIONS, *GROUPS])}, with commas")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float, help="of training, in place of --steps: timed for each run")
@@ -323,8 +373,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change in every run")
     args = parser.parse_intermixed_args(argv)
     names = [run for name in args.runs.split(",") for run in GROUPS.get(name, (name,))]
-    if unknown := set(names) - set(RUNS):
-        parser.error(f"--runs: expected of {', '.join([*RUNS, *GROUPS])}, got {', '.join(sorted(unknown))}")
+    if unknown := sorted({name for name in names if changes_of(name) is None}):
+        parser.error(f"--runs: expected of {', '.join([*RUNS, *OPTIONS, *GROUPS])}, got {', '.join(unknown)}")
     given = {key: getattr(args, key) for key in ("steps", "batch", "probes", "images") if getattr(args, key)}
     if args.seeds:
         given["seeds"] = tuple(int(seed) for seed in args.seeds.split(","))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from bench.case import Case
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.data import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.kernels import adamw_ema as adamw_op
@@ -40,6 +41,8 @@ from ijepa_fast.kernels.predictor_tokens import reference as predictor_reference
 from ijepa_fast.kernels.resize import cpu as resize_cpu
 from ijepa_fast.kernels.resize import reference as resize_reference
 from ijepa_fast.kernels.resize import resize_ as resize_op
+from ijepa_fast.kernels.sigreg import reference as sigreg_reference
+from ijepa_fast.kernels.sigreg import sigreg as sigreg_op
 from ijepa_fast.kernels.target_loss import reference as target_loss_reference
 from ijepa_fast.kernels.target_loss import target_loss as target_loss_op
 from ijepa_fast.kernels.varlen_attention import native as attention_native
@@ -96,30 +99,6 @@ class Batch:
     def on_gpu(self) -> bool:
         """Whether Triton kernels can be timed."""
         return self.device.type == "cuda"
-
-
-@dataclass
-class Case:
-    """One use of an op. Functions take `args` and return a tensor or several; gradients go to args that ask for one."""
-
-    part: str
-    shape: str
-    args: tuple
-    eager: Callable
-    own: dict[str, Callable] = field(default_factory=dict)
-    libraries: dict[str, Callable] = field(default_factory=dict)
-    compiles: bool = True
-    comparable: bool = True  # False: works in place, so that outputs cannot be compared
-    bytes: tuple[int, int] = (0, 0)  # forward, backward
-    flops: tuple[int, int] = (0, 0)
-
-    @property
-    def providers(self) -> dict[str, Callable]:
-        """Everyone who can do it, by name."""
-        compiled = {}
-        if self.compiles:
-            compiled["compiled"] = torch.compile(self.eager, dynamic=False)
-        return {"eager": self.eager, **compiled, **self.libraries, **self.own}
 
 
 def patchify(b: Batch) -> list[Case]:
@@ -313,6 +292,22 @@ def target_loss(b: Batch) -> list[Case]:
     ]
 
 
+def sigreg(b: Batch) -> list[Case]:
+    """Of the images' pooled features, along 256 directions."""
+    slices, directions = 256, F.normalize(b.random(b.dim, 256, grad=False, dtype=torch.float32), dim=0)
+    seen = 4 * b.images * slices
+    return [
+        Case(
+            "pooled",
+            f"{b.images} x {b.dim} along {slices}",
+            (b.random(1, b.images, b.dim, dtype=torch.float32), directions),
+            eager=sigreg_reference.sigreg,
+            own={"triton" if b.on_gpu else "cpu": sigreg_op},
+            bytes=(seen + 4 * b.dim * (b.images + slices), 2 * seen + 4 * b.dim * (b.images + slices)),
+        )
+    ]
+
+
 def adamw_ema(b: Batch) -> list[Case]:
     """The encoder's parameters: flat, as ZeRO holds them, for Triton and the reference; a list for all others."""
     with torch.device("meta"):
@@ -488,6 +483,7 @@ OPS: dict[str, Callable[[Batch], list[Case]]] = {
     "patchify": patchify,
     "mask_sampler": mask_sampler,
     "fp8": fp8,
+    "sigreg": sigreg,
     "linear": linear,
     "resize": resize,
 }

@@ -13,6 +13,9 @@ from ijepa_fast.config import ConfigError, Data, Engine, Mask, Model, parse_opti
 
 CAPABILITIES = ("graphs", "fp8", "target_stream", "forecast")  # of methods, see methods/method.py
 
+# SIGReg compares means of cosines over a batch with a Gaussian's; of N they are known to 1 / sqrt(2 N) at best.
+LEAST_SAMPLES = {"sigreg": 8, "vicreg": 2}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -92,3 +95,13 @@ def check_capabilities(method: str, engine: Engine, capabilities: Collection[str
         if on and capability not in capabilities:
             key = setting.partition("=")[0]
             raise ConfigError(f"{setting}: objective.method={method} cannot do it; leave {key} at its default")
+
+
+def check_samples(batch: int | None, kind: str = "sigreg") -> None:
+    """ConfigError for a micro-batch, over all ranks, too small for the regulariser; None: it is not known."""
+    least = LEAST_SAMPLES.get(kind, 1)
+    if batch is not None and batch < least:
+        raise ConfigError(
+            f"batch_size: {kind} takes statistics over a batch and wants at least {least} images of a micro-batch over "
+            f"all ranks, got {batch}; raise batch_size or lower engine.accumulation"
+        )

@@ -41,9 +41,17 @@ from ijepa_fast.methods.method import Method
 from ijepa_fast.report.summary import finish
 from ijepa_fast.run import checkpoint, lock, machines, pulse
 from ijepa_fast.run.banner import banner
-from ijepa_fast.run.build import Length, build_engine, build_loader, build_method, with_options, with_precision
+from ijepa_fast.run.build import (
+    Length,
+    build_engine,
+    build_loader,
+    build_method,
+    make_ready,
+    with_options,
+    with_precision,
+)
 from ijepa_fast.run.imported import functions
-from ijepa_fast.run.log import Meter, RunLog, check_loggers
+from ijepa_fast.run.log import Meter, RunLog, check_loggers, newest
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
 from ijepa_fast.run.sources import Evaluated, evaluated, identity, label_columns, training_source, with_depth
@@ -91,7 +99,8 @@ def train(config: Config) -> None:
     speed = Speed(method, device, precision.name, total, config.batch_size, ranks)
     log.say(banner(config, method, source, device, ranks, length, speed))
     meter, logged = Meter(device), step
-    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say)
+    first = newest(config.folder / "log.jsonl", "probe", "untrained") if step else None
+    online = OnlineProbe(method, config.probe.every, *label_columns(source), rank, step, log.say, first)
     stopping = Stop(config.log.checkpoint_minutes, config.engine.timeout)
     saving = Saver(engine, partial(save, config, engine, data, more), config.engine.timeout)
     with stopping as stop, saving as saver, closing(log), closing(loader):
@@ -154,7 +163,7 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Source | None
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)
     method = build_method(config, length.steps_per_epoch)
-    method.ready()
+    make_ready(method)
     return with_options(config, method), source, labelled, method, hooks
 
 

@@ -131,11 +131,12 @@ def parity(path: str | Path) -> dict[str, float]:
             return parity_ijepa(archive)
         from tests.parity_masked import parity_beit, parity_cae, parity_data2vec, parity_simmim
         from tests.parity_methods import parity_ibot, parity_mae
-        from tests.parity_views import parity_dino, parity_msn
+        from tests.parity_regulariser import parity_cjepa
+        from tests.parity_views import parity_dino, parity_msn, parity_sigreg
 
         if archive["config"].dtype.kind == "U":
             known = {"simmim": parity_simmim, "data2vec": parity_data2vec, "beit": parity_beit, "dino": parity_dino}
-            known |= {"msn": parity_msn, "cae": parity_cae}
+            known |= {"msn": parity_msn, "cae": parity_cae, "sigreg": parity_sigreg, "cjepa": parity_cjepa}
             name = json.loads(str(archive["config"]))["method"]
             if name not in known:
                 raise SystemExit(f"{path}: an archive of {name}, of which there is no method here")

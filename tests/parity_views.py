@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,9 +13,11 @@ from ijepa_fast.config import Optim
 from ijepa_fast.engine.clipping import ClipEach, ClipTogether
 from ijepa_fast.engine.partitions import Fragment, Partition
 from ijepa_fast.engine.schedules import Schedule
+from ijepa_fast.kernels.sigreg import sigreg
+from ijepa_fast.kernels.sigreg.reference import knots
 from ijepa_fast.masks import anchors
 from ijepa_fast.masks.crops import LARGE, lay_out, teacher_temperature
-from ijepa_fast.methods import dino, msn
+from ijepa_fast.methods import dino, lejepa, msn
 from ijepa_fast.methods.method import Method
 from tests.parity import RAW, patches_of, relative_error
 from tests.parity_masked import config_of, gradients, load, moved, rounding, set_sides, tensors
@@ -99,6 +103,38 @@ def parity_dino(archive) -> dict[str, float]:
         "teacher/": lambda name: averages[backbone(name)],
     }
     return errors | moved(archive, after)
+
+
+def parity_sigreg(archive) -> dict[str, float]:
+    """Relative errors of an archive of SIGReg and of LeJEPA's loss: each direction, values, gradients."""
+    get = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "config"}
+    config = json.loads(str(archive["config"]))
+    errors: dict[str, float] = {}
+    embeddings, directions = get["embeddings"].requires_grad_(), get["directions"]
+    for number, (t_max, points) in enumerate(config["variants"]):
+        name, values = f"v{number}", (float(t_max), int(points))
+        for part, ours in zip(("t", "phi", "weights"), knots(*values), strict=True):
+            errors[f"{name}/{part}"] = relative_error(ours, get[f"{name}/{part}"])
+        slices = [sigreg(embeddings, column.contiguous(), *values) for column in directions.split(1, dim=1)]
+        errors[f"{name}/per_slice"] = relative_error(torch.stack(slices), get[f"{name}/per_slice"])
+        value = sigreg(embeddings, directions, *values)
+        errors[f"{name}/value"] = relative_error(value, get[f"{name}/value"])
+        (gradient,) = torch.autograd.grad(value, embeddings)
+        errors[f"{name}/grad"] = relative_error(gradient, get[f"{name}/grad"])
+    projections, directions = get["proj"].requires_grad_(), get["proj_directions"]
+    chosen = lejepa.Options(weight=config["lamb"], knots=config["minimal_knots"], slices=config["minimal_slices"])
+    model = lejepa.LeJEPA(setup_of(16, 8, options=replace(chosen, embedding=projections.shape[2]), **RAW))
+    gaussian, agreement = model.terms(projections, directions)
+    loss = config["lamb"] * gaussian + (1 - config["lamb"]) * agreement
+    errors |= {
+        "loss_sigreg": relative_error(gaussian, get["loss_sigreg"]),
+        "loss_inv": relative_error(agreement, get["loss_inv"]),
+        "loss": relative_error(loss, get["loss"]),
+    }
+    for name, value in (("sigreg", gaussian), ("loss", loss)):
+        (gradient,) = torch.autograd.grad(value, projections, retain_graph=True)
+        errors[f"dproj/{name}"] = relative_error(gradient, get[f"dproj/{name}"])
+    return errors
 
 
 # What batch norm makes of these is the same whatever they are: their gradients are 0 but for rounding.

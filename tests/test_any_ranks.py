@@ -12,6 +12,7 @@ from ijepa_fast.config import load_config
 from ijepa_fast.masks.anchors import AnchorDraw
 from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.crops import LARGE
+from ijepa_fast.masks.views import ViewDraw
 from ijepa_fast.run.build import build_draw, build_method
 from tests.launch import ROOT, TINY
 
@@ -28,12 +29,13 @@ KINDS = {
     "mae": ("model.predictor_dim=32",),
     "ibot": ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32}",),
 }
-OTHERS = ("simmim", "data2vec", "beit", "dino", "msn", "cae")
+OTHERS = ("simmim", "data2vec", "beit", "dino", "msn", "cae", "lejepa")
 KINDS |= dict.fromkeys(OTHERS, ())
 KINDS["data2vec"] = ("objective.options={masked: 20, layers: 2}",)
 KINDS["beit"] = ("objective.options={masked: 20}",)
 KINDS["cae"] = ("objective.options={masked: 20, drop_path: 0.1}",)
 KINDS["dino"] = ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, drop_path: 0.1}",)
+KINDS["lejepa"] = ("objective.options={views: 3, slices: 8, embedding: 4}",)
 KINDS["msn"] = (
     "model.patch=8",
     "objective.options={small_anchors: 2, hidden: 16, out: 8, prototypes: 32, drop_path: 0.1}",
@@ -53,6 +55,9 @@ def by_image(draw):
     if isinstance(draw, PatchDraw):
         masks = draw.mask.view(draw.images, -1)
         return [(masks[i].tolist(), draw.chance[..., i].tolist()) for i in range(draw.images)]
+    if isinstance(draw, ViewDraw):
+        chance = draw.chance.view(*draw.chance.shape[:2], -1, draw.images)
+        return [(chance[..., i].tolist(), draw.directions.tolist()) for i in range(draw.images)]
     if isinstance(draw, AnchorDraw):
         chance = draw.chance.view(*draw.chance.shape[:2], -1, draw.images)
         return [(draw.kept.tolist(), chance[..., i].tolist()) for i in range(draw.images)]

@@ -101,6 +101,47 @@ def test_the_command_trains_probes_and_does_nothing_twice(tmp_path, photos, caps
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_options_are_compared_by_one_command(tmp_path, photos, capsys):
+    """One at a time and together, with a teacher that the same command trained."""
+    options = ["--data", str(photos), "--runs", "mae,sigreg0.0002,salt+xavier+deep", "--preset", "cpu"]
+    options += [
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "2",
+        "--batch",
+        "8",
+        "--probes",
+        "1",
+        "--images",
+        "40",
+        "--seeds",
+        "0",
+    ]
+    options += ["model.dim=32", "model.depth=3", "model.heads=2", "model.predictor_dim=32", "model.predictor_depth=1"]
+    assert learning.main(options) == 0
+    result = json.loads((tmp_path / "learning.json").read_text())
+    assert [record["run"] for record in result["records"]] == ["mae", "sigreg0.0002", "salt+xavier+deep"]
+    salt = result["records"][2]["settings"]
+    assert f"objective.options.teacher_from={tmp_path / 'mae-0' / 'weights.safetensors'}" in salt
+    assert "objective.options.target_layers=3" in salt
+    assert "| salt+xavier+deep | 1 | 2 |" in capsys.readouterr().out
+    assert learning.main([*options[:3], "salt", *options[4:], "--seeds", "1"]) == 1
+    assert "its teacher is the run mae of the same seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*learning.OPTIONS, "xavier+deep+flip"])
+def test_every_option_is_a_run_of_i_jepas(name):
+    base, changes = learning.changes_of(name)
+    found = load_config(base, changes)
+    assert found.objective.method == "ijepa"
+    if "salt" not in name:
+        options = build_method(found).options
+        assert options != build_method(load_config(base, [])).options or found.data.flip
+    assert learning.changes_of(f"{name}+nothing") is None
+
+
 def test_steps_fit_into_the_minutes(tmp_path, photos):
     """Timed once; twice the time is twice the steps."""
     tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "model.predictor_depth=1", "engine.precision=fp32"]

@@ -52,6 +52,10 @@ TRIED = {
             "objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, norm_last_layer: false}",
         ],
     ),
+    "lejepa": (
+        "lejepa_cifar10",
+        ["mask.min_keep=null", "objective.options={views: 3, slices: 16, bottleneck: 16, hidden: 32, embedding: 8}"],
+    ),
     "msn": (
         "msn_cifar10",
         [
@@ -67,12 +71,13 @@ AVERAGED = {
     "mae": [],
     "simmim": [],
     "beit": [],
+    "lejepa": [],
     "cae": [],
     "ibot": HEADED,
     "dino": HEADED,
     "msn": HEADED,
 }  # where not the encoder alone
-BY_CLASS = {"ibot", "dino", "msn"}  # read by the class token
+BY_CLASS = {"ibot", "dino", "msn", "lejepa"}  # read by the class token
 # What batch norm takes out again: the gradient is rounding, and Adam makes steps of that.
 UNMOVED = {"msn": {"encoder.norm.bias", "head.fc1.bias", "head.fc2.bias"}}
 NO_CLASS_TOKEN = {"ijepa", "toy"}
@@ -146,7 +151,7 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, name):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2), ("msn", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [("mae", 1), ("ibot", 2), ("dino", 2), ("msn", 2), ("lejepa", 2)])
 def test_stage_3_gives_the_trajectory_of_stage_1(tmp_path, name, ranks):
     """Of iBOT and DINO on two ranks, whose centres are one; of DINO with each parameter's gradient clipped."""
     options = ("optim.steps=3",)
@@ -296,7 +301,7 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
         ("mae_cifar10", ["engine.target_precision=fp8"], ["engine.target_precision=fp8", "mae"]),
         ("mae_cifar10", ["engine.target_stream=true"], ["engine.target_stream=true", "mae"]),
         ("ibot_cifar10", ["objective.options.small_crops=0"], ["objective.options.small_crops", "at least 1"]),
-        ("quickstart", ["objective.options={masked: 0.5}"], ["objective.options.masked", "loss, target"]),
+        ("quickstart", ["objective.options={bottleneck: 5}"], ["objective.options.bottleneck", "loss, target"]),
         ("quickstart", ["model.predictor_dim=100"], ["model.predictor_dim=100", "model.heads=3"]),
         ("mae_cifar10", ["objective.options.masked=1"], ["objective.options.masked", "64 patches"]),
         ("mae_cifar10", ["model.predictor_dim=100"], ["model.predictor_dim=100", "multiple of 32"]),

@@ -26,6 +26,7 @@ from ijepa_fast.kernels.varlen_attention import measure_dense_attention
 from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.fp8 import seconds
+from ijepa_fast.models.over_ranks import ranks
 from ijepa_fast.models.vit import compile_blocks
 
 # Buckets are allocated in every step, and on a CPU there is nobody to send them to.
@@ -138,7 +139,7 @@ class Engine:
         # Kept in fp32: DeepSpeed casts the modules' own tables.
         tables = {name: dict(network.named_buffers()).get("positions") for name, network in method.networks.items()}
         self.positions = {name: table.clone() for name, table in tables.items() if table is not None}
-        for network in method.averaged.values():
+        for network in [*method.averaged.values(), *method.frozen.values()]:
             network.to(device, dtype)
         for name, tensor in method.carried.items():
             method.carried[name] = tensor.to(device)
@@ -148,7 +149,7 @@ class Engine:
             measure_target(method, micro_batch, dtype, device)
         # ZeRO 3 gathers weights in hooks that a compiled block cannot hold.
         if settings.compile or (settings.compile is None and device.type == "cuda" and settings.zero < 3):
-            compile_blocks(*method.networks.values())
+            compile_blocks(*method.networks.values(), *method.frozen.values())
         groups = parameter_groups(method.trained, method.averaged, method.undecayed, method.unclipped)
         self.optimizer = AdamWEMA(
             [{name: group[name] for name in ("params", "ema", "decay", "clip")} for group in groups],
@@ -287,6 +288,7 @@ def wants_graphs(method: Method, settings: config.Engine, optim: config.Optim, d
     reasons = {
         f"they need a CUDA device, and training is on {device.type}": device.type != "cuda",
         f"objective.method={name} does not declare them": "graphs" not in method.capabilities,
+        "the ranks exchange statistics within a step": method.exchanges and ranks() > 1,
         "engine.zero=3 moves the weights in every step; set engine.zero to at most 2": settings.zero == 3,
         "optim.clip needs the gradient's norm in every step; set optim.clip=0": optim.clip > 0,
         "without mask.padding few shapes come again; set mask.padding=true": method.reads_mask
@@ -316,8 +318,8 @@ def fp8_gains(method: Method, images: int, device: torch.device) -> bool:
 
     All ranks go by the first one's measurement: the target encoder is the same on all. On a CPU, which has no fp8, yes.
     """
-    encoder = method.averaged["encoder"]
-    if device.type != "cuda":
+    encoder = target_encoder(method)
+    if encoder is None or device.type != "cuda":
         return True
     plain, fp8 = seconds(encoder.blocks[0], images, encoder.patches + (encoder.cls_token is not None))
     gains = torch.tensor(fp8 < plain, dtype=torch.int32, device=device)
@@ -332,9 +334,16 @@ def fp8_gains(method: Method, images: int, device: torch.device) -> bool:
     return bool(gains)
 
 
+def target_encoder(method: Method) -> Any:
+    """The encoder that makes the targets: averaged or frozen; None where there is none."""
+    return next(
+        (each for each in [*method.averaged.values(), *method.frozen.values()] if hasattr(each, "blocks")), None
+    )
+
+
 def measure_target(method: Method, images: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Let the averaged encoder attend by the fastest backend at `images` whole images, and say which that is."""
-    encoder = method.averaged.get("encoder")
+    """Let the target encoder attend by the fastest backend at `images` whole images, and say which that is."""
+    encoder = target_encoder(method)
     if encoder is None or choice("varlen_attention") != "auto":
         return
     heads = encoder.blocks[0].attn.heads

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ijepa_fast.eval.collapse import LEAST_RANK, LEAST_VARIANCE, advise, examine, lidar
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.outputs import measure
-from ijepa_fast.eval.rankme import rankme, target_variance
+from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.methods.method import Method
 
 WINDOW = 4096  # images kept, of rank 0
@@ -27,17 +28,14 @@ RANK_IMAGES = 512  # of these, for the rank: its cost grows with the cube
 MOST_CLASSES = 2000  # a label with more of them needs more images than are kept
 RIDGE = 0.1
 
-# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/results.md.
-LEAST_VARIANCE = 0.01
-LEAST_RANK = 1.5
-
 
 class OnlineProbe:
     """Rank 0's probe of the features that a method hands to its `watch`; on the other ranks, nothing.
 
     A method that never calls `watch`, such as MAE, is not probed.
     every: steps between readings, 0 for none. columns: {label: values (n,)} of the n training images, int64 ids into
-    `classes[label]` or numbers. step: where the run goes on. say: prints a line.
+    `classes[label]` or numbers. step: where the run goes on. say: prints a line. untrained: what an earlier launch
+    found of the run's first images, when the encoder had hardly moved; a run that begins finds it itself.
     """
 
     def __init__(
@@ -49,13 +47,16 @@ class OnlineProbe:
         rank: int = 0,
         step: int = 0,
         say: Callable[[str], None] = print,
+        untrained: dict[str, float] | None = None,
     ):
         self.every, self._last, self._say = every, step, say
         self._columns, self._classes = columns, classes
         self._pooled: deque[torch.Tensor] = deque()
         self._indices: deque[np.ndarray] = deque()
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
-        self._collapsed = False
+        self.untrained, self._begins = untrained, untrained is None and step == 0
+        self._first: list[torch.Tensor] = []  # pooled features of the first images, until there are RANK_IMAGES
+        self._advised: str | None = None
         if rank == 0 and self.every > 0:
             method.watch = self._watch
 
@@ -64,8 +65,25 @@ class OnlineProbe:
         lengths = draw.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
         self._targets = features, draw.union_places
+        if self._begins:
+            self._look_at_first(draw.images)
         if len(self._pooled) > -(-WINDOW // draw.images):
             self._pooled.popleft()
+
+    def _look_at_first(self, images: int) -> None:
+        """Examine the features of the run's first images, as soon as there are enough for the rank."""
+        assert self._targets is not None
+        self._first.append(self._pooled[-1])
+        if len(self._first) == 1:  # of the first batch, but for the rank: the encoder has not moved yet
+            self.untrained = examine(self._pooled[-1], *self._targets)
+        self._begins = len(self._first) < -(-RANK_IMAGES // images)
+        if not self._begins:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        if self._first and self.untrained is not None:
+            self.untrained["rankme"] = rankme(torch.cat(self._first)[:RANK_IMAGES])
+        self._begins, self._first = False, []
 
     def add(self, indices: torch.Tensor) -> None:
         """Say which samples (B,) the last batch was made of."""
@@ -77,14 +95,17 @@ class OnlineProbe:
     def read(self, step: int) -> dict:
         """The probe's section of the log where one is due, {} where none is.
 
-        {"probe": {"rankme", "target_variance", "<label>": outputs.measure, ...}}. Says so where the targets
-        collapse.
+        {"probe": {"rankme", "target_variance", "position_share", "feature_norm", "untrained": the same of the run's
+        first images, "collapsed", "<label>": outputs.measure and, of classes, lidar, ...}}. Says what is wrong, once.
         """
         if self._targets is None or step // self.every == self._last // self.every:
             return {}
         self._last = step
         pooled = torch.cat(list(self._pooled))
-        found = {"rankme": rankme(pooled[-RANK_IMAGES:]), "target_variance": target_variance(*self._targets)}
+        self._end_first()
+        found: dict[str, Any] = dict(examine(pooled[-RANK_IMAGES:], *self._targets))
+        if self.untrained is not None:
+            found["untrained"] = dict(self.untrained)
         found |= self._probe(pooled, np.concatenate(list(self._indices)))
         self._warn(step, found, pooled.shape[1])
         self._pooled.clear()
@@ -117,15 +138,16 @@ class OnlineProbe:
             scores = x[held] @ weight + mean
             predictions = scores.argmax(1) if name in self._classes else scores[:, 0]
             figures[name] = measure(predictions, values[held], task)
+            if task == "classification":
+                figures[name]["lidar"] = lidar(pooled, values)
         return figures
 
     def _warn(self, step: int, found: dict, width: int) -> None:
-        rank, variance = found["rankme"], found["target_variance"]
-        collapsed = rank < LEAST_RANK or variance < LEAST_VARIANCE
-        if collapsed and not self._collapsed:
-            self._say(
-                f"step {step}: the targets have collapsed, all images look almost the same to the target encoder "
-                f"(RankMe {rank:.2f} of {min(width, RANK_IMAGES)}, variance {variance:.4f} of 1); go back to an "
-                f"earlier checkpoint and lower optim.lr or raise optim.ema"
-            )
-        self._collapsed = found["collapsed"] = collapsed
+        found["collapsed"] = found["rankme"] < LEAST_RANK or found["target_variance"] < LEAST_VARIANCE
+        advice = advise(found, self.untrained, min(width, RANK_IMAGES))
+        kind = None if advice is None else advice.partition("(")[0][:20]
+        if advice is not None:
+            found["advice"] = advice
+            if kind != self._advised:
+                self._say(f"step {step}: {advice}")
+        self._advised = kind

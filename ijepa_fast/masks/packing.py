@@ -5,9 +5,10 @@ All index arithmetic of a step is done here, on the host, ahead of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ class MaskDraw(Draw):
     With padding (see `pack`) there are E further context sequences, of which nothing comes: their rows are in
     context_index and, without mask tokens, behind each target block's sequences in the predictor; and the union holds
     a few rows that are no target. E is 0 otherwise.
+
+    With several mask sets an image has S sets of contexts and targets: B images are S*B to the context's and the
+    predictor's sequences, set by set, and B to the union of their targets.
     """
 
     contexts: int  # C
@@ -41,7 +45,7 @@ class MaskDraw(Draw):
     context_places: torch.Tensor  # (T,) places of the same
     context_cu_seqlens: torch.Tensor  # (C*B + E + 1,)
     context_max_seqlen: int
-    target_index: torch.Tensor  # (M, B, K) flat rows
+    target_index: torch.Tensor  # (M, S*B, K) flat rows
     dense_cu_seqlens: torch.Tensor  # (B + 1,) of whole images: 0, N, 2N, ...
     union_index: torch.Tensor  # (U,) sorted unique flat rows, among them all that are a target of any block
     union_places: torch.Tensor  # (U,) places of the same
@@ -52,16 +56,23 @@ class MaskDraw(Draw):
     predictor_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,)
     predictor_max_seqlen: int
     predictor_query_cu_seqlens: torch.Tensor  # (M*(C*B + E) + 1,) of the mask tokens alone: K a sequence, 0 of padding
+    sets: int = field(default=1, kw_only=True)  # S
+    directions: torch.Tensor | None = field(default=None, kw_only=True)  # (width, K) fp32, of SIGReg
     channels: torch.Tensor | None = field(default=None, kw_only=True)  # (B, channels) bool, those that contexts see
 
     @property
     def sequences(self) -> int:
-        """Context sequences of the images, C*B: those behind them are padding."""
-        return self.contexts * self.images
+        """Context sequences of the images, C*S*B: those behind them are padding."""
+        return self.contexts * self.sets * self.images
+
+    @property
+    def by_set(self) -> Self:
+        """The same draw as the predictor sees it, where an image with S mask sets is S images."""
+        return self if self.sets == 1 else replace(self, images=self.sets * self.images, sets=1)
 
     @property
     def context_lengths(self) -> torch.Tensor:
-        """(C*B,) tokens of each context."""
+        """(C*S*B,) tokens of each context."""
         return self.context_cu_seqlens[: self.sequences + 1].diff()
 
     @property
@@ -81,7 +92,7 @@ def whole_groups(first: int, last: int, batch: int, group: int | None) -> tuple[
 
 
 def pack(
-    masks: Masks,
+    masks: Masks | Sequence[Masks],
     policy: str = "full",
     budget: int | None = None,
     padding: bool | tuple[int, int] = False,
@@ -106,6 +117,8 @@ def pack(
     the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes. A pair for
     `padding` are other buckets than TOKEN_BITS, UNION_BITS.
 
+    Several masks are as many mask sets of the same images, whose contexts the policy compares set by set.
+
     Raises ValueError for an unknown policy, a missing budget, and a group of fewer than `budget` patches a context.
     """
     if policy not in POLICIES:
@@ -115,14 +128,9 @@ def pack(
             f"mask.budget: expected a number of patches with mask.policy=budget and nothing otherwise, "
             f"got {budget} with mask.policy={policy}"
         )
-    context = masks.context.numpy()
-    lengths = np.count_nonzero(context, axis=-1)
-    if policy == "truncate":
-        shortest = _by_group(lambda lengths: np.full_like(lengths, lengths.min()), lengths, group)
-        context = context & (np.cumsum(context, axis=-1, dtype=np.int32) <= shortest[..., None])
-    elif budget is not None:
-        context = _choose(masks, _by_group(partial(_shares, budget=budget), lengths, group))
-    context = context[:, part]
+    sets = [masks] if isinstance(masks, Masks) else masks
+    context = np.concatenate([_kept(each, policy, budget, group)[:, part] for each in sets], axis=1)
+    target = np.concatenate([each.target.numpy()[:, part] for each in sets], axis=1)
     contexts, images, patches = context.shape
     rows = np.flatnonzero(context).astype(np.int32)
     if contexts > 1:
@@ -132,7 +140,19 @@ def pack(
         tokens, unions = padding if isinstance(padding, tuple) else (TOKEN_BITS, UNION_BITS)
         static = budget is not None and len(rows) == contexts * images * budget
         bits = 0 if static else tokens, unions
-    return assemble(rows, np.count_nonzero(context, axis=-1), masks.target.numpy()[:, part], patches, bits)
+    return assemble(rows, np.count_nonzero(context, axis=-1), target, patches, bits, len(sets))
+
+
+def _kept(masks: Masks, policy: str, budget: int | None, group: int | None) -> np.ndarray:
+    """(C, B, N) bool: what the policy keeps of the contexts."""
+    context = masks.context.numpy()
+    lengths = np.count_nonzero(context, axis=-1)
+    if policy == "truncate":
+        shortest = _by_group(lambda lengths: np.full_like(lengths, lengths.min()), lengths, group)
+        return context & (np.cumsum(context, axis=-1, dtype=np.int32) <= shortest[..., None])
+    if budget is not None:
+        return _choose(masks, _by_group(partial(_shares, budget=budget), lengths, group))
+    return context
 
 
 # Padding buckets: significant bits of the context's and the union's size. The target encoder's last block alone sees
@@ -186,6 +206,7 @@ def assemble(
     target: np.ndarray,
     patches: int,
     bits: tuple[int, int] | None = None,
+    sets: int = 1,
 ) -> MaskDraw:
     """The draw of explicit patches.
 
@@ -195,10 +216,14 @@ def assemble(
         target: (M, B, K) patch numbers of the target blocks.
         patches: N.
         bits: significant bits (0: all) of the context's and of the union's size; without them nothing is padded.
+        sets: S, mask sets of an image; its sequences lie B apart in the arguments, and so do its rows.
     """
-    contexts, images = lengths.shape
+    contexts, parts = lengths.shape
+    images = parts // sets
     targets, _, size = target.shape
-    target_rows = (target + np.arange(images, dtype=np.int32)[:, None] * patches).astype(np.int32)
+    target_rows = (target + np.arange(parts, dtype=np.int32)[:, None] % images * patches).astype(np.int32)
+    if sets > 1:
+        context_rows = context_rows % (images * patches)
     in_union = np.zeros(images * patches, dtype=bool)
     in_union[target_rows] = True
     longest, tokens, padding = int(lengths.max()), len(context_rows), np.zeros(0, dtype=int)
@@ -211,14 +236,15 @@ def assemble(
     union_lengths = np.count_nonzero(in_union.reshape(images, patches), axis=1)
     union_longest = int(union_lengths.max())
     position = np.cumsum(in_union, dtype=np.int32) - 1
-    predictions = np.broadcast_to(position[target_rows][:, None], (targets, contexts, images, size))
-    queries = np.concatenate([np.full(contexts * images, size), np.zeros_like(padding)])
+    predictions = np.broadcast_to(position[target_rows][:, None], (targets, contexts, parts, size))
+    queries = np.concatenate([np.full(contexts * parts, size), np.zeros_like(padding)])
     return MaskDraw(
         images=images,
         contexts=contexts,
         targets=targets,
         patches=patches,
         target_size=size,
+        sets=sets,
         context_tokens=tokens,
         context_index=torch.from_numpy(context_rows),
         context_places=_int32(context_rows % patches),

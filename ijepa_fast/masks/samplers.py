@@ -13,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from ijepa_fast.config import ConfigError
+
 if TYPE_CHECKING:  # masks that do not fit are to be said before torch is imported, which what draws them needs
     import torch
 
     from ijepa_fast.kernels.mask_sampler import Key
 
+POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
+HIDDEN_SHARE = 0.5  # of the channels, under strategy=channels
 Range = tuple[float, float]
 Size = tuple[int, int]
 
@@ -336,3 +340,26 @@ def _check_block(kind: str, h: int, w: int, grid: Size) -> None:
             f"mask.{kind}_scale: a {kind} block of {h}x{w} patches does not fit the {_name(grid)} grid; "
             f"lower mask.{kind}_scale or bring mask.{kind}_aspect nearer to 1"
         )
+
+
+def hidden_channels(mask: dict[str, Any], channels: int, foreign: bool) -> int:
+    """How many channels of an image its contexts do not see. Takes the option out of `mask`. Raises ConfigError."""
+    if not foreign and ":" in mask["strategy"]:
+        raise ConfigError(f"mask.strategy={mask['strategy']}: only strategies of this package are imported here")
+    if mask["strategy"] != "channels":
+        if mask["hidden_channels"] is None:  # else the sampler refuses it
+            mask.pop("hidden_channels")
+        return 0
+    share = mask.pop("hidden_channels") or HIDDEN_SHARE
+    if channels < 2:
+        raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
+    return min(channels - 1, max(1, round(share * channels)))
+
+
+def sampler_of(mask: dict[str, Any], grid: Size) -> Sampler:
+    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
+    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
+    try:
+        return make_sampler(mask["strategy"], grid, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

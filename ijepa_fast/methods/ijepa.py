@@ -1,6 +1,7 @@
 """I-JEPA in one place: from a batch of images and masks to a loss.
 
-Paper: Assran et al. 2023, section 3. Shapes: B images, N patches, T context tokens, U target rows, D width.
+Paper: Assran et al. 2023, section 3. What is not the paper's is an option, off by default (docs/options.md).
+Shapes: B images, N patches, T context tokens, U target rows, D width.
 """
 
 from __future__ import annotations
@@ -15,31 +16,60 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.agree import check_samples
 from ijepa_fast.config import ConfigError, check_width, key
-from ijepa_fast.data.crops import counter_uniform
 from ijepa_fast.kernels.target_loss import target_loss
+from ijepa_fast.masks.channels import seen_channels
 from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
-from ijepa_fast.masks.samplers import Sampler, make_sampler
+from ijepa_fast.masks.samplers import POLICY, hidden_channels, sampler_of
+from ijepa_fast.masks.views import directions
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
+from ijepa_fast.models.initial import init_xavier
 from ijepa_fast.models.predictor import Predictor
+from ijepa_fast.models.projector import Projector
+from ijepa_fast.models.regulariser import Regulariser
+from ijepa_fast.models.target_norm import TargetNorm
+from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
-HIDDEN_SHARE = 0.5  # of the channels, under mask.strategy=channels
-POLICY = ("policy", "budget", "padding", "group")  # keys of the section `mask` that no sampler has
-_CHANNELS = 1 << 40  # stream of random numbers, see data.crops.counter_bits
 
 
 @dataclass
 class Options:
-    """I-JEPA's options; its masks are in the section `mask`."""
+    """I-JEPA's options; its masks are in the section `mask`. Behind `target`, none is published."""
 
     loss: str = key("l2", "l2: paper; smooth_l1: published code", choices=("l2", "smooth_l1"))
     target: str = key("features", "of the target encoder, or normalised pixels", choices=("features", "pixels"))
+    target_norm: str = key(
+        "token",
+        "what targets are normalised by; token: published",
+        choices=("token", "position", "position_token", "batch", "none"),
+    )
+    target_momentum: float = key(
+        0.99, "of a place's running mean and scale, target_norm=position", least=0, most=0.9999
+    )
+    target_layers: int = key(
+        1, "last blocks whose normalised mean is the target; 1: the encoder's output", least=1, most=1000
+    )
+    teacher: str = key("ema", "the target encoder: the average, or a frozen one", choices=("ema", "frozen"))
+    teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder")
+    regulariser: str = key("none", "of pooled context features", choices=("none", "vicreg", "sigreg"))
+    regulariser_weight: float | None = key(
+        None, "null: .001 of vicreg, .02 of sigreg, as published", least=0, most=10**6
+    )
+    projector: list[int] = key(
+        [], "widths of layers between pooled features and the regulariser; none: no layer", least=1, most=65536
+    )
+    slices: int = key(256, "random directions of sigreg in a step", least=1, most=65536)
+    mask_sets: int = key(
+        1, "sets of context and targets of an image, for one pass of the target encoder", least=1, most=1000
+    )
+    init: str = key("published", "of weights; xavier: uniform, as MAE's", choices=("published", "xavier"))
 
 
 class IJEPA(Method[MaskDraw]):
@@ -56,21 +86,23 @@ class IJEPA(Method[MaskDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """The predictor has the encoder's heads, and the masks fit the grid."""
+        """The predictor has the encoder's heads, the options go together, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
+        check_options(options, setup.model.depth)
+        check_samples(setup.micro_batch, options.regulariser)
         mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
         if setup.mask.budget is not None and setup.mask.budget > patches:
             raise ConfigError(f"mask.budget: expected at most the {patches} patches of a crop, got {setup.mask.budget}")
-        _hidden(mask, setup)
+        hidden_channels(mask, setup.data.channels, setup.foreign)
         if ":" not in setup.mask.strategy:  # somebody else's are made with the method
-            _sampler(mask, setup)
+            sampler_of(mask, setup.grid)
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model, mask = setup.model, asdict(setup.mask)
         self.policy: dict[str, Any] = {name: mask[name] for name in POLICY}
-        self.hidden = _hidden(mask, setup)
-        self.sampler = _sampler(mask, setup)
+        self.hidden = hidden_channels(mask, setup.data.channels, setup.foreign)
+        self.sampler = sampler_of(mask, setup.grid)
         self.encoder = Encoder(**setup.encoder_sizes)
         self.predictor = Predictor(
             self.encoder.grid,
@@ -81,21 +113,48 @@ class IJEPA(Method[MaskDraw]):
             out_dim=setup.values if self.options.target == "pixels" else None,
             recompute=model.recompute,
         )
+        self.widths = [model.dim, *self.options.projector]
+        self.projector = Projector(self.widths) if self.options.projector else None
+        chosen = self.options
+        self.regulariser = Regulariser(chosen.regulariser, chosen.regulariser_weight, chosen.slices)
+        self.target_norm = TargetNorm(chosen.target_norm, chosen.target_momentum)
         self.fp8_blocks: list[FP8Block] | None = None  # all but the last of the target encoder, see `use_fp8`
-        self.apply(init_weights)
-        with torch.no_grad():
-            self.encoder.patch_embed.proj.weight.mul_(model.patch_std / INIT_STD)
+        if self.options.init == "xavier":
+            self.apply(init_xavier)
+        else:
+            self.apply(init_weights)
+            with torch.no_grad():
+                self.encoder.patch_embed.proj.weight.mul_(model.patch_std / INIT_STD)
         nn.init.trunc_normal_(self.predictor.mask_token, std=INIT_STD)
-        self.keep_average("encoder")
+        if self.options.teacher == "ema":
+            self.keep_average("encoder")
+        else:
+            self.wanted = {"teacher": self.options.teacher_from}
+            self.carried["teacher"] = torch.zeros(1, dtype=torch.int64)
+        if self.target_norm.by_place:
+            width = setup.values if self.options.target == "pixels" else model.dim
+            self.carried["target_statistics"] = self.target_norm.fresh(self.encoder.patches, width)
+            self.capabilities = type(self).capabilities - {"graphs"}  # its statistics move in every step
+        self.exchanges = self.options.target_norm != "token" or self.options.regulariser != "none"
 
     @property
     def target_encoder(self) -> Encoder:
-        """The encoder's average."""
-        return self.averaged["encoder"]
+        """The encoder's average, or the frozen teacher."""
+        return self.averaged["encoder"] if self.averaged else self.frozen["teacher"]
+
+    def give(self, name: str, encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take the frozen teacher; see Method. Raises ConfigError for another grid, width or normalisation."""
+        check_teacher(self.options.teacher_from, encoder, (mean, std), self.encoder, self.setup.data)
+        encoder.readout = "patches"
+        self.frozen[name], self.given = encoder, fingerprint(encoder)
+        self.carried["teacher"].fill_(self.given)
 
     def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
-        self.fp8_blocks = [FP8Block(block) for block in self.averaged["encoder"].blocks[:-1]]
+        if self.target_encoder.cls_token is not None:
+            raise ConfigError("engine.target_precision=fp8: the frozen teacher has a class token, which it cannot do")
+        blocks: Any = self.target_encoder.blocks
+        self.fp8_blocks = [FP8Block(block) for block in blocks[:-1]]
 
     def use_graphs(self) -> None:
         """Draw masks of few sizes from now on."""
@@ -106,7 +165,12 @@ class IJEPA(Method[MaskDraw]):
         return max((self.draw(draw.images, 0, step) for step in range(TRIED)), key=self.saved_values)
 
     def average_changed(self) -> None:
-        """Called whenever the target encoder's weights were written."""
+        """Called whenever the target encoder's weights were written, and after a resume."""
+        if self.frozen and int(self.carried["teacher"]) != self.given:
+            raise ConfigError(
+                f"objective.options.teacher_from: {self.options.teacher_from} holds other weights than when the run "
+                f"was begun; put them back, or begin a run under another name"
+            )
         for block in self.fp8_blocks or ():
             block.refresh()
 
@@ -117,31 +181,46 @@ class IJEPA(Method[MaskDraw]):
         if self.policy["policy"] != "full":
             start, stop = whole_groups(first, last, batch or last, self.policy["group"])
         sample = partial(self.sampler, stop - start, seed, step)
+        # Further mask sets are those of places behind the step's.
+        places = [start + number * (batch or last) for number in range(self.options.mask_sets)]
         if self.inside is None:
-            masks = sample(start)
+            masks = [sample(place) for place in places]
         else:
-            masks = held(sample, start, self.inside(step * (batch or last) + np.arange(start, stop)))
+            inside = self.inside(step * (batch or last) + np.arange(start, stop))
+            masks = [held(sample, place, inside) for place in places]
         drawn = pack(masks, **self.policy, part=slice(first - start, last - start))
+        if self.options.regulariser == "sigreg":
+            drawn = replace(drawn, directions=directions(self.widths[-1], self.options.slices, seed, step))
         if not self.hidden:
             return drawn
         return replace(drawn, channels=seen_channels(images, seed, step, first, self.setup.data.channels, self.hidden))
 
     def forward(self, images: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images` (B, H, W, C) and their masks -> scalar fp32 loss."""
-        return self.loss_of_patches(self.patchify(images), draw), {}
+        """`images` (B, H, W, C) and their masks -> scalar fp32 loss, and its terms where there are several."""
+        return self.losses(self.patchify(images), draw)
 
     def loss_of_patches(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
+        """The loss alone from `patches` (B*N, W)."""
+        return self.losses(patches, draw)[0]
+
+    def losses(self, patches: torch.Tensor, draw: MaskDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss from `patches` (B*N, W): targets without gradient, then context, predictions, loss."""
         beside = self.target_stream
         if beside is not None:  # it needs the patches and the average that the last step left on this stream
             beside.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(beside):
             targets = self.targets(patches, draw)
-        predictions = self.predictor(self.encoder.context(self.seen(patches, draw), draw), draw)
+        context = self.encoder.context(self.seen(patches, draw), draw)
+        predictions = self.predictor(context, draw.by_set)
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
             targets.record_stream(torch.cuda.current_stream())
-        return target_loss(predictions, targets, draw.prediction_rows, kind=self.options.loss)
+        norm = self.target_norm(targets, draw, self.carried.get("target_statistics"))
+        loss = target_loss(predictions, targets, draw.prediction_rows, kind=self.options.loss, **norm)
+        if self.options.regulariser == "none":
+            return loss, {}
+        term, terms = self.regulariser(context, targets, draw, self.projector)
+        return loss + term, {"prediction": loss.detach()} | terms
 
     def seen(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """`patches` (B*N, W) as the contexts see them: hidden channels are at their mean, which is zero."""
@@ -155,7 +234,7 @@ class IJEPA(Method[MaskDraw]):
         """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
         if self.options.target == "pixels":
             return patches[draw.union_index, : self.setup.values]
-        features = self.target_encoder.targets(patches, draw, self.fp8_blocks)
+        features = self.target_encoder.targets(patches, draw, self.fp8_blocks, self.options.target_layers)
         if self.watch is not None:
             self.watch(features, draw)
         return features
@@ -163,7 +242,7 @@ class IJEPA(Method[MaskDraw]):
     def work(self, draw: MaskDraw) -> Work:
         """The work of a step on a batch, as executed here."""
         model = self.setup.model
-        return step_work(
+        work = step_work(
             Transformer(model.dim, model.depth, model.mlp_ratio),
             Transformer(model.predictor_dim, model.predictor_depth),
             patch=model.patch,
@@ -176,11 +255,16 @@ class IJEPA(Method[MaskDraw]):
             unions=draw.union_lengths.tolist(),
             pixels=self.options.target == "pixels",
         )
+        if self.frozen:
+            work = replace(work, teacher=teacher_work(self.target_encoder, draw.images, draw.union_lengths.tolist()))
+        if self.options.regulariser == "none":
+            return work
+        return replace(work, trained=work.trained | {"regulariser": self.regulariser.work(draw.sequences, self.widths)})
 
     def saved_values(self, draw: MaskDraw) -> int:
         """Values that a step keeps for its backward pass: context encoder, predictor, loss."""
         model, context = self.setup.model, draw.context_index.numel()
-        rows = draw.targets * draw.contexts * draw.images * draw.target_size
+        rows = draw.targets * draw.sequences * draw.target_size
         tokens = draw.targets * context + rows
         encoder = Transformer(model.dim, model.depth, model.mlp_ratio)
         predictor = Transformer(model.predictor_dim, model.predictor_depth)
@@ -192,34 +276,29 @@ class IJEPA(Method[MaskDraw]):
         return stacks + patches + predictions
 
 
-def _hidden(mask: dict[str, Any], setup: Setup) -> int:
-    """How many channels of an image its contexts do not see. Takes the option out of `mask`. Raises ConfigError."""
-    if not setup.foreign and ":" in mask["strategy"]:
-        raise ConfigError(f"mask.strategy={mask['strategy']}: only strategies of this package are imported here")
-    if mask["strategy"] != "channels":
-        if mask["hidden_channels"] is None:  # else the sampler refuses it
-            mask.pop("hidden_channels")
-        return 0
-    share, channels = mask.pop("hidden_channels") or HIDDEN_SHARE, setup.data.channels
-    if channels < 2:
-        raise ConfigError(f"mask.strategy=channels: expected images of several channels, got data.channels={channels}")
-    return min(channels - 1, max(1, round(share * channels)))
-
-
-def _sampler(mask: dict[str, Any], setup: Setup) -> Sampler:
-    """The sampler of the section `mask`, whose `hidden_channels` were taken out. Raises ConfigError."""
-    options = {name: value for name, value in mask.items() if name not in (*POLICY, "strategy")}
-    try:
-        return make_sampler(mask["strategy"], setup.grid, **options)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def seen_channels(images: int, seed: int, step: int, first: int, channels: int, hidden: int) -> torch.Tensor:
-    """Bool (images, channels), a function of (seed, step, place): False for `hidden` channels of each image."""
-    places = (step << 32) + first + np.arange(images)
-    order = counter_uniform(seed, places, channels, _CHANNELS).argsort(1).argsort(1)
-    return torch.from_numpy(order >= hidden)
+def check_options(options: Options, depth: int) -> None:
+    """ConfigError for options that exclude each other."""
+    o, prefix = options, "objective.options."
+    pixels = o.target == "pixels"
+    wrong = {
+        f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
+        f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
+        and o.target_layers > 1,
+        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and o.teacher == "frozen",
+        "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
+        and o.regulariser == "vicreg",
+        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": o.teacher == "frozen"
+        and o.teacher_from is None,
+        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": o.teacher == "ema"
+        and o.teacher_from is not None,
+        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector
+        and o.regulariser == "none",
+        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": o.regulariser == "none"
+        and o.regulariser_weight is not None,
+    }
+    for words, holds in wrong.items():
+        if holds:
+            raise ConfigError(prefix + words)
 
 
 def step_work(

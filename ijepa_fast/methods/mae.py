@@ -26,6 +26,7 @@ from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.initial import init_xavier
 from ijepa_fast.models.layouts import Dense, Packed, Rows
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import EPS, INIT_STD, Block, Encoder, LayerNorm, run_blocks
@@ -117,7 +118,7 @@ class MAE(Method[MAEDraw]):
             heads=max(1, model.predictor_dim // HEAD_DIM),
             recompute=model.recompute,
         )
-        self.apply(init_weights)
+        self.apply(init_xavier)
         nn.init.normal_(self.get_parameter("encoder.cls_token"), std=INIT_STD)
         nn.init.normal_(self.decoder.mask_token, std=INIT_STD)
 
@@ -229,17 +230,6 @@ class Decoder(nn.Module):
 def last_rows(x: torch.Tensor, length: int, count: int) -> torch.Tensor:
     """x (B*length, D) -> (B*count, D): the last `count` rows of every `length`."""
     return x.view(-1, length, x.shape[1])[:, -count:].reshape(-1, x.shape[1])
-
-
-def init_weights(module: nn.Module) -> None:
-    """Published initialisation: Xavier uniform for every matrix, biases 0, LayerNorm 1 and 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 def step_work(

@@ -12,7 +12,7 @@ import copy
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -55,6 +55,9 @@ class Method(nn.Module, Generic[D]):
             empty where the method has none, and then the engine keeps none.
         carried: tensors that `forward` moves in place beside the weights, by name, equal on all ranks (iBOT's centres);
             they lie in checkpoints. They are on the device of the networks and keep their dtype.
+        frozen: networks that stay as they are, outside of the module tree and of checkpoints, by name.
+        wanted: paths of encoders that are to be frozen, by the name under which `give` will get them.
+        exchanges: whether `forward` adds anything up over ranks, which a graph of several ranks could not.
         watch: where set, a method whose targets are features calls it in every step with them (U, D) and its draw.
         target_stream: where set, a CUDA stream for what needs no gradient.
         inside: where set, how much of each patch lies where `data.where` says: float (B, N) in 0..1, for positions (B,)
@@ -62,7 +65,7 @@ class Method(nn.Module, Generic[D]):
     """
 
     Options: ClassVar[type] = NoOptions
-    capabilities: ClassVar[frozenset[str]] = frozenset()
+    capabilities: frozenset[str] = frozenset()
     reads_mask: ClassVar[bool] = False
     undecayed: ClassVar[frozenset[str]] = frozenset()
     unclipped: ClassVar[frozenset[str]] = frozenset()
@@ -74,6 +77,9 @@ class Method(nn.Module, Generic[D]):
         self.setup, self.options = setup, self.parse(setup)
         self.averaged: dict[str, Any] = {}
         self.carried: dict[str, torch.Tensor] = {}
+        self.frozen: dict[str, Any] = {}
+        self.wanted: dict[str, str] = {}
+        self.exchanges = False
         self.watch: Callable[[torch.Tensor, Draw], object] | None = None
         self.target_stream: torch.cuda.Stream | None = None
         self.inside: Callable[[np.ndarray], np.ndarray] | None = None
@@ -90,6 +96,13 @@ class Method(nn.Module, Generic[D]):
 
     def ready(self) -> None:
         """Called once before training: load what training alone needs. Raises ConfigError."""
+
+    def give(self, name: str, encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Called once before training with each encoder of `wanted`, and how its images were normalised.
+
+        It is to become `frozen[name]`. Raises ConfigError for one that cannot.
+        """
+        raise NotImplementedError
 
     def views(self) -> list[View]:
         """How an image is seen, where it is seen several times; none: one crop, as the section `data` says."""

@@ -118,7 +118,7 @@ class MSN(Method[AnchorDraw]):
         it, down to a twentieth. All are blurred by the same share of a crop as published, where it is of 224 pixels.
         """
         data, chosen, (rows, columns) = self.setup.data, self.options, self.sampler.small_grid
-        colours = {
+        colours: dict[str, Any] = {
             "jitter": VIEW.jitter if chosen.jitter else 0.0,
             "strengths": tuple(chosen.jitter * strength for strength in STRENGTHS),
         }

@@ -31,3 +31,14 @@ def init_cut(module: nn.Module) -> None:
             for number, block in enumerate((b for b in stack if isinstance(b, Block)), start=1):
                 for matrix in (block.attn.proj.weight, block.mlp.fc2.weight):
                     matrix.div_(math.sqrt(2 * number))
+
+
+def init_xavier(module: nn.Module) -> None:
+    """MAE's initialisation, to be applied to every module: Xavier uniform for matrices, biases 0, LayerNorm 1 and 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -331,17 +331,31 @@ class Encoder(nn.Module):
         x = self._with_class_token(x).flatten(0, 1)
         return run_blocks(self.blocks, self.norm, x, None, Dense(count), None, self.recompute, keep)
 
-    def targets(self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None) -> torch.Tensor:
+    def targets(
+        self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None, layers: int = 1
+    ) -> torch.Tensor:
         """Dense encoding of which only the target rows are wanted: `patches` (B*N, W) -> (U, D), order of union_index.
 
-        The last block computes queries, attention output and MLP for those rows alone. `inner` stand in for the blocks
-        before it (models/fp8.py). There must be no class token.
+        The last block computes queries, attention output and MLP for those rows alone, unless there is a class token.
+        `inner` stand in for the blocks before it (models/fp8.py). layers: 1 for the final norm's output; more: the mean
+        of so many last blocks' outputs, each normalised without gain and shift.
         """
         pick = partial(masked_gather, index=draw.union_index, unique=True)
+        if self.cls_token is not None:
+            if layers == 1:
+                return pick(self(patches, draw.images, "patches"))
+            return _mean_of_normal([pick(output) for output in self.layers(patches, draw.images, layers)])
         rows = Rows(pick, draw.union_cu_seqlens, draw.union_max_seqlen)
         last = Packed(draw.dense_cu_seqlens, self.patches, rows)
         blocks: Iterable[Callable] = self.blocks if inner is None else [*inner, self.blocks[-1]]
-        return run_blocks(blocks, self.norm, self.embed(patches), None, Dense(draw.images), last)
+        if layers == 1:
+            return run_blocks(blocks, self.norm, self.embed(patches), None, Dense(draw.images), last)
+        x, branch, outputs, depth = self.embed(patches), None, [], len(self.blocks)
+        for number, block in enumerate(blocks, start=1):
+            x, branch = block(x, branch, last if number == depth else Dense(draw.images))
+            if number > depth - layers:
+                outputs.append(x + branch if number == depth else pick(x) + pick(branch))
+        return _mean_of_normal(outputs)
 
     def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
         """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D).
@@ -474,6 +488,12 @@ class Encoder(nn.Module):
             return x
         x = x.view(images, -1, self.dim)
         return x[:, 0].contiguous() if readout == "class" else x[:, 1:].reshape(-1, self.dim)
+
+
+def _mean_of_normal(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of outputs (U, D), each normalised without gain and shift."""
+    normal = [F.layer_norm(output.float(), output.shape[1:]) for output in outputs]
+    return torch.stack(normal).mean(0).to(outputs[0].dtype)
 
 
 def init_weights(module: nn.Module) -> None:

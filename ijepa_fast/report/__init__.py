@@ -27,13 +27,26 @@ from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import SEEN, read_summary
 from ijepa_fast.run.build import build_method
+from ijepa_fast.run.log import newest
 from ijepa_fast.run.sources import probe_folders, training_source
 
 Record = dict[str, Any]  # a line of the log
 Series = dict[str, dict[str, tuple[list[int], list[float]]]]  # {metric: {label: (steps, values)}}
 
-RANK = ("rankme", "target_variance")  # metrics of the online probe that belong to the section of the rank
-TITLES = {"accuracy": "Accuracy", "r2": "R²", "rankme": "RankMe", "mean_absolute_error": "Mean absolute error"}
+RANK = (
+    "rankme",
+    "target_variance",
+    "position_share",
+    "feature_norm",
+    "lidar",
+)  # metrics of the online probe that belong to the section of the rank
+TITLES = {
+    "accuracy": "Accuracy",
+    "r2": "R²",
+    "rankme": "RankMe",
+    "lidar": "LiDAR",
+    "mean_absolute_error": "Mean absolute error",
+}
 EMA = "Momentum of the EMA"  # under "momentum" in logs of earlier versions
 MOST_MASKS = 128  # images of the batch whose masks are drawn: a policy that truncates depends on their number
 
@@ -58,7 +71,10 @@ def report(run: str | Path, images: str | Path | None = None, count: int = 400) 
     sections.append(("Probes", _figures(run) + _probes(online)))
     checkpoint, ranks = latest(run), _charts({metric: online[metric] for metric in RANK if metric in online})
     if ranks:
-        sections.append(("Rank", text("Of the targets while training; a collapsed encoder has RankMe 1.") + ranks))
+        told = text("Of the targets while training, and of the run's first images; a collapsed encoder has RankMe 1.")
+        if advice := records[-1].get("probe", {}).get("advice") or newest(run / "log.jsonl", "probe", "advice"):
+            told += text(f"The last that was said of it: {advice}.", "note")
+        sections.append(("Rank", told + ranks))
     if checkpoint is None:
         sections.append(("Features", text("The run has no checkpoint yet, so there are no features to show.", "note")))
     else:

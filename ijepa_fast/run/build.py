@@ -24,6 +24,7 @@ from ijepa_fast.data.where import Inside
 from ijepa_fast.engine.compiler import check_compiler
 from ijepa_fast.engine.engine import Engine
 from ijepa_fast.engine.precision import Precision, choose_precision
+from ijepa_fast.interop.load import load
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup, method_class
 from ijepa_fast.models.vit import Encoder
@@ -80,6 +81,17 @@ def build_method(config: Config, steps_per_epoch: int = 1, foreign: bool = True)
             f"ijepa_fast.models.vit.Encoder, which is what a run leaves"
         )
     return method
+
+
+def make_ready(method: Method) -> None:
+    """Load what training alone needs: what the method knows of, and encoders it wants. Raises ConfigError."""
+    method.ready()
+    for name, path in method.wanted.items():
+        try:
+            loaded = load(path)
+        except ValueError as error:
+            raise ConfigError(f"objective.options.{name}_from: {error}") from None
+        method.give(name, loaded.encoder, loaded.mean, loaded.std)
 
 
 def with_options(config: Config, method: Method) -> Config:

@@ -230,6 +230,20 @@ class RunLog:
             self._wandb.finish()
 
 
+def newest(path: Path, *keys: str) -> Any:
+    """The newest value in the log at `path` behind these keys, one in another; None where no line has it."""
+    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
 def _reopen(path: Path, step: int) -> TextIO:
     """The log for appending, without records of steps that a resumed run will do again, and lines that are none."""
     if path.is_file():

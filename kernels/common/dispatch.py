@@ -26,6 +26,7 @@ TRITON = (
     "adamw_ema",
     "mask_sampler",
     "fp8",
+    "sigreg",
 )
 OPS = (*TRITON, "linear", "resize")
 IMPLEMENTATIONS = ("auto", "triton", "reference")

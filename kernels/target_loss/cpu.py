@@ -13,11 +13,19 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def target_loss_fwd(
-    predictions: torch.Tensor, features: torch.Tensor, index: torch.Tensor, kind: str, eps: float
+    predictions: torch.Tensor,
+    features: torch.Tensor,
+    index: torch.Tensor,
+    kind: str,
+    eps: float,
+    table: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    token: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, a scalar, and its gradient (R, D) of `gradient_dtype`."""
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    error = predictions.to(dtype) - reference.normalised(features, eps, dtype).index_select(0, index)
+    targets = reference.normalised(features, eps, dtype, table, places, token)
+    error = predictions.to(dtype) - targets.index_select(0, index)
     loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
     gradient = 2 * error if kind == "l2" else error.clamp(-1, 1)
     return loss, (gradient / error.numel()).to(gradient_dtype(predictions.dtype))

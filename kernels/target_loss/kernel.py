@@ -1,7 +1,7 @@
 """The I-JEPA loss in Triton: affine-free LayerNorm, gather, loss and its gradient in one pass.
 
-Per row r, with f = features[index[r]]:
-    t = (f - mean(f)) * rstd(f)        e = predictions[r] - t
+Per row r, with f = features[index[r]], first (f - mean[place]) * factor[place] where there is a table:
+    t = (f - mean(f)) * rstd(f), or f  e = predictions[r] - t
     loss += l(e)                       gradient[r] = l'(e) / (R*D)
 The normalised and the gathered features never reach memory. Programs loop over their share of the rows and write one
 partial sum each; column_sum adds them in a fixed order, so the result is deterministic.
@@ -32,11 +32,15 @@ def _target_loss_fwd_kernel(
     index_ptr,  # (R,) int32
     gradient_ptr,  # (R, D), predictions' dtype, or fp32 for fp16 ones
     partial_ptr,  # (programs,) fp32
+    table_ptr,  # (2, P, D) fp32, or None
+    places_ptr,  # (V,) int32, or None: row 0
     R,
+    P,
     eps,
     inverse_count,  # 1 / (R*D)
     D: tl.constexpr,
     SMOOTH_L1: tl.constexpr,
+    TOKEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
@@ -55,11 +59,21 @@ def _target_loss_fwd_kernel(
         f = tl.load(features_ptr + source[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(predictions_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
-        mean = tl.sum(f, 1) / D
-        centred = tl.where(in_columns[None, :], f - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
-        # Outside the mask both terms are zero, and with them loss and gradient.
-        e = y - centred * rstd[:, None]
+        if table_ptr is not None:
+            place = tl.zeros((ROWS,), tl.int64)
+            if places_ptr is not None:
+                place = tl.load(places_ptr + source, mask=in_rows, other=0).to(tl.int64)
+            entries = table_ptr + place[:, None] * D + columns[None, :]
+            f = f - tl.load(entries, mask=mask, other=0.0)
+            f = f * tl.load(entries + tl.cast(P, tl.int64) * D, mask=mask, other=0.0)
+        # Outside the mask both terms of e are zero, and with them loss and gradient.
+        if TOKEN:
+            mean = tl.sum(f, 1) / D
+            centred = tl.where(in_columns[None, :], f - mean[:, None], 0.0)
+            rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+            e = y - centred * rstd[:, None]
+        else:
+            e = y - f
         if SMOOTH_L1:
             size = tl.abs(e)
             loss = tl.where(size < 1.0, 0.5 * e * e, size - 0.5)
@@ -90,7 +104,7 @@ def _target_loss_scale_kernel(
     tl.store(gradient_ptr + offsets, (gradient * upstream).to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
-def target_loss_fwd(predictions, features, index, kind, eps):
+def target_loss_fwd(predictions, features, index, kind, eps, table=None, places=None, token=True):
     """(loss () fp32, its gradient (R, D) in predictions' dtype, or in fp32, whose range fp16 lacks)."""
     rows, width = predictions.shape
     dtype = torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
@@ -103,11 +117,15 @@ def target_loss_fwd(predictions, features, index, kind, eps):
         index,
         gradient,
         partial,
+        None if table is None else table.float(),
+        places,
         rows,
+        1 if table is None else table.shape[1],
         eps,
         1.0 / (rows * width),
         width,
         kind == "smooth_l1",
+        token,
         **row_tile(width, TILE),
         STAGES=STAGES,
         num_warps=WARPS,
@@ -123,13 +141,20 @@ def target_loss_scale_(gradient, upstream):
 
 
 def aot_cases(capability: int = 9) -> list[Case]:
-    """The encoders' widths, both losses."""
-    cases = []
+    """The encoders' widths, both losses; other norms at one width."""
+    cases, types = [], {"inverse_count": "fp32", "table_ptr": "*fp32", "places_ptr": "*i32"}
+    without = {"table_ptr": None, "places_ptr": None, "TOKEN": True}
+    norms = {"": without, " places": {"TOKEN": False}, " places, then tokens": {"TOKEN": True}}
+    norms |= {" batch": {"places_ptr": None, "TOKEN": False}}
     for width in (384, 768, 1024, 1280, 1408):
         for smooth in (False, True):
-            constants = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE), "STAGES": STAGES}
+            sizes = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE), "STAGES": STAGES}
             name = f"target_loss {'smooth_l1' if smooth else 'l2'} D={width}"
-            cases.append(Case(name, _target_loss_fwd_kernel, constants, WARPS, types={"inverse_count": "fp32"}))
+            chosen = norms if width == 1280 else {"": without}
+            cases += [
+                Case(name + norm, _target_loss_fwd_kernel, sizes | more, WARPS, types=types)
+                for norm, more in chosen.items()
+            ]
     constants, types = {"D": 1280, "BLOCK": SCALE_BLOCK}, {"upstream_ptr": "*fp32"}
     cases.append(Case("target_loss scale D=1280", _target_loss_scale_kernel, constants, warps=8, types=types))
     return cases

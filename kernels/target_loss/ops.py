@@ -11,7 +11,14 @@ from ijepa_fast.kernels.target_loss import cpu, reference
 
 
 def target_loss(
-    predictions: torch.Tensor, features: torch.Tensor, index: torch.Tensor, kind: str = "l2", eps: float = 1e-5
+    predictions: torch.Tensor,
+    features: torch.Tensor,
+    index: torch.Tensor,
+    kind: str = "l2",
+    eps: float = 1e-5,
+    table: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    token: bool = True,
 ) -> torch.Tensor:
     """Mean loss between predictions and the target features they belong to, normalised without gain and shift.
 
@@ -21,6 +28,10 @@ def target_loss(
         index: (R,) int32, the row of `features` each prediction is for; rows may repeat.
         kind: "l2", the mean square (the paper), or "smooth_l1" with beta 1 (the published code).
         eps: added to the variance.
+        table: (2, P, D) fp32, a mean and a factor for every place and channel: the features are taken from the mean and
+            multiplied before anything else; None: they are not.
+        places: (V,) int32, each feature's row of the table; None: row 0.
+        token: whether each feature is then normalised over its channels.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 predictions), statistics and sums in fp32. The kernel makes the gradient with the
@@ -41,15 +52,22 @@ def target_loss(
     if kind not in reference.KINDS:
         raise ValueError(f"target_loss: kind: expected one of {', '.join(reference.KINDS)}, got {kind!r}")
     check_index("target_loss", "index", index, features.shape[0])
+    if table is not None:
+        check_tensor("target_loss", "table", table, (2, None, predictions.shape[1]), device=predictions.device)
+    if places is not None:
+        if table is None:
+            raise ValueError("target_loss: places: expected a table that they are rows of, got none")
+        check_tensor("target_loss", "places", places, (features.shape[0],), torch.int32, predictions.device)
+        check_index("target_loss", "places", places, table.shape[1])
     if not runs_triton("target_loss", predictions):
-        return reference.target_loss(predictions, features, index, kind, eps)
-    return _TargetLoss.apply(predictions, features.detach(), index, kind, eps)
+        return reference.target_loss(predictions, features, index, kind, eps, table, places, token)
+    return _TargetLoss.apply(predictions, features.detach(), index, kind, eps, table, places, token)
 
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, predictions, features, index, kind, eps):
-        loss, gradient = _fwd(predictions, features, index, kind, eps)
+    def forward(ctx, predictions, features, index, kind, eps, table, places, token):
+        loss, gradient = _fwd(predictions, features, index, kind, eps, table, places, token)
         ctx.save_for_backward(gradient)
         ctx.dtype, ctx.used = predictions.dtype, False
         return loss
@@ -58,17 +76,17 @@ class _TargetLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return (gradient * upstream).to(ctx.dtype), None, None, None, None
+            return (gradient * upstream).to(ctx.dtype), *[None] * 7
         if ctx.used:
             raise RuntimeError("target_loss: its backward can run only once; call target_loss again for a second one")
         ctx.used = True
         _scale_(gradient, upstream)
-        return gradient.to(ctx.dtype), None, None, None, None
+        return gradient.to(ctx.dtype), *[None] * 7
 
 
 _fwd = register(
-    "target_loss_fwd(Tensor predictions, Tensor features, Tensor index, str kind, float eps)"
-    " -> (Tensor loss, Tensor gradient)",
+    "target_loss_fwd(Tensor predictions, Tensor features, Tensor index, str kind, float eps,"
+    " Tensor? table=None, Tensor? places=None, bool token=True) -> (Tensor loss, Tensor gradient)",
     cpu,
     fake=lambda predictions, *_: (
         predictions.new_empty((), dtype=torch.float32),

@@ -2,6 +2,8 @@
 
 target = (feature - mean) / sqrt(var + eps)        over the last dimension, no weight, no bias
 loss   = mean over rows and columns of l(predictions - target[index])
+With a table of means and scales the feature is first (feature - mean[place]) * scale[place], of its place's row and by
+channel; then the LayerNorm may be left out.
 l(x)   = x^2  ("l2", the paper's)   or   x^2/2 for |x| < 1, |x| - 1/2 beyond  ("smooth_l1", the published code's)
 """
 
@@ -14,16 +16,38 @@ KINDS = {"l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 def target_loss(
-    predictions: torch.Tensor, features: torch.Tensor, index: torch.Tensor, kind: str = "l2", eps: float = 1e-5
+    predictions: torch.Tensor,
+    features: torch.Tensor,
+    index: torch.Tensor,
+    kind: str = "l2",
+    eps: float = 1e-5,
+    table: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    token: bool = True,
 ) -> torch.Tensor:
     """predictions (R, D), features (V, D), index (R,) rows of features -> scalar in fp32 (fp64 for fp64 predictions).
 
-    No gradient flows to the features.
+    table (2, P, D), places (V,), token: see `normalised`. No gradient flows to the features.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    return KINDS[kind](predictions.to(dtype), normalised(features.detach(), eps, dtype).index_select(0, index))
+    targets = normalised(features.detach(), eps, dtype, table, places, token)
+    return KINDS[kind](predictions.to(dtype), targets.index_select(0, index))
 
 
-def normalised(features: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """LayerNorm without gain and shift, (V, D), computed in `dtype`."""
-    return F.layer_norm(features.to(dtype), features.shape[-1:], eps=eps)
+def normalised(
+    features: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    table: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    token: bool = True,
+) -> torch.Tensor:
+    """Features (V, D) as targets, in `dtype`: by the table's means and scales (2, P, D), row places (V,) or row 0;
+    then, with `token`, by LayerNorm without gain and shift.
+    """
+    features = features.to(dtype)
+    if table is not None:
+        mean, scale = table.to(dtype)
+        rows = slice(0, 1) if places is None else places.long()
+        features = (features - mean[rows]) * scale[rows]
+    return F.layer_norm(features, features.shape[-1:], eps=eps) if token else features

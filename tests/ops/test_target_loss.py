@@ -61,6 +61,48 @@ def test_upstream_gradient(triton_everywhere, poisoned, dtype, upstream):
     check(predictions, features, index, "l2", upstream)
 
 
+NORMS = {"position": (5, False), "position, then token": (5, True), "batch": (1, False), "none": (0, False)}
+
+
+def norm_of(name, sources, width, device):
+    """Keywords of a normalisation: a table of so many places, each source's place, and whether tokens follow."""
+    places, token = NORMS[name]
+    if not places:
+        return {"token": token}
+    table = torch.stack([torch.randn(places, width), torch.rand(places, width) + 0.5]).to(device)
+    row = torch.randint(0, places, (sources,), dtype=torch.int32).to(device) if places > 1 else None
+    return {"table": table, "places": row, "token": token}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_other_norms_of_the_targets(triton_everywhere, poisoned, name, dtype, kind):
+    predictions, features, index = make(45, 17, 192, dtype, triton_everywhere)
+    norm = norm_of(name, 17, 192, triton_everywhere)
+
+    def of(function):
+        return lambda x: function(x, features.double() if x.dtype == torch.float64 else features, index, kind, **norm)
+
+    oracle.check_against_reference(of(target_loss), of(reference.target_loss), (predictions,))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_other_norms_are_the_formula(name):
+    predictions, features, index = make(6, 4, 32, torch.float64, "cpu")
+    norm = norm_of(name, 4, 32, "cpu")
+    targets = features
+    if "table" in norm:
+        rows = torch.zeros(4, dtype=torch.long) if norm["places"] is None else norm["places"].long()
+        targets = (features - norm["table"][0].double()[rows]) * norm["table"][1].double()[rows]
+    if norm["token"]:
+        targets = torch.nn.functional.layer_norm(targets, (32,))
+    expected = (predictions - targets[index.long()]).square().mean()
+    torch.testing.assert_close(reference.target_loss(predictions, features, index, "l2", **norm), expected)
+    loss, _ = cpu.target_loss_fwd(predictions.float(), features.float(), index, "l2", 1e-5, **norm)
+    torch.testing.assert_close(loss, expected.float())
+
+
 def test_fp32_features_with_bf16_predictions(triton_everywhere, poisoned):
     check(*make(13, 7, 96, torch.bfloat16, triton_everywhere, torch.float32), "smooth_l1")
 
@@ -169,6 +211,8 @@ def test_plain_implementation_of_the_op(kind):
 def test_opcheck(triton_everywhere):
     predictions, features, index = make(5, 4, 24, torch.float32, triton_everywhere)
     oracle.opcheck(torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5)
+    norm = norm_of("position", 4, 24, predictions.device)
+    oracle.opcheck(torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5, *norm.values())
     oracle.opcheck(torch.ops.ijepa_fast.target_loss_scale_, predictions, torch.ones((), device=predictions.device))
 
 
@@ -189,12 +233,14 @@ def test_compiles_once(triton_everywhere):
         ("index", lambda x: x.long(), "index: expected dtype"),
         ("index", lambda x: x[:2], "index: expected shape"),
         ("kind", lambda x: "l1", "kind: expected one of l2, smooth_l1, got 'l1'"),
+        ("table", lambda x: torch.zeros(2, 3, 5), "table: expected shape"),
+        ("places", lambda x: torch.zeros(3, dtype=torch.int32), "places: expected a table"),
     ],
 )
 def test_bad_input_is_named(argument, change, message):
     predictions, features, index = make(4, 3, 8, torch.float32, "cpu")
     good = dict(predictions=predictions, features=features, index=index, kind="l2")
-    good[argument] = change(good[argument])
+    good[argument] = change(good.get(argument))
     with pytest.raises(ValueError, match=f"target_loss: {message}"):
         target_loss(**good)
 

@@ -1,0 +1,166 @@
+"""LeJEPA (Balestriero and LeCun 2025): views of an image agree, and all embeddings together are a Gaussian.
+
+There is no average, no predictor and no stopped gradient: against collapse stands SIGReg, which draws the embeddings of
+a batch to an isotropic Gaussian along random directions (kernels/sigreg).
+What makes it fast here, exactly: all views are one packed batch, and the last block, norm and head compute only the
+class tokens.
+Shapes: B images, V views of N patches, D width, E width of an embedding, K directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ijepa_fast.agree import check_samples
+from ijepa_fast.config import ConfigError, key
+from ijepa_fast.data import crop_of
+from ijepa_fast.data.crops import View
+from ijepa_fast.kernels.masked_gather import masked_gather
+from ijepa_fast.kernels.sigreg import sigreg
+from ijepa_fast.masks.views import ViewDraw, ViewSampler
+from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.models import flops, projector
+from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.layouts import Packed, Rows
+from ijepa_fast.models.projector import Projector
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
+
+PUBLISHED = 128  # pixels of a view, beside which the blur is given
+SIGMA = (0.1, 2.0)
+
+
+@dataclass
+class Options:
+    """LeJEPA's options; the values here are those of the authors' minimal example, whose views are of one size."""
+
+    views: int = key(4, "views per image", least=2, most=100)
+    weight: float = key(0.02, "of SIGReg; the agreement of the views has the rest", least=0, most=1)
+    slices: int = key(256, "random directions of a step", least=1, most=65536)
+    knots: int = key(17, "at which a direction's characteristic function is compared", least=2, most=1000)
+    last_knot: float = key(3.0, "the largest of them", above=0, most=100)
+    bottleneck: int = key(512, "width between encoder and projector", least=1, most=65536)
+    hidden: int = key(2048, "width of the projector's two hidden layers", least=1, most=65536)
+    embedding: int = key(16, "width of an embedding", least=1, most=65536)
+    drop_path: float = key(0.1, "of the last block; linear from 0 at the first", least=0, most=0.99)
+    scale: float = key(0.08, "smallest share of an image in a view, in place of data.scale's", above=0, most=1)
+    strengths: list[float] = key(
+        [0.8, 0.8, 0.8, 0.2],
+        "largest changes of brightness, contrast, saturation (shares), hue (turns)",
+        least=0,
+        most=1,
+    )
+
+
+class LeJEPA(Method[ViewDraw]):
+    """`encoder` with a class token, and `head`, which is thrown away: a linear layer and a projector."""
+
+    Options = Options
+
+    @classmethod
+    def check(cls, options: Any, setup: Setup) -> None:
+        """Four strengths; a batch that can be compared with a Gaussian."""
+        check_samples(setup.micro_batch)
+        if len(options.strengths) != 4:
+            raise ConfigError(f"objective.options.strengths: expected four numbers, got {options.strengths}")
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        model, chosen = setup.model, self.options
+        self.encoder = Encoder(
+            **setup.encoder_sizes,
+            class_token=True,
+            learned_positions=True,
+            drop_path=chosen.drop_path,
+            readout="class",
+        )
+        self.widths = (chosen.bottleneck, chosen.hidden, chosen.hidden, chosen.embedding)
+        self.head = nn.Sequential(nn.Linear(model.dim, chosen.bottleneck), Projector(self.widths))
+        self.sampler = ViewSampler(
+            chosen.views, setup.grid[0] * setup.grid[1], model.depth, chosen.embedding, chosen.slices
+        )
+        self.encoder.apply(init_weights)
+        for name in ("encoder.cls_token", "encoder.pos_embed"):
+            nn.init.trunc_normal_(self.get_parameter(name), std=INIT_STD)
+
+    def views(self) -> list[View]:
+        """Views of data.crop pixels, from `scale` to data.scale's upper bound of an image."""
+        data, chosen = self.setup.data, self.options
+        side = min(data.size)
+        sigma = (SIGMA[0] * side / PUBLISHED, SIGMA[1] * side / PUBLISHED)
+        brightness, contrast, saturation, hue = chosen.strengths
+        view = View(
+            crop_of(data.size),
+            (min(chosen.scale, data.scale[1]), data.scale[1]),
+            blur=0.5,
+            solarise=0.2,
+            sigma=sigma,
+            strengths=(brightness, contrast, saturation, hue),
+        )
+        return [view] * chosen.views
+
+    def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> ViewDraw:
+        """Dropped branches and directions."""
+        return self.sampler(images, seed, step, first)
+
+    def forward(self, images: list[torch.Tensor], draw: ViewDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`images`: V views of every image, (B, side, side, C) each -> scalar fp32 loss, and its two terms."""
+        tokens = self.class_tokens(self.patchify(torch.cat(images)), draw)
+        if self.watch is not None:
+            self.watch(tokens[: draw.images].detach(), draw)
+        embeddings = self.head(tokens).float().view(draw.views, draw.images, -1)
+        gaussian, agreement = self.terms(embeddings, draw.directions)
+        loss = self.options.weight * gaussian + (1 - self.options.weight) * agreement
+        return loss, {"sigreg": gaussian.detach(), "agreement": agreement.detach()}
+
+    def class_tokens(self, patches: torch.Tensor, draw: ViewDraw) -> torch.Tensor:
+        """Patches of the views (V*B*N, W) -> class tokens (V*B, D), final norm applied."""
+        encoder = self.encoder
+        keep = encoder.keep(draw.chance) if self.training else None
+        sequences = Packed(draw.cu_seqlens, 1 + draw.patches)
+        pick = partial(masked_gather, index=draw.class_rows, unique=True)
+        last = replace(sequences, rows=Rows(pick, draw.class_cu_seqlens, 1))
+        tokens = encoder.embed(patches)
+        return run_blocks(encoder.blocks, encoder.norm, tokens, None, sequences, last, encoder.recompute, keep)
+
+    def terms(self, embeddings: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(V, B, E) fp32, (E, K) -> SIGReg, of the views apart; mean square of what tells an image's views apart."""
+        gaussian = sigreg(embeddings, directions, self.options.last_knot, self.options.knots)
+        return gaussian, (embeddings - embeddings.mean(0)).square().mean()
+
+    def work(self, draw: ViewDraw) -> Work:
+        """The work of a step on a batch, as executed here."""
+        model, chosen = self.setup.model, self.options
+        return step_work(
+            Transformer(model.dim, model.depth, model.mlp_ratio),
+            self.widths,
+            slices=chosen.slices,
+            values=self.setup.values,
+            patches=draw.patches,
+            sequences=draw.views * draw.images,
+        )
+
+
+def step_work(
+    encoder: Transformer,
+    widths: tuple[int, ...],
+    *,
+    slices: int,
+    values: int,
+    patches: int,
+    sequences: int,
+    used_rows_only: bool = True,
+) -> Work:
+    """Work of a LeJEPA step on `sequences` views of `patches` patches of `values` numbers.
+
+    widths: of the projector. used_rows_only: the last block computes the class tokens alone, as here; published: all.
+    """
+    embedding = flops.linear(sequences * patches, values, encoder.dim)
+    stack = encoder.forward([1 + patches] * sequences, [1] * sequences if used_rows_only else None)
+    head = flops.linear(sequences, encoder.dim, widths[0]) + projector.work(sequences, widths)
+    seen = flops.linear(sequences, widths[-1], slices)  # along the directions, which have no gradient
+    return Work(0, {"encoder": embedding + stack, "head": head + seen}, embedding + seen)

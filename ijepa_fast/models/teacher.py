@@ -1,0 +1,48 @@
+"""A frozen encoder as the teacher of another one: what it must have, and what tells it from others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ijepa_fast.config import ConfigError, Data
+from ijepa_fast.models import flops
+from ijepa_fast.models.flops import Transformer
+from ijepa_fast.models.vit import Encoder
+
+
+def check_teacher(
+    path: str | None, teacher: Encoder, normalisation: tuple[Sequence[float], ...], student: Encoder, data: Data
+) -> None:
+    """ConfigError unless the teacher's features can be the student's targets, patch by patch.
+
+    path: where it is from. normalisation: mean and std of the images it was trained on.
+    """
+    prefix = f"objective.options.teacher_from: {path}"
+    if (teacher.grid, teacher.patch) != (student.grid, student.patch):
+        grids = [f"{e.grid[0]} x {e.grid[1]} patches of {e.patch} pixels" for e in (student, teacher)]
+        raise ConfigError(f"{prefix}: expected {grids[0]}, as data.crop and model.patch say, got {grids[1]}")
+    if teacher.dim != student.dim:
+        raise ConfigError(f"{prefix}: expected features of width model.dim={student.dim}, got {teacher.dim}")
+    for name, theirs in zip(("mean", "std"), normalisation, strict=True):
+        own = getattr(data, name)
+        if len(own) != len(theirs) or any(abs(a - b) > 1e-4 for a, b in zip(own, theirs)):
+            raise ConfigError(f"{prefix}: expected data.{name}={list(own)}, as this run has, got {list(theirs)}")
+
+
+def fingerprint(encoder: Encoder) -> int:
+    """A number that other weights do not have, but for one chance in 2^32: of the bits of all parameters."""
+    total = 0
+    for place, param in enumerate(encoder.parameters(), start=1):
+        total += place * int(param.detach().float().contiguous().view(torch.int32).long().sum())
+    return total % 2**61
+
+
+def teacher_work(teacher: Encoder, images: int, unions: list[int]) -> int:
+    """Work of a pass of the teacher over whole images, `unions` rows of each wanted; with a class token it does all."""
+    first: int = int(teacher.cls_token is not None)
+    hidden = teacher.get_parameter("blocks.0.mlp.fc1.weight").shape[0]
+    sizes = Transformer(teacher.dim, len(teacher.blocks), hidden / teacher.dim)
+    embedding = flops.linear(images * teacher.patches, teacher.patch_embed.proj.weight[0].numel(), teacher.dim)
+    return embedding + sizes.forward([first + teacher.patches] * images, None if first else unions)
