@@ -26,7 +26,7 @@ from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, heads
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead
-from ijepa_fast.models.ranks import ranks, sum_over_ranks
+from ijepa_fast.models.over_ranks import ranks, summed
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 RUNNING_MOMENTUM = 0.1  # of batch norm's running statistics, which nothing here reads
@@ -155,7 +155,7 @@ class MSN(Method[AnchorDraw]):
         terms = {"cross_entropy": -(targets * logs.unflatten(0, (-1, len(targets))).sum(0)).sum() / len(logs)}
         loss = terms["cross_entropy"]
         if chosen.me_max:
-            mean = sum_over_ranks(logs.exp().mean(0)) / ranks()
+            mean = summed(logs.exp().mean(0)) / ranks()
             terms["me_max"] = math.log(len(mean)) - torch.special.entr(mean).sum()
             loss = loss + chosen.me_max * terms["me_max"]
         if chosen.entropy:

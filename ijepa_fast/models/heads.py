@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.models import flops
-from ijepa_fast.models.ranks import ranks, sum_over_ranks
+from ijepa_fast.models.over_ranks import ranks, summed
 from ijepa_fast.models.vit import Linear, LinearGELU
 
 BATCH_EPS = 1e-5  # beside a variance of batch norm
@@ -76,9 +76,9 @@ class BatchNorm(nn.Module):
             count = len(part) * ranks()
             if count < 2:
                 raise ValueError("batch norm: expected at least 2 rows in a group, over all ranks, got 1")
-            mean = sum_over_ranks(part.sum(0)) / count
+            mean = summed(part.sum(0)) / count
             centred = part - mean
-            squares = sum_over_ranks(centred.square().sum(0))
+            squares = summed(centred.square().sum(0))
             rows.append(centred * (squares / count + BATCH_EPS).rsqrt())
             moments.append((mean.detach(), squares.detach() / (count - 1)))
         return (torch.cat(rows) * self.weight.float() + self.bias.float()).to(x.dtype), moments
@@ -121,9 +121,9 @@ def sinkhorn(assignments: torch.Tensor, rounds: int) -> torch.Tensor:
     A round scales columns to a sum of 1 / Q, then rows to one of 1 over their number: Sinkhorn and Knopp.
     """
     count, prototypes = len(assignments) * ranks(), assignments.shape[1]
-    found = assignments / sum_over_ranks(assignments.sum())
+    found = assignments / summed(assignments.sum())
     for _ in range(rounds):
-        found = found / (prototypes * sum_over_ranks(found.sum(0)))
+        found = found / (prototypes * summed(found.sum(0)))
         found = found / (count * found.sum(1, keepdim=True))
     return found * count
 

@@ -27,6 +27,7 @@ from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attentio
 from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, Sequences, keep_branches
+from ijepa_fast.models.patch_embed import PatchEmbed
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.relative import RelativePositions
 
@@ -193,26 +194,6 @@ def compile_blocks(*networks: nn.Module, **options: Any) -> None:
         for module in network.modules():
             if isinstance(module, Block):
                 module.compile(**{"dynamic": True} | options)
-
-
-class PatchEmbed(nn.Module):
-    """The patch-embedding convolution, stored as one and applied as a matrix product to patches."""
-
-    def __init__(self, patch: int, dim: int, channels: int = 3):
-        super().__init__()
-        self.proj = PatchLinear(channels, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`patches` (T, W), W >= C*P*P with zeros behind -> (T, D)."""
-        return self.proj(patches)
-
-
-class PatchLinear(nn.Conv2d):
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """See `PatchEmbed.forward`."""
-        weight = self.weight.flatten(1)
-        padding = patches.shape[1] - weight.shape[1]
-        return linear(patches, F.pad(weight, (0, padding)) if padding else weight, self.bias)
 
 
 class Encoder(nn.Module):
