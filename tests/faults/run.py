@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.launch import ROOT, TINY, unlaunched
+from tests.launch import ROOT, TINY, hear_signals, unlaunched
 
 LONG = ("optim.steps=100000", "optim.epochs=1000", "log.checkpoint_every=100000", "log.keep=9")
 
@@ -48,6 +48,7 @@ def launch(runs: Path, *overrides: str, ranks: int) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=open(runs / "stderr", "w"),
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
 
 
