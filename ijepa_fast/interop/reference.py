@@ -26,8 +26,9 @@ def load_tensors(path: str | Path) -> Any:
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        _say_kind(path)
         found = str(error).partition("Unsupported global: GLOBAL ")[2].split()
+        if not found:
+            _say_kind(path)
         reason = f"something other than tensors and numbers ({found[0].rstrip('.,')})" if found else "no tensors"
         raise ValueError(
             f"checkpoint {path}: holds {reason}, which is not loaded because unpickling it could run code; save its "
