@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ def load_tensors(path: str | Path) -> Any:
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        found = str(error).partition("Unsupported global: GLOBAL ")[2].split()
+        found = re.search(r"unsupported global:? (?:GLOBAL )?(\S+?)[.,]?(?=\s|$)", str(error), re.IGNORECASE)
         if not found:
             _say_kind(path)
-        reason = f"something other than tensors and numbers ({found[0].rstrip('.,')})" if found else "no tensors"
+        reason = f"something other than tensors and numbers ({found[1]})" if found else "no tensors"
         raise ValueError(
             f"checkpoint {path}: holds {reason}, which is not loaded because unpickling it could run code; save its "
             "state dicts alone"
