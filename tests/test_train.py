@@ -215,7 +215,9 @@ def test_batch_not_divisible_by_ranks(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     folder = run(tmp_path, "optim.steps=2")
     kept = [path.read_bytes() for path in rank_files(folder, 2)]
-    overrides = ("optim.steps=9", "optim.lr=1e30", "optim.start_lr=1e30", "optim.final_lr=1e30", "log.keep=9")
+    rates = [f"optim.{key}=10" for key in ("lr", "start_lr", "final_lr")]
+    decays = [f"optim.{key}=100" for key in ("weight_decay", "final_weight_decay")]  # a step multiplies weights by -999
+    overrides = ("optim.steps=20", *rates, *decays, "log.keep=9")
     statuses, errors = finish(start(tmp_path, *overrides))
     assert statuses == [1]
     assert "not finite in steps" in errors
