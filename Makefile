@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 # Processes that run tests side by side. Those that compare times run after them, alone.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: install train test test-faults test-machines test-gpu bench lint wheelhouse
+.PHONY: install train test test-all test-faults test-machines test-gpu bench lint wheelhouse
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
@@ -21,8 +21,11 @@ train: install
 
 test: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing" -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not timing and not thorough" -n $(WORKERS) --dist loadfile $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m timing $(ARGS) || [ $$? -eq 5 ]  # 5: none of these tests is one
+
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not timing" $(ARGS)
 
 test-faults: install
 	FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults $(ARGS)

@@ -8,7 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -74,7 +78,7 @@ def start(
 
 def hear_signals() -> None:
     """A shell's background job ignores Ctrl-C, what nohup starts a terminal's end; and so would all that they start."""
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -105,3 +109,14 @@ def losses(folder: Path) -> list[float]:
 def rank_files(folder: Path, step: int) -> list[Path]:
     """The rank files of a checkpoint."""
     return sorted((folder / "checkpoints" / f"step-{step:08d}").glob("rank-*.safetensors"))
+
+
+def some(values: Iterable, *tried: Any) -> list:
+    """Values of a parameter, of which `tried` are always tried, and all by `make test-all`."""
+    values = list(values)
+    assert set(tried) <= set(values)
+    return [value if value in tried else _thorough(value) for value in values]
+
+
+def _thorough(value: Any):
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.thorough)

@@ -25,7 +25,7 @@ from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.interop import export
 from tests import image_sets
-from tests.launch import losses, rank_files, run
+from tests.launch import losses, rank_files, run, some
 from tests.test_methods import options_of
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def finished(sets, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", some(SETS, "tiff", "large"))
 def test_resumed_is_bitwise_unbroken(finished, tmp_path, name):
     unbroken, options, config = finished(name)
     shutil.copytree(unbroken, tmp_path / name)

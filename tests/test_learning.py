@@ -102,6 +102,7 @@ def test_the_command_trains_probes_and_does_nothing_twice(tmp_path, photos, caps
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_options_are_compared_by_one_command(tmp_path, photos, capsys):
     """One at a time and together, with a teacher that the same command trained."""
     options = ["--data", str(photos), "--runs", "mae,sigreg0.0002,salt+xavier+deep", "--preset", "cpu"]

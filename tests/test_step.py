@@ -114,6 +114,7 @@ def test_blocks_compile_once_for_all_token_counts_and_depths(triton_everywhere):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_fp8_blocks_compile_once_where_their_blocks_are_compiled(triton_everywhere):
     from torch._dynamo.testing import CompileCounterWithBackend
 
