@@ -21,6 +21,7 @@ from ijepa_fast.kernels.common.column_sum import column_sum
 from ijepa_fast.kernels.common.launch import programs, row_tile
 
 TILE, WARPS, STAGES = 4096, 8, 3
+TABLE_WARPS, TABLE_STAGES = 16, 2  # with a table of places, whose rows are held too
 PROGRAMS = 4  # per multiprocessor
 SCALE_BLOCK = 8192
 
@@ -127,8 +128,8 @@ def target_loss_fwd(predictions, features, index, kind, eps, table=None, places=
         kind == "smooth_l1",
         token,
         **row_tile(width, TILE),
-        STAGES=STAGES,
-        num_warps=WARPS,
+        STAGES=STAGES if table is None else TABLE_STAGES,
+        num_warps=WARPS if table is None else TABLE_WARPS,
     )
     return column_sum(partial, torch.float32).view(()), gradient
 
@@ -143,16 +144,17 @@ def target_loss_scale_(gradient, upstream):
 def aot_cases(capability: int = 9) -> list[Case]:
     """The encoders' widths, both losses; other norms at one width."""
     cases, types = [], {"inverse_count": "fp32", "table_ptr": "*fp32", "places_ptr": "*i32"}
-    without = {"table_ptr": None, "places_ptr": None, "TOKEN": True}
+    without = {"table_ptr": None, "places_ptr": None, "TOKEN": True, "STAGES": STAGES}
     norms = {"": without, " places": {"TOKEN": False}, " places, then tokens": {"TOKEN": True}}
     norms |= {" batch": {"places_ptr": None, "TOKEN": False}}
+    norms = {norm: {"STAGES": TABLE_STAGES} | more for norm, more in norms.items()}
     for width in (384, 768, 1024, 1280, 1408):
         for smooth in (False, True):
-            sizes = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE), "STAGES": STAGES}
+            sizes = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE)}
             name = f"target_loss {'smooth_l1' if smooth else 'l2'} D={width}"
             chosen = norms if width == 1280 else {"": without}
             cases += [
-                Case(name + norm, _target_loss_fwd_kernel, sizes | more, WARPS, types=types)
+                Case(name + norm, _target_loss_fwd_kernel, sizes | more, TABLE_WARPS if norm else WARPS, types=types)
                 for norm, more in chosen.items()
             ]
     constants, types = {"D": 1280, "BLOCK": SCALE_BLOCK}, {"upstream_ptr": "*fp32"}
