@@ -232,7 +232,7 @@ def test_a_gpu_without_fp8_is_said(monkeypatch, capsys, capability, there):
 @pytest.mark.parametrize("faster", [False, True])
 def test_fp8_is_taken_where_it_is_faster(monkeypatch, capsys, faster):
     model = build_method(config_of())
-    monkeypatch.setattr("ijepa_fast.engine.engine.seconds", lambda *sizes: (2e-3, 1e-3 if faster else 3e-3))
+    monkeypatch.setattr("ijepa_fast.engine.engine.seconds_of", lambda *sizes: (2e-3, 1e-3 if faster else 3e-3))
     monkeypatch.setattr(torch, "tensor", partial(on_the_cpu, torch.tensor))
     assert fp8_gains(model, 4, torch.device("cuda")) is faster
     said = capsys.readouterr().err

@@ -25,7 +25,7 @@ from ijepa_fast.kernels.common.memory import keep_freed_memory
 from ijepa_fast.kernels.varlen_attention import measure_dense_attention
 from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
-from ijepa_fast.models.fp8 import seconds
+from ijepa_fast.models.fp8 import seconds_of
 from ijepa_fast.models.over_ranks import ranks
 from ijepa_fast.models.vit import compile_blocks
 
@@ -321,7 +321,7 @@ def fp8_gains(method: Method, images: int, device: torch.device) -> bool:
     encoder = target_encoder(method)
     if encoder is None or device.type != "cuda":
         return True
-    plain, fp8 = seconds(encoder.blocks[0], images, encoder.patches + (encoder.cls_token is not None))
+    plain, fp8 = seconds_of(encoder.blocks[0], images, encoder.patches + (encoder.cls_token is not None))
     gains = torch.tensor(fp8 < plain, dtype=torch.int32, device=device)
     torch.distributed.broadcast(gains, 0)
     if torch.distributed.get_rank() == 0:

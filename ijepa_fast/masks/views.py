@@ -20,20 +20,18 @@ class ViewDraw(Draw):
     views: int  # V
     patches: int  # N
     cu_seqlens: torch.Tensor  # (V*B + 1,) int32
-    class_rows: torch.Tensor  # (V*B,) int32 rows of the class tokens
-    class_cu_seqlens: torch.Tensor  # (V*B + 1,) int32: one row a sequence
     directions: torch.Tensor  # (width, K) fp32, see `directions`
     chance: torch.Tensor  # (depth, 2, V*B) fp32 in 0..1: decides which branches are dropped
 
     @property
     def union_lengths(self) -> torch.Tensor:
         """(B,) one row of each image: what is watched is the class token of its first view."""
-        return torch.ones_like(self.class_rows[: self.images])
+        return torch.ones_like(self.cu_seqlens[: self.images])
 
     @property
     def union_places(self) -> torch.Tensor:
         """(B,) the place of that row: the same in all images."""
-        return torch.zeros_like(self.class_rows[: self.images])
+        return torch.zeros_like(self.cu_seqlens[: self.images])
 
     @property
     def tokens(self) -> int:
@@ -69,8 +67,6 @@ class ViewSampler:
             views=self.views,
             patches=self.patches,
             cu_seqlens=cu_seqlens(np.full(sequences, length)),
-            class_rows=torch.arange(sequences, dtype=torch.int32) * length,
-            class_cu_seqlens=torch.arange(sequences + 1, dtype=torch.int32),
             directions=directions(self.width, self.slices, seed, step),
             chance=torch.from_numpy(chance.reshape(self.depth, 2, -1)),
         )

@@ -9,8 +9,7 @@ Shapes: B images, V views of N patches, D width, E width of an embedding, K dire
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +19,13 @@ from ijepa_fast.agree import check_samples
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
-from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.masks.views import ViewDraw, ViewSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, projector
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.layouts import Packed, Rows
 from ijepa_fast.models.projector import Projector
-from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights, run_blocks
+from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 PUBLISHED = 128  # pixels of a view, beside which the blur is given
 SIGMA = (0.1, 2.0)
@@ -109,23 +106,16 @@ class LeJEPA(Method[ViewDraw]):
 
     def forward(self, images: list[torch.Tensor], draw: ViewDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`images`: V views of every image, (B, side, side, C) each -> scalar fp32 loss, and its two terms."""
-        tokens = self.class_tokens(self.patchify(torch.cat(images)), draw)
+        encoder = self.encoder
+        keep = encoder.keep(draw.chance) if self.training else None
+        patches = encoder.embed(self.patchify(torch.cat(images)))
+        tokens = encoder.class_tokens(patches, draw.cu_seqlens, 1 + draw.patches, keep)
         if self.watch is not None:
             self.watch(tokens[: draw.images].detach(), draw)
         embeddings = self.head(tokens).float().view(draw.views, draw.images, -1)
         gaussian, agreement = self.terms(embeddings, draw.directions)
         loss = self.options.weight * gaussian + (1 - self.options.weight) * agreement
         return loss, {"sigreg": gaussian.detach(), "agreement": agreement.detach()}
-
-    def class_tokens(self, patches: torch.Tensor, draw: ViewDraw) -> torch.Tensor:
-        """Patches of the views (V*B*N, W) -> class tokens (V*B, D), final norm applied."""
-        encoder = self.encoder
-        keep = encoder.keep(draw.chance) if self.training else None
-        sequences = Packed(draw.cu_seqlens, 1 + draw.patches)
-        pick = partial(masked_gather, index=draw.class_rows, unique=True)
-        last = replace(sequences, rows=Rows(pick, draw.class_cu_seqlens, 1))
-        tokens = encoder.embed(patches)
-        return run_blocks(encoder.blocks, encoder.norm, tokens, None, sequences, last, encoder.recompute, keep)
 
     def terms(self, embeddings: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(V, B, E) fp32, (E, K) -> SIGReg, of the views apart; mean square of what tells an image's views apart."""

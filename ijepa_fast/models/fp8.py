@@ -5,17 +5,16 @@ Shapes: B images, N patches per image, T = B*N tokens, D width, H heads.
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import torch
 from torch import nn
 
+from ijepa_fast.kernels.common.timing import seconds
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
 from ijepa_fast.kernels.varlen_attention import dense_attention
 from ijepa_fast.models.layouts import Dense
 from ijepa_fast.models.vit import Block
-
-CALLS, ROUNDS = 5, 3
 
 
 class FP8Block(nn.Module):
@@ -59,23 +58,12 @@ class FP8Block(nn.Module):
 
 
 @torch.no_grad()
-def seconds(block: Block, images: int, tokens: int) -> tuple[float, float]:
-    """Of `block` as it is and in fp8, on `images` sequences of `tokens` random tokens; the shortest of a few rounds."""
+def seconds_of(block: Block, images: int, tokens: int) -> tuple[float, float]:
+    """Of `block` as it is and in fp8, on `images` sequences of `tokens` random tokens."""
     weight = block.norm1.weight
     x, branch = torch.randn(2, images * tokens, len(weight), device=weight.device, dtype=weight.dtype)
-    found: dict[nn.Module, list[float]] = {}
-    for _ in range(ROUNDS + 1):  # the first compiles
-        for run in (block, FP8Block(block)) if not found else tuple(found):
-            _wait(x)
-            begin = time.perf_counter()
-            for _ in range(CALLS):
-                run(x, branch, Dense(images))
-            _wait(x)
-            found.setdefault(run, []).append((time.perf_counter() - begin) / CALLS)
-    plain, fp8 = (min(times[1:]) for times in found.values())
-    return plain, fp8
-
-
-def _wait(x: torch.Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
+    runs = {name: partial(way, x, branch, Dense(images)) for name, way in (("plain", block), ("fp8", FP8Block(block)))}
+    for run in runs.values():  # which compiles
+        run()
+    found = seconds(runs, weight.device)
+    return found["plain"], found["fp8"]

@@ -6,19 +6,19 @@ width of its heads, on the device and on the versions of the libraries, so it is
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ijepa_fast.kernels.common.timing import seconds
+
 SDPA = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-ROUNDS, CALLS = 3, 5
 MARGIN = 1.03  # what is faster than the default by less is not taken: two starts of a run should choose alike
 FASTEST: dict[tuple[int, int], str] = {}  # by number and width of the heads: of SDPA, "default" or "triton"
 
@@ -50,21 +50,7 @@ def measure(qkv: torch.Tensor, kernel: Callable[[torch.Tensor], torch.Tensor]) -
             continue
         if apart < 2e-2:
             taken[name] = run
-    seconds = dict.fromkeys(taken, float("inf"))
-    for _ in range(ROUNDS):
-        for name, run in taken.items():
-            _wait(qkv)
-            begin = time.perf_counter()
-            for _ in range(CALLS):
-                run()
-            _wait(qkv)
-            seconds[name] = min(seconds[name], (time.perf_counter() - begin) / CALLS)
-    found = dict(sorted(seconds.items(), key=lambda item: item[1]))
+    found = dict(sorted(seconds(taken, qkv.device).items(), key=lambda item: item[1]))
     best = next(iter(found))
     FASTEST[qkv.shape[3], qkv.shape[4]] = best if MARGIN * found[best] < found["default"] else "default"
     return found
-
-
-def _wait(x: torch.Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

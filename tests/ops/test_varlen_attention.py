@@ -411,10 +411,11 @@ def test_bad_input_of_self_attention_is_named():
 
 def test_the_target_takes_the_fastest_backend(monkeypatch):
     """Measured; without a gradient only, and none that is hardly faster, so that two starts choose alike."""
+    from ijepa_fast.kernels.common import timing
     from ijepa_fast.kernels.varlen_attention import dense, measure_dense_attention, native
 
     monkeypatch.setattr(dense, "FASTEST", {})
-    monkeypatch.setattr(dense, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(native, "unsupported", lambda *arguments: "not here")
     state, where = torch.get_rng_state(), torch.device("cpu")
     found = measure_dense_attention(2, 9, 2, 16, torch.float32, where)
@@ -433,7 +434,7 @@ def test_the_target_takes_the_fastest_backend(monkeypatch):
     monkeypatch.setattr(dense, "SDPA", {"flash": dense.SDPBackend.FLASH_ATTENTION})
     now, times = [], {}
     monkeypatch.setattr(dense, "attend", lambda qkv, name: (now.append(times[name]), qkv)[1])
-    monkeypatch.setattr(dense.time, "perf_counter", lambda: sum(now))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: sum(now))
     for slower, taken in ((1.0, "default"), (1.2, "flash")):
         times.update(default=slower, flash=1.0)
         dense.measure(qkv, lambda qkv: qkv / 0)  # what is wrong is left out
