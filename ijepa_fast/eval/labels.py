@@ -90,8 +90,11 @@ def open_labelled(
     with_label_map. Raises ValueError where there are no labels.
     """
     source = open_source(path, cache=cache, reading=reading)
-    if label_map is not None:
-        source = with_label_map(source, label_map)
+    return labelled(source if label_map is None else with_label_map(source, label_map), path, tasks)
+
+
+def labelled(source: Source, path: str | Path, tasks: dict[str, str] | None = None) -> Labelled:
+    """An opened source and its labels; path: of the source. See open_labelled."""
     columns, classes = dict(source.columns), dict(source.index.classes)
     if scenes := _clevr_scenes(path):
         columns, classes = _read_clevr(scenes, source)
@@ -99,7 +102,7 @@ def open_labelled(
         raise ValueError(
             source.index.problem
             or f"{path}: found no labels; expected a folder per class, a labels.csv, or Clevr's images/<split>"
-            + ("; of windows, name a map of classes by --label-map" if reading.window else "")
+            + ("; of windows, name a map of classes by --label-map" if source.reading.window else "")
         )
     tasks = _tasks(columns, tasks or {}, path)
     labels = {}

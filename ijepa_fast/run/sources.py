@@ -19,7 +19,7 @@ from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, match, open_labelled
+from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
 
@@ -104,7 +104,11 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    options = Options(
+    return train, test, _options(config, device)
+
+
+def _options(config: Config, device: torch.device) -> Options:
+    return Options(
         crop=config.data.size,
         resize=config.probe.resize,
         interpolation=config.data.interpolation,
@@ -112,7 +116,6 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
         images=config.probe.images,
         draw_seed=config.seed,
     )
-    return train, test, options
 
 
 Evaluated = tuple[Labelled, Labelled, Options]  # what eval.evaluate takes beside an encoder
@@ -134,7 +137,7 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     if not config.probe.enabled or source is None or not source.columns or len(source) < FEWEST:
         return None
     try:
-        whole, _, options = evaluation(config, (config.data.source, config.data.source), device)
+        whole = labelled(source, config.data.source)
     except ValueError:  # training needs no labels
         return None
     if all(len(values.unique()) < 2 for values in whole.labels.values()):
@@ -142,7 +145,7 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
     test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
-    return train, test, replace(options, probes=("knn",))
+    return train, test, replace(_options(config, device), probes=("knn",))
 
 
 def untrained(config: Config, device: torch.device) -> Encode:
