@@ -22,13 +22,13 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
+from bench.baselines.steps import DTYPES
 from bench.registry import MODELS, OPS, Batch, Case
 from bench.timing import synchronise
 from ijepa_fast.run.provenance import device_name
 
 IMAGES = 2
 CALLS = 20  # of a turn: few enough for the queue of a GPU's launches
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def microseconds(works: dict[str, Callable], rounds: int, device: str) -> dict[str, float]:

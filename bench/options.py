@@ -21,14 +21,15 @@ if __package__ in (None, ""):
 
 import torch
 
+from bench.baselines.steps import DTYPES
 from bench.learning import OPTIONS
+from bench.timing import synchronise
 from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.build import build_method
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ijepa_fast.run.provenance import device_name
 
 
 def methods_of(names: list[str], overrides: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Method]:
@@ -49,18 +50,13 @@ def methods_of(names: list[str], overrides: list[str], device: torch.device, dty
 
 def seconds(method: Method, images: torch.Tensor, draw: Draw) -> float:
     """Of forward and backward of a step."""
-    _wait(images)
+    synchronise(images.device.type)
     begin = time.perf_counter()
     loss, _ = method(images, draw)
     loss.backward()
-    _wait(images)
+    synchronise(images.device.type)
     method.zero_grad()
     return time.perf_counter() - begin
-
-
-def _wait(images: torch.Tensor) -> None:
-    if images.is_cuda:
-        torch.cuda.synchronize()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,9 +92,8 @@ def main(argv: list[str] | None = None) -> int:
                 times[name].append(taken)
                 work[name].append(method.work(draw).total)
     plain, counted = statistics.median(times["none"]), sum(work["none"])
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     sizes = f"{args.model}/{args.patch}, crop {args.crop}, batch {args.batch}, {precision}"
-    print(f"{kind}, torch {torch.__version__}, {sizes}")
+    print(f"{device_name(args.device)}, torch {torch.__version__}, {sizes}")
     print("| option | ms | time, over none | work, over none |\n|---|---|---|---|")
     for name in methods:
         median = statistics.median(times[name])

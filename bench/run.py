@@ -30,13 +30,13 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
+from bench.baselines.steps import DTYPES
 from bench.registry import MODELS, OPS, OWN, Batch, Case
 from bench.timing import Times, Work, interleave, peak_memory, synchronise
 from ijepa_fast.run.provenance import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CPU_MODELS, CPU_BATCH = ("S/16", "B/16"), 16
 # How far outputs and gradients may lie from the eager reference, as a share of their largest value.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
