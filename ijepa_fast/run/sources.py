@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.evaluate import Options
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled
+from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled, telling
+from ijepa_fast.eval.options import Options
+from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
 
@@ -104,7 +105,7 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    return train, test, _options(config, device)
+    return telling(train), test, _options(config, device)
 
 
 def _options(config: Config, device: torch.device) -> Options:
@@ -137,10 +138,10 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     if not config.probe.enabled or source is None or not source.columns or len(source) < FEWEST:
         return None
     try:
-        whole = labelled(source, config.data.source)
+        whole = telling(labelled(source, config.data.source))
     except ValueError:  # training needs no labels
         return None
-    if all(len(values.unique()) < 2 for values in whole.labels.values()):
+    if all(len(whole.labels[name].unique()) < 2 for name in whole.tasks):
         return None
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
@@ -153,6 +154,21 @@ def untrained(config: Config, device: torch.device) -> Encode:
     method = build_method(config)
     method.probed.to(device)
     return encode_with(method)
+
+
+def as_begun(run: str | Path, encoder: PretrainedEncoder) -> PretrainedEncoder:
+    """The encoder of the folder `run` as it was before training; encoder: what it became, whose image size it has.
+
+    Raises ValueError where `run` is no run's folder, ConfigError where its parts do not go together.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"--untrained: expected a run's folder, which says how it began, got {run}")
+    config = load_config(path)
+    if encoder.arch.size != config.data.size:
+        config = replace(config, data=replace(config.data, crop=encoder.crop))
+    method = build_method(config, foreign=False)
+    return PretrainedEncoder(method.probed, encoder.arch).to(encoder.encoder.norm.weight.device)
 
 
 def encode_with(method: Method) -> Encode:
