@@ -170,7 +170,11 @@ def figures_of(results: dict[str, Any]) -> list[Figure]:
 
 def headline(figures: Iterable[Figure]) -> list[Figure]:
     """What to look at first: the accuracy or R^2 of each task and probe, and of k-NN one k, 20 where there is that."""
-    figures = [f for f in overview(figures) if f.metric not in ERRORS]
+    return [f for f in of_one_k(overview(figures)) if f.metric not in ERRORS]
+
+
+def of_one_k(figures: list[Figure]) -> list[Figure]:
+    """The figures with those of k-NN for one k alone, 20 where there is that."""
     neighbours = [f.probe for f in figures if f.probe.endswith("-NN")]
     shown = "20-NN" if "20-NN" in neighbours else next(iter(neighbours), None)
     return [f for f in figures if f.probe == shown or f.probe not in neighbours]

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from ijepa_fast.eval.differences import differences
-from ijepa_fast.eval.figures import METRICS, Figure, columns, half_width, overview
+from ijepa_fast.eval.figures import METRICS, Figure, columns, half_width, of_one_k, overview
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 
@@ -25,7 +25,7 @@ def comparison_cells(figures: Figures) -> tuple[list[str], list[list[str]], set[
     """
     first, *others = figures
     apart = {(row.key, row.encoder): row for row in differences(figures)}
-    found = {name: {f.key: f for f in overview(of_one)} for name, of_one in figures.items()}
+    found = {name: {f.key: f for f in of_one_k(overview(of_one))} for name, of_one in figures.items()}
     keys = list(dict.fromkeys(key for of_one in found.values() for key in of_one))
     head = ["task", "probe", "metric", "chance", *figures, *(f"{name} - {first}" for name in others)]
     rows: list[list[str]] = []
