@@ -139,6 +139,29 @@ def test_an_encoder_is_no_better_than_itself(files, tmp_path):
         assert (row["value"], row["error"]) == (0, 0)
 
 
+def test_folders_of_other_libraries_and_published_files_are_encoders(files, tmp_path):
+    """An encoder beside its exports: the same weights, read from four formats."""
+    out, made = tmp_path / "compare.json", {"hf": "hf", "timm": "timm", "reference": "published.pth.tar"}
+    for form, name in made.items():
+        export = [
+            "export",
+            "--checkpoint",
+            str(files / "a.safetensors"),
+            "--format",
+            form,
+            "--out",
+            str(tmp_path / name),
+        ]
+        assert main(export) == 0
+    given = command(files, "--probes", "knn", "--attention-heads", "2", "--out", str(out), encoders=("a",))
+    given[2:2] = [str(tmp_path / name) for name in made.values()]
+    assert main(given) == 0
+    results = json.loads(out.read_text())
+    assert [item["name"] for item in results["encoders"]] == ["a.safetensors", *made.values()]
+    assert {row["encoder"] for row in results["differences"]} == set(made.values())
+    assert max(abs(row["value"]) for row in results["differences"]) < 0.03  # features differ by rounding
+
+
 def test_dense_probes_of_encoders_of_two_resolutions(files, tmp_path):
     out, dense = tmp_path / "compare.json", files / "dense"
     options = ["--data", str(dense / "images"), "--test", str(dense / "images"), "--probes", "segmentation,depth"]

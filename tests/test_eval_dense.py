@@ -1,5 +1,6 @@
 """Dense probes: against scikit-learn on the same patches and pixels, where maps lie under a crop, and bad maps."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -292,6 +293,19 @@ def test_a_missing_map_is_named(parts, encoder, tmp_path):
         evaluate(encoder, train, empty, OPTIONS)
     with pytest.raises(ValueError, match=r"--probes segmentation: expected a map over each image.*--label-map"):
         evaluate(encoder, train, replace(test, maps={}), OPTIONS)
+
+
+def test_an_encoder_of_another_resolution_is_said(parts, encoder):
+    with pytest.raises(ValueError, match="crop: expected 32 x 32 pixels, which the encoder takes, got 64 x 64"):
+        evaluate(encoder, *parts, replace(OPTIONS, crop=64))
+
+
+def test_images_of_other_channels_are_said(parts, encoder):
+    train, test = parts
+    four = replace(test, source=copy.copy(test.source))
+    four.source.reading = replace(test.source.reading, channels=4)
+    with pytest.raises(ValueError, match="expected images of 3 channels of uint8, which the encoder takes, found 4"):
+        evaluate(encoder, train, four, OPTIONS)
 
 
 def test_a_class_of_few_pixels_has_scores_too(parts, encoder, tmp_path):
