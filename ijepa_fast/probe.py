@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ijepa_fast.command import one_sentence, whole
@@ -37,7 +38,7 @@ from ijepa_fast.run.provenance import provenance
 from ijepa_fast.run.sources import probe_folders, run_options
 
 # What must be the same for features, and for heads on them, to be those of the run's end.
-SAME = ("resize", "interpolation", "dtype", "images")
+SAME = ("resize", "interpolation", "dtype")
 FITTED = ("heads", "protocol", "seeds")
 TUNINGS = {"paper": PAPER_TUNING, "small": SMALL_TUNING}
 
@@ -106,7 +107,9 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
             f"--probes {','.join(options.probes)}: no figure, as k-NN takes at least {min(KS)} training images; "
             "name more images, or --probes linear"
         )
-    figures = against(figures, _known(options, how) if before is None else evaluate(before, train, test, how))
+    figures = against(
+        figures, _known(options, (train, test), how) if before is None else evaluate(before, train, test, how)
+    )
     return provenance(device) | {
         "checkpoint": str(options.checkpoint),
         "network": options.network,
@@ -137,13 +140,16 @@ def _untrained(
     return PretrainedEncoder(method.probed, trained.arch).to(device)
 
 
-def _known(options: argparse.Namespace, how: Options) -> list[Figure]:
-    """Figures of the run's end that measure what this command does, whose untrained values so hold here too."""
+def _known(options: argparse.Namespace, parts: tuple[Labelled, Labelled], how: Options) -> list[Figure]:
+    """What the run's end found of the untrained encoder where it measured the same: on all of `parts`, `how`."""
     run = _run(options)
     if run is None or options.data is not None or options.image_size is not None:
         return []
     config = load_config(run / "config.yaml")
     end = run_options(config, torch.device("cpu"))
+    drawn = [[part.rows(which.images, which.draw_seed) for part in parts] for which in (how, end)]
+    if not all(map(np.array_equal, *drawn)):
+        return []
     if [getattr(how, key) for key in SAME] != [getattr(end, key) for key in SAME] or how.features[0] != end.features[0]:
         return []
     try:

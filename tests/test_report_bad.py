@@ -45,7 +45,7 @@ def test_a_run_that_has_not_ended(tmp_path):
 def test_one_line_of_the_log(tmp_path):
     page = report(folder_of(tmp_path, lines=[record(1, 0.75)]))
     assert said(page, "The log has one line so far")
-    assert "0.7500 → 0.7500" in page
+    assert "0.7500 <small>from 0.7500</small>" in page
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_line_that_cannot_be_read(tmp_path, garbage):
 
 def test_a_loss_that_is_no_number(tmp_path):
     page = report(folder_of(tmp_path, lines=[*log(), {**record(11), "loss": None}, {**record(12), "loss": "low"}]))
-    assert "0.8400 → 0.3000" in page
+    assert "0.3000 <small>from 0.8400</small>" in page
 
 
 def test_a_log_of_an_earlier_version(tmp_path):

@@ -27,7 +27,9 @@ def test_the_verdict_is_against_the_first(two):
     assert verdicts == [
         "fast against base: better: kind +10.0 points (4.5 s.e.); no difference beyond 2 standard errors: count."
     ]
+    assert '<p class="verdict learned">' in page
     back = several.report(two[::-1])
+    assert '<p class="verdict lost">' in back
     assert "base against fast: worse: kind -10.0 points (4.5 s.e.)" in back
 
 
@@ -38,6 +40,7 @@ def test_curves_lie_over_each_other(two):
     assert ends == ["0.3", "0.2"]
     assert [values[-1] for _, _, values in charts["RankMe"]["series"]] == ["30", "10"]
     assert "Learning rate" not in charts  # the log has the same
+    assert re.search(r'<section id="speed"><h2>Speed</h2><p>The same in all.</p></section>', several.report(two))
     assert "learning rate" in re.search(r"<p>The same in all: (.*?)</p>", several.report(two))[1]
 
 

@@ -21,7 +21,6 @@ from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.kinds import printable
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.collapse import LOW_RANK
-from ijepa_fast.eval.figures import verdict
 from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.interop.load import latest, load
 from ijepa_fast.masks.packing import MaskDraw
@@ -62,8 +61,7 @@ def report(run: str | Path, images: str | Path | None = None, count: int = 400) 
 
 def _lead(run: Recorded) -> str:
     """The verdict, where it comes from, and what is missing."""
-    said = verdict(run.figures)
-    kind = "learned" if any(f.improved for f in run.figures) else "lost" if said.startswith("lost") else ""
+    said, kind = sections.said_of(run.figures)
     if said:
         lead = text(f"{said[0].upper()}{said[1:]}.", f"verdict {kind}".strip())
     else:

@@ -66,7 +66,9 @@ def _drawn(
     for number, (name, value) in enumerate(levels.items()):
         y, end = float(place_y(value)), width - RIGHT - 2 - 150 * number
         marks.append(f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text class="level end" x="{end}" y="{max(y - 5, 12):.1f}">{html.escape(name)}</text>')
+        marks.append(
+            f'<text class="level end" x="{end}" y="{y + (15 if y < 26 else -5):.1f}">{html.escape(name)}</text>'
+        )
     for number, (xs, ys) in enumerate(series.values()):
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(place_x(xs), place_y(ys)))
         marks.append(f'<polyline class="s{number % COLOURS}" points="{points}"/>')

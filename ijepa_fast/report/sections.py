@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ijepa_fast.eval.collapse import LEAST_RANK, LOW_RANK, LOW_VARIANCE, Sign, signs
-from ijepa_fast.eval.figures import CLEAR, METRICS, Figure, against, change, headline, number
+from ijepa_fast.eval.figures import CLEAR, METRICS, Figure, against, change, headline, number, verdict
 from ijepa_fast.report.charts import COLOURS, dots, line_chart
 from ijepa_fast.report.page import Markup, table, text
 from ijepa_fast.report.recorded import Recorded, Series
@@ -50,6 +50,15 @@ def axis(runs: Sequence[Recorded]) -> str:
     return "images" if known and len({run.flat.get("batch_size") for run in runs}) > 1 else "step"
 
 
+def said_of(
+    figures: Iterable[Figure], better: str = "learned", worse: str = "lost", same: str = "no change"
+) -> tuple[str, str]:
+    """The verdict on figures, and its class on the page: "learned", "lost", or "" where it is neither or both."""
+    said = verdict(figures, better, worse, same)
+    up, down = (any(part.startswith(f"{word}:") for part in said.split("; ")) for word in (better, worse))
+    return said, "" if up == down else "learned" if up else "lost"
+
+
 def training(runs: Sequence[Recorded]) -> str:
     """Curves of the loss, its terms and the schedules."""
     x = axis(runs)
@@ -66,7 +75,7 @@ def training(runs: Sequence[Recorded]) -> str:
         ]
     titles = SCHEDULES | {"tokens_per_image": "Tokens per image", "gradient_norm": "Norm of the gradient"}
     charts += [_lines(title, runs, lambda run, key=key: run.column(key, x)) for key, title in titles.items()]
-    same = [title.lower() for key, title in titles.items() if len(runs) > 1 and _same(runs, key, x)]
+    same = [title[0].lower() + title[1:] for key, title in titles.items() if len(runs) > 1 and _same(runs, key, x)]
     told = text(f"The same in all: {', '.join(same)}.") if same else ""
     return told + f'<div class="charts">{"".join(charts)}</div>'
 
@@ -83,7 +92,10 @@ def speed(runs: Sequence[Recorded]) -> str:
     title = "Share of the time waiting for data"
     charts.append(_lines(title, runs, lambda run: run.column("data_wait", x), floor=0, percent=True))
     if not any(charts):
-        return told + text("The log has no speed: it is of an earlier version.", "note")
+        known = any(run.column("images_per_second", x)[0] for run in runs)
+        return told + (
+            text("The same in all.") if known else text("The log has no speed: it is of an earlier version.", "note")
+        )
     return told + f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -117,7 +129,7 @@ def figures(run: Recorded) -> str:
     told = f"Of frozen features, on {where}. ± is half of the 95 % interval over these images"
     told += ", and over seeds" if any(len(f.seeds) > 1 for f in found) else ""
     told += f"; stressed is what is better than untrained by more than {CLEAR} standard errors (s.e.). In the picture: "
-    told += "| chance, ○ untrained, ● trained."
+    told += "|\N{NO-BREAK SPACE}chance, ○\N{NO-BREAK SPACE}untrained, ●\N{NO-BREAK SPACE}trained."
     head = ["", "chance", "untrained", "trained", "change", "images", ""]
     rows = []
     for f, span in zip(found, _spans(found)):
@@ -273,7 +285,7 @@ def cards(run: Recorded) -> dict[str, str]:
     of = f"of {batch:,} images" if isinstance(batch, int) and seen in (None, steps * batch) else ""
     of = of or (f"of {seen:,} images in all" if seen else "")
     found = {"steps": f"{steps:,} <small>{of}</small>"}
-    found["loss"] = f"{run.training[0]['loss']:.4f} → {run.training[-1]['loss']:.4f}"
+    found["loss"] = f"{run.training[-1]['loss']:.4f} <small>from {run.training[0]['loss']:.4f}</small>"
     if rates := run.column("images_per_second")[1]:
         tokens = run.column("tokens_per_image")[1]
         at = f" <small>at {np.mean(tokens):.0f} tokens</small>" if tokens else ""

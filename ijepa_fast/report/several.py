@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_fast.data.kinds import printable
-from ijepa_fast.eval.figures import headline, verdict
+from ijepa_fast.eval.figures import headline
 from ijepa_fast.report import sections
 from ijepa_fast.report.page import Markup, page, table, text
 from ijepa_fast.report.recorded import Recorded, read_run
@@ -39,8 +39,8 @@ def _lead(runs: Sequence[Recorded]) -> str:
     first = {(f.task, f.probe, f.metric): f for f in headline(runs[0].figures)}
     for run, name in list(zip(runs, names))[1:]:
         pairs = [sections.comparable(f, first.get((f.task, f.probe, f.metric))) for f in headline(run.figures)]
-        said = verdict([f for f in pairs if f is not None], "better", "worse", "no difference")
-        kind = "learned" if said.startswith("better") else "lost" if said.startswith("worse") else ""
+        words = "better", "worse", "no difference"
+        said, kind = sections.said_of([f for f in pairs if f is not None], *words)
         why = "their standard errors are not known" if any(pairs) else "no figures to compare"
         lead += text(f"{name} against {names[0]}: {said or f'no verdict, {why}'}.", f"verdict {kind}".strip())
     for run, name in zip(runs, names):
