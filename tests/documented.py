@@ -110,7 +110,8 @@ class Trial:
         if words[:3] == ["python", "-m", "ijepa_fast"]:
             words[:3] = ["ijepa-fast"]
         program, arguments = words[0], words[1:]
-        if program == "ijepa-fast" and not arguments:
+        if program in ("ijepa-fast", "python") and len(words) <= 2:  # a program by its name, without what it wants
+            assert arguments == [] or arguments[0] in COMMANDS or (ROOT / arguments[0]).is_file(), command
             return "parsed"
         if program == "ijepa-fast":
             self.command(arguments[0], arguments[1:])

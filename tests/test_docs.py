@@ -43,7 +43,7 @@ ELSEWHERE = {
 def test_every_command_of_a_page_is_taken(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     trial = Trial(monkeypatch)
-    for command in [*lines(page), *inline(page)]:
+    for command in [*lines(page), *(inline(page) if page.name != "LOG.md" else [])]:
         if any(command.startswith(start) or start == name(page) for start in SHOWN):
             continue
         how = trial(command)
@@ -55,7 +55,7 @@ def test_what_is_not_taken_is_found(monkeypatch, capsys):
     trial = Trial(monkeypatch)
     for wrong in (
         "ijepa-fast train --config quickstart optim.lrr=1",
-        "ijepa-fast probe --checkpoint runs/photos --prob linear,knn",
+        "ijepa-fast probe --checkpoint runs/photos --probs linear,knn",
         "ijepa-fast plann --config quickstart",
         "python bench/throughput.py --impl fast --modell vit_small",
         "python bench/nowhere.py",
@@ -89,8 +89,12 @@ def test_every_key_that_a_page_names_is_one():
     pattern = re.compile(rf"`((?:{'|'.join(sections)})\.[a-z_]+(?:\.[a-z_]+)*)[`=:]")
     found = {key for page in PAGES if page.name != "LOG.md" for key in pattern.findall(page.read_text())}
     assert len(found) > 50
+    file = re.compile(r"\.(jsonl?|py|md|safetensors)$")
     own = re.compile(r"objective\.options\.\w+")
-    assert sorted(key for key in found - known if key not in sections and not own.fullmatch(key)) == []
+    assert (
+        sorted(key for key in found - known if key not in sections and not own.fullmatch(key) and not file.search(key))
+        == []
+    )
 
 
 def test_yaml_that_a_page_shows_is_a_configuration(tmp_path):

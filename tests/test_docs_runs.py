@@ -114,7 +114,7 @@ def test_masks_images_hooks_and_loggers_of_the_page(place, monkeypatch, capsys):
     folder = train(place, monkeypatch, together, *SMALL, *QUIET)
     assert "patch_embed" in capsys.readouterr().out  # the hook's line
     rows = (folder / "numbers.csv").read_text().splitlines()
-    assert any(row.startswith("2,train/loss,") for row in rows)
+    assert any(row.startswith("2,loss,") for row in rows)
 
 
 def test_the_method_of_the_page(place, monkeypatch):

@@ -120,13 +120,12 @@ def test_troubleshooting_has_every_message(pages):
         "there is no such key",  # an f-string of given.py
         "is not divisible by",  # two f-strings, one behind the other
         "gathers weights in hooks that a compiled block cannot hold",
-        "--images: expected a whole number of at least" if False else "expected a whole number of at least",
         "is it mounted?",
         "stopped by",
     ):
         assert words in text, words
     raised = len(re.findall(r"raise \w+Error\(", "".join(p.read_text() for p in ROOT.glob("ijepa_fast/**/*.py"))))
-    assert len(generated.messages()) > 0.9 * raised > 250
+    assert len(generated.messages()) > raised > 250
 
 
 def test_nothing_is_left_to_be_filled_in(site):

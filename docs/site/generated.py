@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -114,37 +113,60 @@ CURES = {
     "eval": ("Probes", "[Evaluation](evaluation.md) says which labels and options each probe takes."),
     "kernels": (
         "Kernels",
-        "They are met by who calls an op directly, or asks for an implementation that is not there: set `kernels=auto`.",
+        "Who calls an op directly meets them, or asks for an implementation that is not there: set `kernels=auto`.",
     ),
     "commands": ("Commands", "`ijepa-fast COMMAND --help` lists the options."),
 }
 ROOMS = {"engine": "run", "report": "eval", "masks": "methods", "models": "methods", "config": "given"}
 ROOMS |= dict.fromkeys(("agree", "spelling", "partly", "front", "configs"), "given")
-MADE = ("error", "_wrong", "NonFiniteLoss", "Stopped")  # what makes an error's text, beside classes called ...Error
+# What makes an error's text beside exceptions; files in which texts are returned, or kept, for another to raise.
+MADE = ("error", "_wrong")
+KEPT = {"run/machines.py", "run/lock.py", "run/together.py", "methods/ijepa.py", "data/index.py", "data/tables.py"}
+KEPT |= {"data/archives.py", "data/scan.py", "data/headers.py", "data/kinds.py", "front.py"}
 INTERNAL = {"NotImplementedError", "AttributeError", "IndexError", "KeyError", "StopIteration", "TypeError"}
 INTERNAL |= {"HeavyError"}
 
 
 def messages() -> list[tuple[str, str, str]]:
     """(group, file, text) of every message that an error of the package is made with; `…` stands for what varies."""
+    paths = sorted([*ROOT.glob("ijepa_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    errors = {"Exception"}  # by name: exceptions of this package, those of theirs, and so on
+    while more := {node.name for node in classes if any(_error(base, errors) for base in node.bases)} - errors:
+        errors |= more
     found = []
-    for path in sorted([*ROOT.glob("ijepa_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")]):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        room = "kernels" if parts[0] == "kernels" else parts[1]
+    for path, tree in trees.items():
+        parts = path.relative_to(ROOT).parts
+        room = "kernels" if parts[0] == "kernels" else parts[1].removesuffix(".py")
         room = room if room in CURES else ROOMS.get(room, "commands")
-        for text in _said(ast.parse(path.read_text())):
-            found.append((room, "/".join(parts), text))
+        kept = "/".join(parts[1:]) in KEPT
+        for node in ast.walk(tree):
+            if text := _message(node, errors, kept):
+                found.append((room, path.stem, text))
     return found
 
 
-def _said(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or not node.args:
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        made = (name.endswith("Error") or name in MADE) and name not in INTERNAL
-        texts = [_text(argument) for argument in node.args[:2]] if made else []
-        yield from [text for text in texts if re.search(r"[a-z]{3}", text) and " " in text][:1]
+def _error(node: ast.expr, errors: set[str]) -> bool:
+    """Whether a name is that of an exception."""
+    name = _called(node)
+    return (name.endswith("Error") or name in errors) and name not in INTERNAL
+
+
+def _message(node: ast.AST, errors: set[str], kept: bool) -> str:
+    """The text that a node makes an error with, "" for none. kept: texts that are returned or assigned are such too."""
+    parts: list[ast.expr] = []
+    if isinstance(node, ast.Call) and (_error(node.func, errors) or _called(node.func) in (*MADE, "__init__")):
+        parts = node.args[:2]
+    elif kept and isinstance(node, ast.Return | ast.Assign) and node.value is not None:
+        parts = [node.value]
+    texts = [_text(part) for part in parts]
+    least = 5 if kept and not isinstance(node, ast.Call) else 3
+    return next((text for text in texts if len(re.findall(r"[a-z]{2,}", text)) >= least and "%(" not in text), "")
+
+
+def _called(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def _text(node: ast.expr) -> str:
@@ -167,9 +189,8 @@ def errors() -> str:
         groups.setdefault(group, {}).setdefault(re.sub(r"(… ?)+", "… ", text).strip(), where)
     parts = []
     for group, (title, cure) in CURES.items():
-        texts = groups.get(group, {})
-        lines = [f"- {_code(text)} *{where.rpartition('/')[2]}*" for text, where in sorted(texts.items(), key=_letters)]
-        parts.append("\n".join([f"### {title}\n\n{cure}\n", *lines]))
+        texts = sorted(groups.get(group, {}).items(), key=_letters)
+        parts.append("\n".join([f"### {title}\n\n{cure}\n", *(f"- {_code(text)} *{at}*" for text, at in texts)]))
     return "\n\n".join(parts)
 
 
@@ -188,7 +209,8 @@ INTERFACE = (
     ("ijepa_fast/interop/load.py", ("load", "PretrainedEncoder")),
     ("ijepa_fast/config.py", ("load_config", "as_yaml")),
     ("ijepa_fast/given.py", ("key", "fixed", "ConfigError")),
-    ("ijepa_fast/methods/method.py", ("Method", "View")),
+    ("ijepa_fast/methods/method.py", ("Method",)),
+    ("ijepa_fast/data/crops.py", ("View",)),
     ("ijepa_fast/agree.py", ("Setup",)),
     ("ijepa_fast/masks/draw.py", ("Draw",)),
     ("ijepa_fast/masks/foreign.py", ("",)),
