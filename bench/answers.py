@@ -114,28 +114,36 @@ def _published(folder: Path, cuda: bool) -> Iterator[Answer]:
             yield Answer(text, origin(found.path, found.facts))
 
 
+def _by_device(measured: list[Steps], said: Callable[[Steps], str], plain: str) -> Iterator[Answer]:
+    """An answer for each device: by precision, what is said of each model, the smallest first."""
+    devices: dict[str, dict[str, list[Steps]]] = {}
+    for found in sorted(
+        measured, key=lambda found: list(SIZES).index(found.case["arch"]) if found.model[1] == "/" else -1
+    ):
+        device, held, precision = found.machine
+        devices.setdefault(device, {}).setdefault(f"{precision}{held}", []).append(found)
+    for groups in devices.values():
+        parts = [f"{how}: {', '.join(said(found) for found in groups[how])}" for how in sorted(groups)]
+        newest = max((found for group in groups.values() for found in group), key=lambda f: when(f.path, f.facts))
+        yield Answer(f"{'; '.join(parts)} ({plain})", origin(newest.path, newest.facts))
+
+
 def _torch(folder: Path, cuda: bool) -> Iterator[Answer]:
-    groups: dict[tuple, list[Steps]] = {}
-    for found in steps(folder, cuda):
-        if found.case["method"] == "ijepa" and "strong" in found.rates:
-            groups.setdefault(found.machine, []).append(found)
-    for (_, held, precision), measured in sorted(groups.items()):
-        parts = []
-        for found in measured:
-            how = ", by CUDA graphs" if found.rates.get("fast-graphs", 0) > found.rates.get("fast", 0) else ""
-            parts.append(f"{found.model}{how} {found.over('plain'):.2f} and {found.over('strong'):.2f}")
-        text = f"{precision}{held}: {'; '.join(parts)} times"
-        yield Answer(text, origin(measured[0].path, measured[0].facts))
+    def said(found: Steps) -> str:
+        how = " by CUDA graphs" if found.rates.get("fast-graphs", 0) > found.rates.get("fast", 0) else ""
+        return f"{found.model}{how} {found.over('plain'):.2f} and {found.over('strong'):.2f}"
+
+    measured = [f for f in steps(folder, cuda) if f.case["method"] == "ijepa" and {"plain", "strong"} <= f.rates.keys()]
+    yield from _by_device(measured, said, f"times plain and times {'compiled' if cuda else 'the fastest'}")
 
 
 def _other_methods(folder: Path, cuda: bool) -> Iterator[Answer]:
-    groups: dict[tuple, list[Steps]] = {}
-    for found in steps(folder, cuda):
-        if found.case["method"] != "ijepa" and "plain" in found.rates:
-            groups.setdefault(found.machine, []).append(found)
-    for (_, held, precision), measured in groups.items():
-        parts = [f"{NAMES.get(f.case['method'], f.case['method'])} {f.model} {f.over('plain'):.2f}" for f in measured]
-        yield Answer(f"{precision}{held}: {', '.join(parts)} times", origin(measured[0].path, measured[0].facts))
+    def said(found: Steps) -> str:
+        name = found.case["method"]
+        return f"{NAMES.get(name, name)} {found.model} {found.over('plain'):.2f}"
+
+    measured = [f for f in steps(folder, cuda) if f.case["method"] != "ijepa" and "plain" in f.rates]
+    yield from _by_device(measured, said, "times plain")
 
 
 def _kernels(folder: Path) -> Iterator[Answer]:
@@ -161,13 +169,16 @@ def _kernels(folder: Path) -> Iterator[Answer]:
 
 
 def _compiled(folder: Path) -> Iterator[Answer]:
+    said: dict[str, list[str]] = {}
     for path in sorted(folder.glob("aot-*.csv")):
         kept, _ = rows(path)
         archs = ", ".join(f"sm_{arch}" for arch in sorted({row["arch"] for row in kept}, key=int))
         spilled, failed = sum(int(row["spilled_bytes"] or 0) for row in kept), sum(bool(row["error"]) for row in kept)
         yes = "yes" if not spilled and not failed else "no"
         text = f"{yes}: {len(kept)} kernels for {archs}, {failed} failed, {spilled} bytes spilled"
-        yield Answer(text, f"compiled ahead of time, Triton {kept[0]['triton']}")
+        said.setdefault(text, []).append(kept[0]["triton"])
+    for text, versions in said.items():
+        yield Answer(text, f"compiled ahead of time by Triton {' and '.join(versions)}")
 
 
 def _curves(result: dict[str, Any], run: str) -> list[dict[str, list[dict[str, Any]]]]:
@@ -278,27 +289,28 @@ def _absent(folder: Path) -> Iterator[Answer]:
 
 @dataclass(frozen=True)
 class Question:
-    """A line of the table. page: with the details, from docs/. brief: whether it stands on the first page too."""
+    """A line of the table. page: with the details, from docs/. first: its words on the first page, None: not there."""
 
     words: str
     answer: Callable[[Path], Iterator[Answer]]
     page: str
-    brief: bool = False
+    first: str | None = None
 
 
+FASTER = ("Faster than the published code? CPU", "Faster than PyTorch? CPU", "Faster than PyTorch? GPU")
 CPU, GPU = "results/cpu-steps.md", "results/gpu-steps.md"
 QUESTIONS = (
     Question("Same numbers as the published code?", _same_numbers, "numerics.md"),
-    Question("Faster than the published code, on a CPU?", partial(_published, cuda=False), CPU, brief=True),
-    Question("... than plain and than the fastest PyTorch, on a CPU?", partial(_torch, cuda=False), CPU),
+    Question("Faster than the published code, on a CPU?", partial(_published, cuda=False), CPU, FASTER[0]),
+    Question("... than plain and than the fastest PyTorch, on a CPU?", partial(_torch, cuda=False), CPU, FASTER[1]),
     Question("... than plain PyTorch, the other methods?", partial(_other_methods, cuda=False), CPU),
     Question("Faster than the published code, on a GPU?", partial(_published, cuda=True), GPU),
-    Question("... than plain and than compiled PyTorch, on a GPU?", partial(_torch, cuda=True), GPU, brief=True),
+    Question("... than plain and than compiled PyTorch, on a GPU?", partial(_torch, cuda=True), GPU, FASTER[2]),
     Question("... than plain PyTorch, the other methods, on a GPU?", partial(_other_methods, cuda=True), GPU),
     Question("Are its kernels faster?", _kernels, "results/kernels.md"),
     Question("Do they compile for A100, H100 and B200, without spills?", _compiled, "results/kernels.md"),
-    Question("Does I-JEPA learn?", _learns, "results/learning.md", brief=True),
-    Question("Better than MAE at equal steps?", _beside_mae, "results/learning.md"),
+    Question("Does I-JEPA learn?", _learns, "results/learning.md", "Does it learn? CIFAR-10"),
+    Question("Better than MAE at equal steps?", _beside_mae, "results/learning.md", "Better than MAE?"),
     Question("Are multi-block masks the best?", _masks, "results/learning.md"),
     Question("Is the data fast enough?", _data, "results/data.md"),
     Question("The paper's efficiency claims?", _claims, "results/claims.md"),
@@ -320,10 +332,11 @@ def table(folder: Path, brief: bool = False) -> list[str]:
     """Markdown: the questions with their answers, or the few of the first page."""
     lines = ["| question | answer | where, when | details |", "|---|---|---|---|"]
     for question in QUESTIONS:
-        if brief and not question.brief:
+        if brief and question.first is None:
             continue
         name = question.page.rpartition("/")[2].removesuffix(".md").replace("-", " ")
         for number, answer in enumerate(answers(question, folder)):
-            words, link = (question.words, f"[{name}]({question.page})") if number == 0 else ("", "")
+            asked = question.first if brief else question.words
+            words, link = (asked, f"[{name}]({question.page})") if number == 0 else ("", "")
             lines.append(f"| {words} | {answer.text} | {answer.where} | {link} |")
     return lines

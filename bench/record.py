@@ -53,11 +53,11 @@ def since(path: Path) -> str | None:
 
 
 def origin(path: Path, facts: dict[str, Any]) -> str:
-    """Device, date and commit; of a file from before they noted commits, the date it came into the repository."""
+    """Device, date and commit; of a file from before they noted it, the date it came into the repository."""
     if commit := facts.get("commit"):
         return f"{facts['device']}; {facts['date'][:10]}, commit {commit[:12]}"
     came = since(path)
-    return f"{facts['device']}; commit not noted" + (f", here since {came[:10]}" if came else "")
+    return f"{facts['device']}; {f'{came[:10]}, ' if came else ''}commit not noted"
 
 
 def when(path: Path, facts: dict[str, Any]) -> str:

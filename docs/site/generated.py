@@ -51,7 +51,7 @@ def _row(name: str, f: Field) -> str:
     if limits["choices"]:
         may = ", ".join(f"`{_yaml(choice)}`" for choice in limits["choices"])
     else:
-        may = in_words(str(f.type))
+        may = "see its meaning" if f.type == "Any" else in_words(str(f.type))
         words = (("least", "at least"), ("above", "more than"), ("most", "at most"))
         may += "".join(f", {said} {limits[limit]:.10g}" for limit, said in words if limits[limit] is not None)
     fixed = " *Fixed when a run is resumed.*" if limits["fixed"] else ""
@@ -245,6 +245,8 @@ SHORT = ("ijepa_fast.api.train", "ijepa_fast.api.embed", "ijepa_fast.interop.loa
 
 def _described(node: ast.FunctionDef | ast.ClassDef) -> str:
     text = _prose(ast.get_docstring(node) or "")
+    if isinstance(node, ast.FunctionDef) and any(_called(mark) == "property" for mark in node.decorator_list):
+        return f"```python\n{node.name}: {ast.unparse(node.returns) if node.returns else ''}\n```\n\n{text}"
     if isinstance(node, ast.FunctionDef):
         return f"```python\n{_signature(node)}\n```\n\n{text}"
     fields = [f"    {ast.unparse(part)}" for part in node.body if isinstance(part, ast.AnnAssign)]

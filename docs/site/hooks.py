@@ -71,6 +71,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     """Fill in what is generated, and turn links into the repository into links of the site."""
+    if page.file.src_uri.startswith("results"):
+        page.meta.setdefault("hide", ["toc"])  # their tables want the room
+    if page.file.src_uri == "index.md":
+        page.meta.setdefault("hide", ["navigation", "toc"])
     markdown = MARK.sub(lambda match: getattr(generated, match[1])(), markdown)
     pages = brought()
     here = {page_: source for source, page_ in pages.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
