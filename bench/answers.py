@@ -257,6 +257,16 @@ def _data(folder: Path) -> Iterator[Answer]:
         yield Answer(text, origin(path, result))
 
 
+def _formats(folder: Path) -> Iterator[Answer]:
+    for path in sorted(folder.glob("formats-*.json")):
+        result = load(path)
+        parts = [f"{r['format']} {r['loader_over_plain']:.1f}" for r in result["formats"] if "failed" not in r]
+        text = (
+            f"{', '.join(parts)} times a plain DataLoader, {result['channels']} channels of 16 bits but for jpg and png"
+        )
+        yield Answer(text, origin(path, result))
+
+
 def _claims(folder: Path) -> Iterator[Answer]:
     for path in sorted(folder.glob("claims-*.json")):
         result = load(path)
@@ -313,6 +323,7 @@ QUESTIONS = (
     Question("Better than MAE at equal steps?", _beside_mae, "results/learning.md", "Better than MAE?"),
     Question("Are multi-block masks the best?", _masks, "results/learning.md"),
     Question("Is the data fast enough?", _data, "results/data.md"),
+    Question("... of other formats?", _formats, "results/data.md"),
     Question("The paper's efficiency claims?", _claims, "results/claims.md"),
     Question("Not measured", _absent, GPU),
 )
