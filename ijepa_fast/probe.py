@@ -1,10 +1,11 @@
 """Evaluate an encoder on labelled images, as the paper does and more.
 
     python -m ijepa_fast probe --checkpoint runs/photos --data /data/imagenet/train --test /data/imagenet/val
-    python -m ijepa_fast probe --checkpoint runs/quickstart --probes linear,knn,attentive,lowshot,finetune --seeds 3
+    python -m ijepa_fast probe runs/quickstart --probes linear,knn,attentive,lowshot,finetune --seeds 3 --untrained
 
 Layouts of labelled images are in eval/labels.py. Without --data, a run is evaluated on the images that its own
-configuration names.
+configuration names. The untrained encoder's values stand beside where the run's end measured the same, or are measured
+with --untrained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ijepa_fast.command import one_sentence, whole
@@ -25,7 +27,7 @@ from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.scenes import ensure_maps, is_scenes
 from ijepa_fast.eval.evaluate import OF_IMAGES, PROBES, evaluate
-from ijepa_fast.eval.figures import against, figures_of, overview, table
+from ijepa_fast.eval.figures import Figure, against, figures_of, overview, table, verdict
 from ijepa_fast.eval.knn import KS
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
@@ -33,9 +35,13 @@ from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING
 from ijepa_fast.eval.options import OF_PLACES, Options
 from ijepa_fast.eval.sweep import PROTOCOLS
 from ijepa_fast.interop.load import PretrainedEncoder, load
+from ijepa_fast.report.summary import read_summary
 from ijepa_fast.run.provenance import provenance
-from ijepa_fast.run.sources import as_begun, probe_folders
+from ijepa_fast.run.sources import as_begun, probe_folders, run_options
 
+# What must be the same for features, and for heads on them, to be those of the run's end.
+SAME = ("resize", "interpolation", "dtype")
+FITTED = ("heads", "protocol", "seeds")
 TUNINGS = {"paper": PAPER_TUNING, "small": SMALL_TUNING}
 Parts = tuple[Labelled, Labelled]  # training and test images
 
@@ -121,7 +127,7 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     folders = folders_of(options, options.checkpoint)
     device = device_of(options.device)
     encoder = load(options.checkpoint, options.network, options.image_size, device, options.attention_heads)
-    before = as_begun(options.checkpoint, encoder) if options.untrained else None
+    before = as_begun(_run(options) or options.checkpoint, encoder) if options.untrained else None
     train, test = open_parts(options, folders, encoder.arch.reading)
     how = options_of(options, encoder, device)
     figures = evaluate(encoder, train, test, how)
@@ -130,8 +136,8 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
             f"--probes {','.join(options.probes)}: no figure, as k-NN takes at least {min(KS)} training images, and "
             "retrieval and fewshot take classes; name more images, or --probes linear"
         )
-    if before is not None:
-        figures = against(figures, evaluate(before, train, test, how))
+    known = _known(options, (train, test), how) if before is None else evaluate(before, train, test, how)
+    figures = against(figures, known)
     return provenance(device) | {
         "checkpoint": str(options.checkpoint),
         "network": options.network,
@@ -140,6 +146,33 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         "options": said(how),
         "figures": [figure.to_json() for figure in figures],
     }
+
+
+def _run(options: argparse.Namespace) -> Path | None:
+    """The folder of the run that the weights are of, or None."""
+    path = Path(options.checkpoint)
+    return next((folder for folder in (path, *path.parents[1:2]) if (folder / "config.yaml").is_file()), None)
+
+
+def _known(options: argparse.Namespace, parts: Parts, how: Options) -> list[Figure]:
+    """What the run's end found of the untrained encoder where it measured the same: on all of `parts`, `how`."""
+    run = _run(options)
+    if run is None or options.data is not None or options.image_size is not None:
+        return []
+    config = load_config(run / "config.yaml")
+    end = run_options(config, torch.device("cpu"))
+    drawn = [[part.rows(which.images, which.draw_seed) for part in parts] for which in (how, end)]
+    if not all(map(np.array_equal, *drawn)):
+        return []
+    if [getattr(how, key) for key in SAME] != [getattr(end, key) for key in SAME] or how.features[0] != end.features[0]:
+        return []
+    try:
+        figures = figures_of(read_summary(run) or {"figures": []})
+    except ValueError:  # of another version
+        return []
+    heads = all(getattr(how, key) == getattr(end, key) for key in FITTED)
+    measured = [replace(f, value=f.untrained, error=f.untrained_error) for f in figures if f.untrained is not None]
+    return [f for f in measured if heads or f.probe.endswith("-NN")]
 
 
 def _only(part: Labelled, names: tuple[str, ...] | None) -> Labelled:
@@ -181,7 +214,7 @@ def add_options(p: argparse.ArgumentParser, probes: tuple[str, ...]) -> None:
     add("--test-depth-map", help="the same for --test (default: --depth-map)")
     add("--probes", type=_among(PROBES), default=probes, help=f"of {','.join(PROBES)} (default {','.join(probes)})")
     add("--network", choices=("target_encoder", "encoder"), help="default: the average, where there is one")
-    add("--untrained", action="store_true", help="evaluate a run's encoder as it was before training too")
+    add("--untrained", action="store_true", help="measure a run's encoder before training too, which takes as long")
     add(
         "--features",
         type=_among(("last", "last4")),
@@ -222,7 +255,7 @@ def add_options(p: argparse.ArgumentParser, probes: tuple[str, ...]) -> None:
 
 def read_options(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The command line; it ends the program where `--task` is none."""
-    options = p.parse_args(argv)
+    options = p.parse_intermixed_args(argv)
     if wrong := [item for item in options.task if "=" not in item]:
         p.error(f"--task: expected LABEL=TASK, for example count=counting, got {wrong[0]}")
     return options
@@ -231,9 +264,8 @@ def read_options(p: argparse.ArgumentParser, argv: list[str] | None) -> argparse
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="ijepa-fast probe", description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--checkpoint", required=True, help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder"
-    )
+    p.add_argument("run", nargs="?", metavar="RUN", help="a run's folder; the same as --checkpoint RUN")
+    p.add_argument("--checkpoint", help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
     add_options(p, ("linear", "knn"))
     p.add_argument("--out", help="JSON file for the results")
     return p
@@ -242,11 +274,18 @@ def parser() -> argparse.ArgumentParser:
 @one_sentence()
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, print the table, write the JSON. Returns the exit status."""
-    options = read_options(parser(), argv)
+    p = parser()
+    options = read_options(p, argv)
+    if (options.run is None) == (options.checkpoint is None):
+        p.error("name one RUN, or --checkpoint PATH")
+    options.checkpoint = options.checkpoint or options.run
     results = probe(options)
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
-    print(table(overview(figures_of(results))))
+    figures = overview(figures_of(results))
+    print("\n".join([table(figures), *filter(None, [verdict(figures)])]))
+    if any(f.untrained is None for f in figures) and _run(options):
+        print("untrained values that are not shown: --untrained measures them", file=sys.stderr)
     return 0
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ijepa_fast.eval.figures import ERRORS, Figure, half_width
+from ijepa_fast.eval.figures import ERRORS, NORMAL, Figure
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference:
     @property
     def interval(self) -> float:
         """Half of its 95 % confidence interval."""
-        return half_width(self.error)
+        return NORMAL * self.error
 
     @property
     def clear(self) -> bool:

@@ -17,7 +17,7 @@ from ijepa_fast.eval.corruption import LEVELS, calibration_terms, corrupt, kinds
 from ijepa_fast.eval.dense import Places, probe_places
 from ijepa_fast.eval.episodes import classes_with, episode_accuracies
 from ijepa_fast.eval.features import Encode, Standardiser, network, pool, pooled_features
-from ijepa_fast.eval.figures import Figure, half_width, over_seeds
+from ijepa_fast.eval.figures import NORMAL, Figure, over_seeds
 from ijepa_fast.eval.knn import KS, knn_scores
 from ijepa_fast.eval.labels import Labelled, match
 from ijepa_fast.eval.linear import LinearHead
@@ -184,7 +184,7 @@ class Evaluation:
         for shots in (number for number in options.shots if len(classes_with(given[1], given[3], number)) > 1):
             ways, found = episode_accuracies(*given, options.ways, shots, options.episodes, seed=options.draw_seed)
             run = of_terms({"accuracy": found}) | {"chance": {"accuracy": 1 / ways}}
-            half = {"accuracy": half_width(run["errors"]["accuracy"])}
+            half = {"accuracy": NORMAL * run["errors"]["accuracy"]}
             runs[f"{ways}-way {shots}-shot"] = [run | {"interval": half}]
         return runs
 

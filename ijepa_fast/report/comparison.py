@@ -7,14 +7,15 @@ import re
 from typing import Any
 
 from ijepa_fast.eval.differences import differences
-from ijepa_fast.eval.figures import METRICS, Figure, columns, half_width, of_one_k, overview
+from ijepa_fast.eval.figures import METRICS, Figure, columns, number, of_one_k, overview
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 
 Figures = dict[str, list[Figure]]  # of each encoder, by its name
 NOTE = (
-    "Behind ± is half of a 95 % interval over test images; behind a difference, that of the difference, image by image "
-    "where both encoders were tested on the same. A star marks one that leaves 0 out, as one in twenty does by chance."
+    "Behind ± is half of a 95 % interval over test images, of few-shot over episodes of them; behind a difference, "
+    "that of the difference, image by image. A star marks one that leaves 0 out, as one in twenty does by chance. What "
+    "another seed of the training would change is in none."
 )
 
 
@@ -32,7 +33,7 @@ def comparison_cells(figures: Figures) -> tuple[list[str], list[list[str]], set[
     better: set[tuple[int, int]] = set()
     for key in keys:
         known = [of_one[key] for of_one in found.values() if key in of_one]
-        row = [known[0].task, known[0].probe, METRICS[known[0].metric], f"{known[0].chance:.4f}"]
+        row = [known[0].task, known[0].probe, METRICS[known[0].metric], number(known[0].chance)]
         row += [_value(of_one.get(key)) for of_one in found.values()]
         for name in others:
             if (difference := apart.get((key, name))) is not None and difference.better:
@@ -45,7 +46,7 @@ def comparison_cells(figures: Figures) -> tuple[list[str], list[list[str]], set[
 def _value(figure: Figure | None) -> str:
     if figure is None:
         return ""
-    return f"{figure.value:.4f}" + ("" if figure.error is None else f" ±{half_width(figure.error):.4f}")
+    return number(figure.value) + ("" if figure.half is None else f" ±{number(figure.half)}")
 
 
 def comparison_table(figures: Figures) -> str:
