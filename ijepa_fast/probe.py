@@ -28,7 +28,6 @@ from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.scenes import ensure_maps, is_scenes
 from ijepa_fast.eval.evaluate import OF_IMAGES, PROBES, evaluate
 from ijepa_fast.eval.figures import Figure, against, figures_of, overview, table, verdict
-from ijepa_fast.eval.knn import KS
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
 from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING
@@ -133,8 +132,8 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
     figures = evaluate(encoder, train, test, how)
     if not figures:
         raise ValueError(
-            f"--probes {','.join(options.probes)}: no figure, as k-NN takes at least {min(KS)} training images, and "
-            "retrieval and fewshot take classes; name more images, or --probes linear"
+            f"--probes {','.join(options.probes)}: no figure, as retrieval, fewshot, lowshot and "
+            "finetune take classes; name --probes linear"
         )
     known = _known(options, (train, test), how) if before is None else evaluate(before, train, test, how)
     figures = against(figures, known)

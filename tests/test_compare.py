@@ -211,7 +211,7 @@ def test_a_single_class_is_said(files, tmp_path, capsys):
         )
     options = ["--data", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
     assert main(command(files, *options)) == 1
-    assert "labels 'kind': expected two values or more" in capsys.readouterr().err
+    assert "all images have the same kind" in capsys.readouterr().err
 
 
 @pytest.mark.slow

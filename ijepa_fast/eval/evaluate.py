@@ -19,7 +19,7 @@ from ijepa_fast.eval.episodes import classes_with, episode_accuracies
 from ijepa_fast.eval.features import Encode, Standardiser, network, pool, pooled_features
 from ijepa_fast.eval.figures import NORMAL, Figure, over_seeds
 from ijepa_fast.eval.knn import KS, knn_scores
-from ijepa_fast.eval.labels import Labelled, match
+from ijepa_fast.eval.labels import Labelled
 from ijepa_fast.eval.linear import LinearHead
 from ijepa_fast.eval.lowshot import draw_share, fine_tune
 from ijepa_fast.eval.options import LAST, OF_PLACES, Options, check
@@ -49,11 +49,11 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     "last4", some probes and another dtype a features.Network, in fp32. A test image whose label no training image has
     counts as wrong. Raises ValueError for what options.check finds.
     """
-    places = check(encoder, train, test, options)
+    test, places = check(encoder, train, test, options)
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
     if options.dtype is not None:
         frozen.to(options.dtype)
-    return Evaluation(encoder, frozen, train, match(train, test), options, places).figures()
+    return Evaluation(encoder, frozen, train, test, options, places).figures()
 
 
 class Layers:

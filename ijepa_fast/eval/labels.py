@@ -145,29 +145,14 @@ def _numbers(classes: list[str], name: str, task: str, path: str | Path) -> torc
         raise ValueError(f"{path}: label {name!r}: expected integers for {task}, got {classes[:3]}") from None
 
 
-def telling(part: Labelled) -> Labelled:
-    """`part` without the labels that have one value alone, of which there is nothing to tell; all, if none is left."""
-    tasks = {name: task for name, task in part.tasks.items() if len(part.labels[name].unique()) > 1}
-    return replace(part, tasks=tasks or part.tasks)
-
-
 def match(train: Labelled, test: Labelled) -> Labelled:
-    """`test` with the class ids of `train`.
-
-    Raises ValueError where it lacks a label, or has a class not trained on, and where `train` has one value alone.
-    """
+    """`test` with the class ids of `train`. Raises ValueError where it lacks a label, or has a class not trained on."""
     labels = {}
     for name, task in train.tasks.items():
         if test.tasks.get(name) != task:
             raise ValueError(
                 f"labels {name!r}: {train.source.root} has them for {task}, {test.source.root} has only "
                 f"{', '.join(f'{n} ({t})' for n, t in test.tasks.items())}"
-            )
-        if len(values := train.labels[name].unique()) < 2:
-            only = train.classes[name][int(values[0])] if name in train.classes else f"{values[0]:g}"
-            raise ValueError(
-                f"labels {name!r}: expected two values or more in {train.source.root}, found {only!r} alone, of which "
-                "there is nothing to tell; leave it out with --labels"
             )
         labels[name] = test.labels[name]
         if task == "classification":

@@ -12,6 +12,7 @@ from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.eval.dense import Places, open_places
 from ijepa_fast.eval.features import Encode, network
+from ijepa_fast.eval.knn import KS
 from ijepa_fast.eval.labels import Labelled, Samples, match
 from ijepa_fast.eval.lowshot import PAPER_TUNING, FineTuning
 
@@ -90,14 +91,36 @@ class Options:
         )
 
 
-def check(encoder: Encode, train: Labelled, test: Labelled, options: Options) -> dict[str, Places]:
-    """Whether `evaluate` can go on, before it encodes an image; the maps that its dense probes read, which are opened.
+def matched(train: Labelled, test: Labelled, options: Options) -> Labelled:
+    """`test` with the class ids of `train`.
 
-    Raises ValueError where `test` lacks a label, or has a class that `train` has not; where a label has one class; for
-    images of other channels or another depth than the encoder's, or a crop of another size; for maps that are missing
-    or do not fit their images; and where a probe wants more than a function, or other numbers.
+    Raises ValueError where it lacks a label or has a class that `train` has not, where all images have one label, and
+    where k-NN is wanted of fewer images than neighbours.
     """
-    match(train, test)
+    test = match(train, test)
+    if train.tasks and all(len(train.labels[name].unique()) < 2 for name in train.tasks):
+        names = ", ".join(train.tasks)
+        raise ValueError(
+            f"{train.source.root}: all images have the same {names}; a probe needs two labels to tell apart"
+        )
+    images = min(len(train.source), options.images or len(train.source))
+    if train.tasks and "knn" in options.probes and images < min(KS):
+        raise ValueError(
+            f"{train.source.root}: k-NN takes at least {min(KS)} training images, got {images}; name more images, "
+            "or leave k-NN out (--probes linear)"
+        )
+    return test
+
+
+def check(encoder: Encode, train: Labelled, test: Labelled, options: Options) -> tuple[Labelled, dict[str, Places]]:
+    """Whether `evaluate` can go on, before it encodes an image: `test` as `matched` gives it, and the maps that dense
+    probes read, which are opened.
+
+    Raises ValueError as `matched` does; for images of other channels or another depth than the encoder's, or a crop of
+    another size; for maps that are missing or do not fit their images; and where a probe wants more than a function, or
+    other numbers.
+    """
+    test = matched(train, test, options)
     crop, cover = size_of(options.crop), size_of(options.cover)
     if not all(side <= most for side, most in zip(crop, cover)):
         raise ValueError(f"crop: expected at most resize = {options.resize}, got {options.crop}")
@@ -129,4 +152,4 @@ def check(encoder: Encode, train: Labelled, test: Labelled, options: Options) ->
             )
         rows, grid = (options.rows(train), options.rows(test)), network(encoder, probe).arch.grid
         places[probe] = open_places(train.maps[probe], test.maps[probe], rows, crop, cover, grid)
-    return places
+    return test, places

@@ -18,8 +18,8 @@ from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled, telling
-from ijepa_fast.eval.options import Options
+from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
+from ijepa_fast.eval.options import Options, matched
 from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
@@ -105,7 +105,7 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    return telling(train), test, run_options(config, device)
+    return train, test, run_options(config, device)
 
 
 def run_options(config: Config, device: torch.device) -> Options:
@@ -127,22 +127,23 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     """What a run's encoder is evaluated with when it ends; None where there are no labels, or nobody asked.
 
     Where the training images have labels and no test images are named, k-NN is tried on a tenth of 2,000 of them.
-    Raises ConfigError where the images that are named have no labels, or others than those they are to be tested on.
+    Raises ConfigError where the images that are named have no labels, one for all, or others than those they are to be
+    tested on, and where they are fewer than k-NN's neighbours.
     """
     if (folders := probe_folders(config)) is not None:
         try:
             train, test, options = evaluation(config, folders, device)
-            match(train, test)
+            matched(train, test, options)
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
         return train, test, options
     if not config.probe.enabled or source is None or not source.columns or len(source) < FEWEST:
         return None
     try:
-        whole = telling(labelled(source, config.data.source))
+        whole = labelled(source, config.data.source)
     except ValueError:  # training needs no labels
         return None
-    if all(len(whole.labels[name].unique()) < 2 for name in whole.tasks):
+    if all(len(values.unique()) < 2 for values in whole.labels.values()):
         return None
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
