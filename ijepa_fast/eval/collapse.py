@@ -9,7 +9,7 @@ measured.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,32 +53,54 @@ def lidar(features: torch.Tensor, labels: torch.Tensor) -> float:
     within = x - means[labels]
     values, vectors = torch.linalg.eigh(within.T @ within / len(x))
     # Of directions without variance: rounding, not a scale to whiten by.
-    whitening = vectors * (values.clamp_min(0) + LIDAR_EPS * values.clamp_min(0).mean()).rsqrt()
+    floor = (LIDAR_EPS * values.clamp_min(0).mean()).clamp_min(1e-30)
+    whitening = vectors * (values.clamp_min(0) + floor).rsqrt()
     apart = (means - x.mean(0)) @ whitening * (counts / len(x)).sqrt()[:, None]
     spectrum = torch.linalg.svdvals(apart).square()
     p = spectrum / spectrum.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-12
     return float((-(p * p.log()).sum()).exp())
 
 
-def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> str | None:
-    """A sentence on what is wrong and what to do, None where nothing is. most: what RankMe could be."""
+class Advice(NamedTuple):
+    """What is wrong, and what to do. kind: collapsed | rank | places | norm | classes."""
+
+    kind: str
+    words: str
+
+
+def has_collapsed(now: dict[str, Any]) -> bool:
+    """Whether the targets of a reading have collapsed."""
+    return bool(now["rankme"] < LEAST_RANK or now["target_variance"] < LEAST_VARIANCE)
+
+
+def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> Advice | None:
+    """The worst of what is wrong, None where nothing is. most: what RankMe could be."""
     rank, variance = now["rankme"], now["target_variance"]
     told = f"RankMe {rank:.2f} of {most}, variance {variance:.4f} of 1"
-    if rank < LEAST_RANK or variance < LEAST_VARIANCE:
-        return (
+    if has_collapsed(now):
+        return Advice(
+            "collapsed",
             f"the targets have collapsed, all images look almost the same to the target encoder ({told}); go back to "
-            f"an earlier checkpoint and lower optim.lr or raise optim.ema"
+            f"an earlier checkpoint and lower optim.lr or raise optim.ema",
         )
-    if untrained is not None and rank < LOW_RANK * untrained["rankme"]:
-        return (
+    if untrained is None:
+        return None if variance >= LOW_VARIANCE else _by_place(now, told)
+    if rank < LOW_RANK * untrained["rankme"]:
+        return Advice(
+            "rank",
             f"the rank of the targets has fallen to {rank / untrained['rankme']:.0%} of the untrained encoder's "
             f"({told}; untrained {untrained['rankme']:.2f}); lower optim.lr, lengthen optim.warmup_epochs or raise "
-            f"optim.ema; what else there is: docs/options.md"
+            f"optim.ema; what else there is: docs/options.md",
         )
-    if variance < LOW_VARIANCE and (untrained is None or untrained["target_variance"] >= LOW_VARIANCE):
-        return (
-            f"the targets tell places apart, not images ({told}; their place explains "
-            f"{now['position_share']:.0%} of their variance); raise model.patch_std of small patches, or see "
-            f"docs/options.md for targets that are normalised by place"
-        )
+    if variance < LOW_VARIANCE <= untrained["target_variance"]:
+        return _by_place(now, told)
     return None
+
+
+def _by_place(now: dict[str, Any], told: str) -> Advice:
+    return Advice(
+        "places",
+        f"the targets tell places apart, not images ({told}; their place explains {now['position_share']:.0%} of their "
+        f"variance); raise model.patch_std of small patches, or see docs/options.md for targets that are normalised by "
+        f"place",
+    )
