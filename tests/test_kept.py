@@ -66,7 +66,7 @@ def test_a_crop_that_comes_again_is_the_same_to_the_bit(photos):
 
 def test_what_stands_in_for_a_bad_file_has_its_own_key(tmp_path):
     write_photos(tmp_path, 12, size=40)
-    (tmp_path / "bad.jpg").write_bytes(next(iter(bad_kinds().values())))
+    (tmp_path / "class0" / "bad.jpg").write_bytes(next(iter(bad_kinds().values())))
     source = open_source(tmp_path)
     (bad,) = [number for number in range(len(source)) if source.name(number).endswith("bad.jpg")]
     found = take(source, 13, crops_per_image=1, beside=lambda _, keys: keys, max_bad_share=0.5)
