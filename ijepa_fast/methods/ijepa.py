@@ -252,7 +252,8 @@ class IJEPA(Method[MaskDraw]):
         loss = total = target_loss(predictions, targets, draw.prediction_rows, kind, **norm)
         terms: dict[str, torch.Tensor] = {}
         if visible is not None:
-            assert draw.visible_targets is not None and draw.visible_scale is not None
+            assert draw.visible_targets is not None
+            assert draw.visible_scale is not None
             term = target_loss(visible, targets, draw.visible_targets, kind, weights=draw.visible_weights, **norm)
             total, terms = total + draw.visible_scale * term, {"visible": term.detach()}
         if self.options.regulariser != "none":
