@@ -78,8 +78,8 @@ def test_each_sentence_says_what_to_do(now, words):
     if words is None:
         assert told is None
     else:
-        assert words in told
-        assert any(key in told for key in ("optim.lr", "model.patch_std"))
+        assert words in told.words
+        assert any(key in told.words for key in ("optim.lr", "model.patch_std"))
 
 
 def test_without_a_first_value_no_rank_is_compared():
