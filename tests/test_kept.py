@@ -157,7 +157,7 @@ def test_a_cache_of_something_else_is_one_sentence(tmp_path, photos, tmp_path_fa
     layers = "objective.options.target_layers=1"
     for there, words in (
         (made_of(others), "another the images"),
-        (made_of(photos, given=8), "another teacher, by a number of its weights, 7, and this run has 8"),
+        (made_of(photos, given=8), "another teacher's weights, 7, and this run has 8"),
         (made_of(photos, layers), "another objective.options.target_layers, 2, and this run has 1"),
         (made_of(photos, "data.mean=[0.5,0.5,0.5]"), "another data.mean"),
         (made_of(photos, "data.scale=[0.5,1]"), "another data.scale"),

@@ -51,3 +51,8 @@ def nearest(target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     square = (along[:, None] + by_row[:, :, None]).min(2)
     distance: np.ndarray = np.sqrt(np.maximum(square, 1)).reshape(images, -1)
     return distance
+
+
+def scale_in(step: int, weight: float, grows: float) -> torch.Tensor:
+    """What the loss weighs in `step`, a scalar fp32 tensor: `weight`, to which it grows in the first `grows` steps."""
+    return torch.tensor(weight * (min(1.0, (step + 1) / grows) if grows else 1.0))

@@ -24,11 +24,12 @@ from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import POLICY, hidden_channels, sampler_of
 from ijepa_fast.masks.views import directions
+from ijepa_fast.masks.visible import scale_in
 from ijepa_fast.methods.method import Method, Setup
-from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.initial import init_xavier
+from ijepa_fast.models.prediction_work import step_work
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.regulariser import Regulariser
@@ -136,8 +137,10 @@ class IJEPA(Method[MaskDraw]):
         else:
             self.wanted = {"teacher": self.options.teacher_from}
             if self.options.teacher_cache is not None:
-                self.kept_in = "teacher_cache", self.options.teacher_cache
-                self.kept_shape = self.encoder.patches, model.dim
+                self.kept_in, self.kept_shape = (
+                    ("teacher_cache", chosen.teacher_cache),
+                    (self.encoder.patches, model.dim),
+                )
             self.carried["teacher"] = torch.zeros(1, dtype=torch.int64)
         if self.target_norm.by_place:
             width = setup.values if self.options.target == "pixels" else model.dim
@@ -163,8 +166,7 @@ class IJEPA(Method[MaskDraw]):
 
     def keeps(self) -> dict[str, Any]:
         """The teacher's weights and the layers."""
-        layers = self.options.target_layers
-        return {"teacher, by a number of its weights": self.given, "objective.options.target_layers": layers}
+        return {"teacher's weights": self.given, "objective.options.target_layers": self.options.target_layers}
 
     def recall(self, draw: MaskDraw, kept: torch.Tensor, keys: torch.Tensor) -> MaskDraw:
         """The draw with the targets of its union."""
@@ -217,7 +219,8 @@ class IJEPA(Method[MaskDraw]):
         visible, part = self.options.visible_weight > 0, slice(first - start, last - start)
         drawn = pack(masks, **self.policy, part=part, grid=self.encoder.grid if visible else None)
         if visible:
-            drawn = replace(drawn, visible_scale=torch.tensor(self.visible_scale(step)))
+            grows = self.options.visible_epochs * self.setup.steps_per_epoch
+            drawn = replace(drawn, visible_scale=scale_in(step, self.options.visible_weight, grows))
         if self.options.regulariser == "sigreg":
             drawn = replace(drawn, directions=directions(self.widths[-1], self.options.slices, seed, step))
         if not self.hidden:
@@ -248,23 +251,18 @@ class IJEPA(Method[MaskDraw]):
             torch.cuda.current_stream().wait_stream(beside)
             targets.record_stream(torch.cuda.current_stream())
         norm = self.target_norm(targets, draw, self.carried.get("target_statistics"))
-        kind = self.options.loss
-        loss = total = target_loss(predictions, targets, draw.prediction_rows, kind, **norm)
+        loss = total = target_loss(predictions, targets, draw.prediction_rows, self.options.loss, **norm)
         terms: dict[str, torch.Tensor] = {}
         if visible is not None:
             assert draw.visible_targets is not None
             assert draw.visible_scale is not None
-            term = target_loss(visible, targets, draw.visible_targets, kind, weights=draw.visible_weights, **norm)
+            rows, norm["weights"] = draw.visible_targets, draw.visible_weights
+            term = target_loss(visible, targets, rows, self.options.loss, **norm)
             total, terms = total + draw.visible_scale * term, {"visible": term.detach()}
         if self.options.regulariser != "none":
             term, more = self.regulariser(context, targets, draw, self.projector)
             total, terms = total + term, terms | more
         return total, {"prediction": loss.detach()} | terms if terms else {}
-
-    def visible_scale(self, step: int) -> float:
-        """What the loss on visible tokens weighs in `step`."""
-        grows = self.options.visible_epochs * self.setup.steps_per_epoch
-        return self.options.visible_weight * (min(1.0, (step + 1) / grows) if grows else 1.0)
 
     def seen(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """`patches` (B*N, W) as the contexts see them: hidden channels are at their mean, which is zero."""
@@ -330,79 +328,25 @@ class IJEPA(Method[MaskDraw]):
 def check_options(options: Options, depth: int, crops: int = 0) -> None:
     """ConfigError for options that exclude each other."""
     o, prefix = options, "objective.options."
-    pixels = o.target == "pixels"
+    pixels, ema, given = o.target == "pixels", o.teacher == "ema", o.teacher_from is not None
+    alone, idle = o.regulariser == "none", not o.visible_weight
     wrong = {
         f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
         f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
         and o.target_layers > 1,
-        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and o.teacher == "frozen",
+        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and not ema,
         "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
         and o.regulariser == "vicreg",
-        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": o.teacher == "frozen"
-        and o.teacher_from is None,
-        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": o.teacher == "ema"
-        and o.teacher_from is not None,
-        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen, or teacher_cache=null": o.teacher
-        == "ema"
-        and o.teacher_cache is not None,
+        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": not ema and not given,
+        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": ema and given,
+        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen": ema and o.teacher_cache is not None,
         f"teacher_cache={o.teacher_cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or "
         f"more, or teacher_cache=null": o.teacher_cache is not None and not crops,
-        f"visible_epochs={o.visible_epochs}: there is no loss on visible tokens; set visible_weight": o.visible_epochs
-        > 0
-        and not o.visible_weight,
-        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector
-        and o.regulariser == "none",
-        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": o.regulariser == "none"
+        f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
+        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
+        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
         and o.regulariser_weight is not None,
     }
     for words, holds in wrong.items():
         if holds:
             raise ConfigError(prefix + words)
-
-
-def step_work(
-    encoder: Transformer,
-    predictor: Transformer,
-    *,
-    patch: int,
-    patches: int,
-    context: Sequence[int],
-    targets: int,
-    target_size: int,
-    images: int,
-    unions: Sequence[int] | None = None,
-    embed_all: bool = False,
-    pixels: bool = False,
-    channels: int = 3,
-    visible: bool = False,
-) -> Work:
-    """Work of an I-JEPA step.
-
-    Args:
-        encoder: of both encoders.
-        predictor: the narrow one.
-        patch: side of a patch, pixels.
-        patches: patches per image, N.
-        context: tokens of each context, C*B of them in order (c, b).
-        targets: blocks per image, M.
-        target_size: patches of a block, K.
-        images: B.
-        unions: distinct target patches of each image. Where given, the last blocks of target encoder and predictor
-            compute only the rows that are used, as this engine does; None counts the published computation.
-        embed_all: the context side embeds all patches, as the published code does.
-        pixels: they are predicted, so there is no target encoder.
-        channels: of an image.
-        visible: visible tokens are predicted, too.
-    """
-    row, kept = channels * patch**2, images * patches if embed_all else sum(context)
-    embedding = flops.linear(kept, row, encoder.dim)
-    teacher = flops.linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
-    sequences = targets * [length + target_size for length in context]
-    predicted = targets * (len(context) * target_size + (sum(context) if visible else 0))
-    some = unions is not None and not visible
-    narrow = predictor.forward(sequences, [target_size] * len(sequences) if some else None)
-    narrow += flops.linear(sum(context), encoder.dim, predictor.dim)
-    narrow += flops.linear(predicted, predictor.dim, row if pixels else encoder.dim)
-    return Work(
-        0 if pixels else teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding
-    )
