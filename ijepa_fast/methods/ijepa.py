@@ -136,11 +136,8 @@ class IJEPA(Method[MaskDraw]):
             self.keep_average("encoder")
         else:
             self.wanted = {"teacher": self.options.teacher_from}
-            if self.options.teacher_cache is not None:
-                self.kept_in, self.kept_shape = (
-                    ("teacher_cache", chosen.teacher_cache),
-                    (self.encoder.patches, model.dim),
-                )
+            if path := chosen.teacher_cache:
+                self.kept_in, self.kept_shape = ("teacher_cache", path), (self.encoder.patches, model.dim)
             self.carried["teacher"] = torch.zeros(1, dtype=torch.int64)
         if self.target_norm.by_place:
             width = setup.values if self.options.target == "pixels" else model.dim
