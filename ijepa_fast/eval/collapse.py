@@ -4,11 +4,11 @@ Thresholds are of runs that were measured (docs/results.md, docs/LOG.md), one se
 RankMe: half-way through runs in which it fell to .43 and .31 of the untrained encoder's, the linear probe was 6 points
 under that encoder's; runs in which it stayed above .5 gained 4 to 7 points.
 Variance between images: .14 at least in the run that gained 7 points; .09 and .04 in two that came close to a collapse.
-Position: it explained .06 to .59 of the variance in runs that learned, .86 at most, as the variance says, in the one
+Position: it explained .06 to .59 of the variance in sound runs, .86 at most, as the variance says, in the one
 that gained 7 points, and .991 in one that was made to collapse.
-The norm of a feature, which is the gain of the encoder's last LayerNorm, grew by less than 1 % in runs that learned,
+The norm of a feature, which is the gain of the encoder's last LayerNorm, grew by less than 1 % in sound runs,
 and by 27 % in that one.
-LiDAR has no threshold: of the untrained encoder's it was .84 to .98 in runs that learned, and .81 to .86 in that one, as
+LiDAR has no threshold: of the untrained encoder's it was .84 to .98 in sound runs, and .81 to .86 in that one:
 the class means of noise lie in all directions.
 """
 
