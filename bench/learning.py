@@ -332,8 +332,11 @@ def _spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Draw the curves as a PNG: accuracy of both probes by iteration, by work and by time; a line per seed."""
+def plot(records: list[dict], path: Path, source: str = "") -> None:
+    """Draw the curves as a PNG: accuracy of both probes by iteration, by work and by time; a line per seed.
+
+    source: what it is drawn of, for its metadata.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -354,7 +357,7 @@ def plot(records: list[dict], path: Path) -> None:
             axes[row, column].grid(alpha=0.25)
         axes[row, 0].set(ylabel=f"accuracy, {probe}")
     axes[0, 0].legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": source} if source else None)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

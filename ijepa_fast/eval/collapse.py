@@ -1,6 +1,6 @@
 """The collapse doctor: what the target features of a run say of its health, beside those of its untrained encoder.
 
-Thresholds are of runs that were measured (docs/results.md, docs/LOG.md), one seed each.
+Thresholds are of runs that were measured (docs/results/learning.md, docs/options.md, docs/LOG.md), a seed each.
 RankMe: half-way through runs in which it fell to .43 and .31 of the untrained encoder's, the linear probe was 6 points
 under that encoder's; runs in which it stayed above .5 gained 4 to 7 points.
 Variance between images: .14 at least in the run that gained 7 points; .09 and .04 in two that came close to a collapse.
@@ -14,6 +14,7 @@ the class means of noise lie in all directions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.eval.rankme import rankme, target_variance
 
-# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/results.md.
+# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/evaluation.md.
 LEAST_VARIANCE = 0.01
 LEAST_RANK = 1.5
 # Below either of these a run is on its way there, see above.
@@ -113,3 +114,54 @@ def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> 
             f"({told}); lower optim.lr or lengthen optim.warmup_epochs",
         )
     return None
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One figure of the doctor's: now, of the untrained encoder, what is expected, "low" or "high" where it is not that."""
+
+    name: str
+    now: float
+    untrained: float | None
+    expected: str
+    beyond: str = ""
+
+
+def signs(now: dict[str, Any], untrained: dict[str, Any] | None) -> list[Sign]:
+    """What `examine` found, beside what is expected of it; by the thresholds of `advise`."""
+    before = untrained or {}
+    first, size = before.get("rankme"), before.get("feature_norm")
+    least_rank = LEAST_RANK if first is None else max(LEAST_RANK, LOW_RANK * first)
+    rank = (
+        f"collapsed below {LEAST_RANK:g}"
+        if first is None
+        else (f"at least {least_rank:.3g}, {LOW_RANK:.0%} of the untrained; collapsed below {LEAST_RANK:g}")
+    )
+    usual = before.get("target_variance", LOW_VARIANCE) >= LOW_VARIANCE
+    least_variance = LOW_VARIANCE if usual else LEAST_VARIANCE
+    variance = (
+        f"at least {LOW_VARIANCE:g} of 1; collapsed below {LEAST_VARIANCE:g}"
+        if usual
+        else (f"the untrained is below {LOW_VARIANCE:g} of 1 itself; collapsed below {LEAST_VARIANCE:g}")
+    )
+    norm = "the gain of the last LayerNorm" if size is None else f"at most {HIGH_NORM:g} times the untrained"
+    most_norm = float("inf") if size is None else HIGH_NORM * size
+    told = {
+        "rankme": ("RankMe", rank, "low" * (now.get("rankme", least_rank) < least_rank)),
+        "target_variance": (
+            "variance between images",
+            variance,
+            "low" * (now.get("target_variance", 1) < least_variance),
+        ),
+        "position_share": (
+            "share explained by place",
+            f"at most {HIGH_POSITION:g}; above it targets tell places apart",
+            "high" * (now.get("position_share", 0) > HIGH_POSITION),
+        ),
+        "feature_norm": ("size of a feature", norm, "high" * (now.get("feature_norm", 0) > most_norm)),
+    }
+    return [
+        Sign(name, now[key], before.get(key), expected, beyond)
+        for key, (name, expected, beyond) in told.items()
+        if key in now
+    ]

@@ -104,10 +104,11 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    return train, test, _options(config, device)
+    return train, test, run_options(config, device)
 
 
-def _options(config: Config, device: torch.device) -> Options:
+def run_options(config: Config, device: torch.device) -> Options:
+    """How a run's encoder is evaluated when it ends."""
     return Options(
         crop=config.data.size,
         resize=config.probe.resize,
@@ -145,12 +146,12 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
     test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
-    return train, test, replace(_options(config, device), probes=("knn",))
+    return train, test, replace(run_options(config, device), probes=("knn",))
 
 
-def untrained(config: Config, device: torch.device) -> Encode:
-    """The encoder of the run before training, on `device`."""
-    method = build_method(config)
+def untrained(config: Config, device: torch.device, foreign: bool = True) -> Encode:
+    """The encoder of the run before training, on `device`. foreign: see method_class. Raises ConfigError."""
+    method = build_method(config, foreign=foreign)
     method.probed.to(device)
     return encode_with(method)
 
