@@ -118,7 +118,7 @@ def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> 
 
 @dataclass(frozen=True)
 class Sign:
-    """A figure of the doctor's: now, of the untrained encoder, what is expected, and "low" or "high" where it is not."""
+    """A figure of the doctor's: now, of the untrained encoder, what is expected, "low" or "high" where it is not."""
 
     name: str
     now: float
