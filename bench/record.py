@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -65,18 +66,26 @@ def when(path: Path, facts: dict[str, Any]) -> str:
     return facts.get("date") or since(path) or ""
 
 
+def drawn_from(path: Path) -> str:
+    """What a picture says of the file that it was drawn from, in its metadata."""
+    return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
 def made() -> dict[str, str]:
     """When and at which commit something is measured now, for the head of its file."""
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit()}
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty behind it where what is measured differs from it."""
+    """The checkout's commit, with -dirty behind it where what is measured differs from it; unknown without git."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
-    head = git("rev-parse", "--short=12", "HEAD")
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+    except OSError:  # there is no git
+        return "unknown"
     if head.returncode:
         return "unknown"
     changed = git(
