@@ -71,10 +71,10 @@ def training(runs: Sequence[Recorded]) -> str:
     else:
         names = dict.fromkeys(name for run in runs for name in run.terms())
         charts += [
-            _lines(name.capitalize(), runs, lambda run, name=name: run.terms(x).get(name, ([], []))) for name in names
+            _lines(name.capitalize(), runs, [run.terms(x).get(name, ([], [])) for run in runs]) for name in names
         ]
     titles = SCHEDULES | {"tokens_per_image": "Tokens per image", "gradient_norm": "Norm of the gradient"}
-    charts += [_lines(title, runs, lambda run, key=key: run.column(key, x)) for key, title in titles.items()]
+    charts += [_lines(title, runs, [run.column(key, x) for run in runs]) for key, title in titles.items()]
     same = [title[0].lower() + title[1:] for key, title in titles.items() if len(runs) > 1 and _same(runs, key, x)]
     told = text(f"The same in all: {', '.join(same)}.") if same else ""
     return told + f'<div class="charts">{"".join(charts)}</div>'
@@ -88,9 +88,9 @@ def speed(runs: Sequence[Recorded]) -> str:
         if bad := run.training[-1].get("replaced", 0):
             whose = f" in {run.name}" if len(runs) > 1 else ""
             told += text(f"{bad} unreadable images were replaced{whose}.", "note")
-    charts = [_lines("Images per second", runs, lambda run: run.column("images_per_second", x), floor=0)]
+    charts = [_lines("Images per second", runs, [run.column("images_per_second", x) for run in runs], floor=0)]
     title = "Share of the time waiting for data"
-    charts.append(_lines(title, runs, lambda run: run.column("data_wait", x), floor=0, percent=True))
+    charts.append(_lines(title, runs, [run.column("data_wait", x) for run in runs], floor=0, percent=True))
     if not any(charts):
         known = any(run.column("images_per_second", x)[0] for run in runs)
         return told + (
@@ -99,8 +99,8 @@ def speed(runs: Sequence[Recorded]) -> str:
     return told + f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _lines(title: str, runs: Sequence[Recorded], column: Callable[[Recorded], Column], **options: Any) -> str:
-    columns = [column(run) for run in runs]
+def _lines(title: str, runs: Sequence[Recorded], columns: Sequence[Column], **options: Any) -> str:
+    """A chart with a line per run; "" where all runs have the same."""
     if len(runs) > 1 and all(_equal(columns[0], other) for other in columns[1:]):
         return ""
     return line_chart(title, dict(zip(labels(runs) if len(runs) > 1 else [""], columns)), x_label=axis(runs), **options)
