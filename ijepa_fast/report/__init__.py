@@ -21,7 +21,7 @@ from ijepa_fast.eval.figures import CLEAR, cells, figures_of, headline, verdict
 from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.interop.load import latest, load
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.report import pictures
+from ijepa_fast.report import pictures, predicted
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 from ijepa_fast.report.plots import read_log
@@ -82,6 +82,7 @@ def report(run: str | Path, images: str | Path | None = None, count: int = 400) 
             sections += _features(config, checkpoint, images, count)
         except ValueError as error:
             sections.append(("Features", text(f"Not shown: {error}", "note")))
+    sections += predicted.sections(run)
     footer = f"{run.name}, after step {records[-1]['step']}"
     if checkpoint:
         footer += f", features of {checkpoint.name}"
