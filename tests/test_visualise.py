@@ -19,6 +19,7 @@ from PIL import Image
 
 from ijepa_fast.__main__ import main
 from ijepa_fast.config import load_config, save_config
+from ijepa_fast.engine.precision import Precision
 from ijepa_fast.interop.weights import Arch, Weights, position_key, save_weights
 from ijepa_fast.report import predicted, report
 from ijepa_fast.run.build import build_method
@@ -70,6 +71,7 @@ def small(monkeypatch):
     monkeypatch.setattr("ijepa_fast.visualise.SAMPLING", 3)
     monkeypatch.setattr(training, "WINDOW", 2)
     monkeypatch.setattr(predicted, "WINDOW", 2)
+    monkeypatch.setattr(training, "choose_precision", lambda *_: Precision("fp32", ""))
 
 
 @pytest.fixture
@@ -322,7 +324,7 @@ def test_a_decoder_learns_to_draw_what_it_is_told(monkeypatch):
     trainer = training.Trainer(decoder.Decoder(1, (8, 8), 1, (8, 16)), told, "prediction", 16, 0, torch.device("cpu"))
     for _ in range(150):
         trainer.advance()
-    drawn = trainer.average.module.sample(torch.tensor([[-1.0], [1.0]]), torch.randn(2, 3, 8, 8), 10)
+    drawn = trainer.drawing.sample(torch.tensor([[-1.0], [1.0]]), torch.randn(2, 3, 8, 8), 10)
     assert drawn[0].mean() < 0.3 < 0.7 < drawn[1].mean()
 
 

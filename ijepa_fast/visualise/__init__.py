@@ -87,8 +87,9 @@ def visualise(
         trainer.train(steps, folder / f"{of}.pt", made | {"batch": BATCH})
         results = provenance(device) | {"of": of, "made": made, "steps": trainer.step, "losses": trainer.losses}
         results |= {"images": len(told.images) - told.held, "held_out": told.held, "guidance": guidance}
+        results["precision"] = decoder.precision
         results["parameters"] = sum(weight.numel() for weight in decoder.parameters())
-        results["checks"] = _check(trainer.average.module, told, of, seeds, guidance, folder / f"{of}.png")
+        results["checks"] = _check(trainer.drawing, told, of, seeds, guidance, folder / f"{of}.png")
         with publish(folder / f"{of}.json") as draft:
             draft.write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -92,7 +92,7 @@ def samples_of(decoder: Decoder, conditions: Conditions, kind: str, seed: int, s
     count, device = min(SHOWN, conditions.held), decoder.alphas.device
     blocks = torch.arange(count) % conditions.blocks.shape[1]
     others = conditions.other_block()[torch.arange(count), blocks]
-    told = controls(conditions, kind, blocks)
+    features = controls(conditions, kind, blocks)
     noise = torch.from_numpy(
         np.random.default_rng((seed, 2)).standard_normal((NOISES, 3, *conditions.images.shape[1:3]), np.float32)
     )
@@ -100,10 +100,10 @@ def samples_of(decoder: Decoder, conditions: Conditions, kind: str, seed: int, s
     def draw(features: torch.Tensor) -> torch.Tensor:
         pairs = features.repeat_interleave(NOISES, 0), noise.repeat(count, 1, 1, 1)
         parts = zip(*(tensor.to(device).split(AT_ONCE) for tensor in pairs))
-        drawn = torch.cat([decoder.sample(*part, steps, guidance).cpu() for part in parts])
+        drawn = torch.cat([decoder.sample(told, noises, steps, guidance).cpu() for told, noises in parts])
         return drawn.unflatten(0, (count, NOISES))
 
-    drawn = {name: draw(features) for name, features in told.items() if name != "shuffled"}
+    drawn = {name: draw(of) for name, of in features.items() if name != "shuffled"}
     return Samples(blocks, others, drawn["right"], drawn.get("moved"), drawn.get("untrained"))
 
 

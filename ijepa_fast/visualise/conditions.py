@@ -33,7 +33,7 @@ from ijepa_fast.run.build import build_method
 KINDS = ("prediction", "target", "untrained")
 FEWEST = 16  # images
 HELD_OUT = 256  # images, at most, and an eighth of all, that no decoder is trained on
-ENCODED = 128  # images at once
+ENCODED, TOLD = 128, 10  # images at once, and batches between two lines
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ def conditions_of(
     for network in (*networks.method.networks.values(), networks.untrained):
         network.to(device)
     parts: dict[str, list[torch.Tensor]] = {}
-    for number, (images, _) in enumerate(
-        eval_batches(Samples(source, rows), batch_size=ENCODED, device=device, **options)
-    ):
+    batches = eval_batches(Samples(source, rows), batch_size=ENCODED, device=device, **options)
+    for number, (images, _) in enumerate(batches):
         draw = networks.method.draw(len(images), config.seed, number)
         if not isinstance(draw, MaskDraw):
             raise ValueError(f"objective.method={config.objective.method}: expected a method that draws target blocks")
         found = _batch(networks.method, predictors, images, replace(draw, channels=None, directions=None))
         for name, part in {"images": _shrunk(images, size), **found}.items():
             parts.setdefault(name, []).append(part.cpu())
-        print(f"encoded {min((number + 1) * ENCODED, len(rows))} of {len(rows)} images", file=sys.stderr)
+        if number % TOLD == 0:
+            print(f"encoded {min((number + 1) * ENCODED, len(rows))} of {len(rows)} images", file=sys.stderr)
     whole = {name: torch.cat(part) for name, part in parts.items()}
     if (left := len(whole["images"])) < FEWEST:
         raise ValueError(f"{source.root}: expected at least {FEWEST} images that can be decoded, got {left}")
@@ -161,8 +161,8 @@ def _batch(
     count, contexts = len(images), draw.contexts
     context, targets = batch_masks(draw)
     seen = torch.zeros(count, draw.patches, dtype=torch.bool)
-    for row, places in enumerate(context):
-        seen[row, torch.from_numpy(places).long()] = True
+    for row, kept in enumerate(context):
+        seen[row, torch.from_numpy(kept).long()] = True
     places = torch.from_numpy(targets[:, :count]).long()  # (M, B, K)
     blocks = torch.zeros(len(places), count, draw.patches, dtype=torch.bool).scatter_(2, places, True)
     found = {"context": seen, "blocks": blocks.transpose(0, 1)}

@@ -42,6 +42,9 @@ def diffusers() -> ModuleType:
 class Decoder(nn.Module):
     """From noisy images, times and features to v.
 
+    Attributes:
+        precision: bf16 or fp32, what is computed in; weights are fp32.
+
     Args:
         width: D. size: h and w. fold: side of the squares of pixels that become channels; it divides h and w into an
         even number of them. channels: of the U-Net at full and at half resolution; None: CHANNELS.
@@ -50,7 +53,7 @@ class Decoder(nn.Module):
     def __init__(self, width: int, size: Size, fold: int, channels: tuple[int, int] | None = None):
         super().__init__()
         channels = channels or CHANNELS
-        self.fold = fold
+        self.fold, self.precision = fold, "fp32"
         values = 3 * fold**2
         self.told = nn.Linear(width, 4 * channels[0])
         self.unet = diffusers().UNet2DModel(
@@ -66,6 +69,10 @@ class Decoder(nn.Module):
             resnet_time_scale_shift="scale_shift",
             class_embed_type="identity",
         )
+        plain = importlib.import_module("diffusers.models.attention_processor").AttnProcessor
+        for module in self.unet.modules():  # PyTorch's fused attention is several times slower in bf16 on a CPU
+            if hasattr(module, "set_processor"):
+                module.set_processor(plain())
         schedule = diffusers().DDPMScheduler(**SCHEDULE)
         self.alphas: torch.Tensor
         self.register_buffer("alphas", schedule.alphas_cumprod, persistent=False)
@@ -77,11 +84,12 @@ class Decoder(nn.Module):
 
         keep: bool (b,), of which images the feature is used; None: of all.
         """
-        embedded = self.told(told)
-        if keep is not None:
-            embedded = embedded * keep[:, None]
-        found = self.unet(F.pixel_unshuffle(noisy, self.fold), times, class_labels=embedded).sample
-        return F.pixel_shuffle(found, self.fold)
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            embedded = self.told(told)
+            if keep is not None:
+                embedded = embedded * keep[:, None]
+            found = self.unet(F.pixel_unshuffle(noisy, self.fold), times, class_labels=embedded).sample
+        return F.pixel_shuffle(found.float(), self.fold)
 
     def errors(
         self,

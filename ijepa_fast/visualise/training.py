@@ -8,19 +8,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from ijepa_fast.engine.precision import choose_precision
 from ijepa_fast.files import publish
 from ijepa_fast.run.speed import duration
 from ijepa_fast.visualise.conditions import Conditions
 from ijepa_fast.visualise.decoder import TIMES, Decoder
 
-RATE = 2e-4
+RATE, WARMUP = 5e-4, 100  # learning rate, and steps in which it grows to that
 DECAY = 0.999  # of the average, less in the first steps
 UNTOLD = 0.1  # share of the images whose feature is withheld
 WINDOW = 100  # steps between two lines, and means of the loss
@@ -38,7 +39,7 @@ class Stopped(Exception):
 class Trainer:
     """A decoder in training on the `conditions`, told those of `kind`.
 
-    average: the one to draw with. losses: mean squared errors of v, one for each WINDOW of steps.
+    drawing: its average, to draw with. losses: mean squared errors of v, one for each WINDOW of steps.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Trainer:
         self.images = as_signed(conditions.images[conditions.held :]).to(device)
         self.told = conditions.told(kind)[conditions.held :].to(device)
         self.average = AveragedModel(decoder, multi_avg_fn=_average)
+        self.drawing = cast(Decoder, self.average.module)
         self.optimizer = torch.optim.AdamW(decoder.parameters(), RATE, weight_decay=0.0)
         self.step, self.losses, self._sum = 0, list[float](), 0.0
 
     def advance(self) -> None:
         """One step."""
         rng = np.random.default_rng((self.seed, self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (self.step + 1) / WARMUP)
         rows = torch.from_numpy(rng.integers(len(self.images), size=self.batch))
         blocks = torch.from_numpy(rng.integers(self.told.shape[1], size=self.batch))
         times = torch.from_numpy(rng.integers(TIMES, size=self.batch)).to(self.device)
@@ -76,7 +80,9 @@ class Trainer:
 
         Raises Stopped after SIGINT and SIGTERM; ValueError where the checkpoint is not of `made`, or cannot be read.
         """
-        if path.is_file():
+        if not path.is_file():
+            self._use(choose_precision("auto", self.device).name)
+        else:
             self._load(path, made)
             if self.step < steps:
                 print(f"continuing {path.parent} from step {self.step}", file=sys.stderr)
@@ -102,6 +108,7 @@ class Trainer:
 
     def _save(self, path: Path, made: dict[str, Any]) -> None:
         state: dict[str, Any] = {"made": made, "step": self.step, "losses": self.losses, "sum": self._sum}
+        state["precision"] = self.decoder.precision
         for name in ("decoder", "average", "optimizer"):
             state[name] = getattr(self, name).state_dict()
         with publish(path, durable=True) as draft:
@@ -116,7 +123,11 @@ class Trainer:
         check_made(path.parent, then, made)
         for name in ("decoder", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        self._use(state["precision"])
         self.step, self.losses, self._sum = state["step"], state["losses"], state["sum"]
+
+    def _use(self, precision: str) -> None:
+        self.decoder.precision = self.drawing.precision = precision
 
 
 def check_made(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
