@@ -315,14 +315,15 @@ def test_errors_of_noise_and_of_v():
 
 def test_a_decoder_learns_to_draw_what_it_is_told(monkeypatch):
     """Black where it is told -1, white where 1."""
-    monkeypatch.setattr(training, "RATE", 3e-3)
+    monkeypatch.setattr(training, "RATE", 4e-3)
+    monkeypatch.setattr(training, "WARMUP", 10)
     torch.manual_seed(0)
     values = torch.tensor([0, 255], dtype=torch.uint8).repeat(20)
     images = values.view(-1, 1, 1, 1).expand(-1, 8, 8, 3).contiguous()
     pooled = {"prediction": values.float().view(-1, 1, 1)}
     told = Conditions(images, torch.ones(40, 4).bool(), torch.ones(40, 1, 4).bool(), pooled, (2, 2), 8)
     trainer = training.Trainer(decoder.Decoder(1, (8, 8), 1, (8, 16)), told, "prediction", 16, 0, torch.device("cpu"))
-    for _ in range(150):
+    for _ in range(90):
         trainer.advance()
     drawn = trainer.drawing.sample(torch.tensor([[-1.0], [1.0]]), torch.randn(2, 3, 8, 8), 10)
     assert drawn[0].mean() < 0.3 < 0.7 < drawn[1].mean()

@@ -50,7 +50,7 @@ class Trainer:
         self.told = conditions.told(kind)[conditions.held :].to(device)
         self.average = AveragedModel(decoder, multi_avg_fn=_average)
         self.drawing = cast(Decoder, self.average.module)
-        self.optimizer = torch.optim.AdamW(decoder.parameters(), RATE, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(decoder.parameters(), RATE, weight_decay=0.0, fused=True)
         self.step, self.losses, self._sum = 0, list[float](), 0.0
 
     def advance(self) -> None:
