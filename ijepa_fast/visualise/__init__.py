@@ -33,7 +33,7 @@ from ijepa_fast.visualise.training import Stopped, Trainer, check_made
 STEPS, BATCH = 5000, 32
 COUNT, SIDE = 10_000, 32
 LEAST_SIDE, MOST_SIDE = 8, 256
-SAMPLING = 50  # steps of a sample
+SAMPLING = 25  # steps of a sample
 SEEDS = 2
 
 

@@ -15,7 +15,7 @@ from ijepa_fast.visualise.decoder import Decoder
 from ijepa_fast.visualise.training import as_signed
 
 TIMES = (300, 700)  # of the denoising loss: before, features are of little use; behind, images are gone
-DRAWN = 4  # times of each image
+DRAWN = 2  # times of each image
 SHOWN, NOISES = 16, 4  # images that are sampled, and samples of each
 AT_ONCE = 64  # images in a pass of the decoder
 Mean = tuple[float, float]  # and its standard error
