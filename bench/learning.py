@@ -39,8 +39,9 @@ from ijepa_fast.data import size_of
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.engine.engine import DTYPES, choose_device
 from ijepa_fast.engine.precision import choose_precision
-from ijepa_fast.eval.evaluate import evaluate
+from ijepa_fast.eval.evaluate import Options, evaluate, matched
 from ijepa_fast.eval.figures import against, figures_of
+from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.tokens import main as fit_tokenizer
 from ijepa_fast.interop.load import load
 from ijepa_fast.methods.method import METHODS
@@ -248,6 +249,12 @@ def steps_in(minutes: float, name: str, preset: Preset, data: Path, out: Path, e
     return steps
 
 
+def check_images(preset: Preset, data: Path, out: Path) -> None:
+    """ValueError, before anything is trained, where the probes at the end could not be made."""
+    train, test = (open_labelled(data / part, cache=out / "index") for part in ("train", "test"))
+    matched(train, test, Options(crop=1, images=preset.images))
+
+
 def run(name: str, seed: int, preset: Preset, data: Path, out: Path, extra: list[str]) -> dict:
     """Train and probe one run -> its record, also kept in its folder. What was finished before is read from there."""
     folder = out / f"{name}-{seed}"
@@ -331,8 +338,11 @@ def _spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Draw the curves as a PNG: accuracy of both probes by iteration, by work and by time; a line per seed."""
+def plot(records: list[dict], path: Path, source: str = "") -> None:
+    """Draw the curves as a PNG: accuracy of both probes by iteration, by work and by time; a line per seed.
+
+    source: what it is drawn of, for its metadata.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -353,7 +363,7 @@ def plot(records: list[dict], path: Path) -> None:
             axes[row, column].grid(alpha=0.25)
         axes[row, 0].set(ylabel=f"accuracy, {probe}")
     axes[0, 0].legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": source} if source else None)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -392,6 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     out, data = args.out.resolve(), args.data.resolve()
     records = []
     try:
+        check_images(args.preset, data, out)
         presets = dict.fromkeys(args.runs, args.preset)
         if args.minutes:
             for name in args.runs:

@@ -9,30 +9,34 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, host (of the JSON of the program of that name). A file that is not there
-makes a table which says so.
+--breakdown), data, formats, claims, learning, host, parity (of the JSON of the program of that name), history (of
+bench/history.py's), answers and brief (bench/answers.py, of a whole folder). A file that is not there makes a table
+which says so, and so does one that was measured in a tree with changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench import answers as screen
+from bench import history as changes
+from bench.record import NoResult, drawn_from, load
+from bench.record import rows as read
 from bench.registry import OWN
 from bench.throughput import table as steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "kernels/README.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "docs/*.md", "docs/results/*.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the kernels should reach on an H200 at H/14: (op, part, pass, against whom, at least). "copy" is a share.
 BOUNDS = (
@@ -44,14 +48,6 @@ BOUNDS = (
     ("varlen_attention", "predictor", "both", "torch varlen", 1.5),
 )
 NOT_MEASURED = "not measured"
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it is not there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def latest(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -78,9 +74,11 @@ def ratio(case: dict[str, dict], other: str) -> float | None:
 
 def kernels(path: Path) -> list[str]:
     """Times and ratios of one device."""
-    cases = latest(read(path))
+    found, refused = read(path)
+    cases = latest(found)
+    said = _refused(refused)
     if not cases:
-        return [f"Not measured: there is no `{path.name}`."]
+        raise NoResult(said or f"Not measured: there is no `{path.name}`.")
     last = max((row for case in cases.values() for row in case.values()), key=lambda row: row["date"])
     commits = sorted({row["commit"] for case in cases.values() for row in case.values()})
     heads = ("op", "case", "pass", "eager, ms", "torch.compile", "others", "this project", "quantiles")
@@ -111,12 +109,17 @@ def kernels(path: Path) -> list[str]:
             _number(ratio(case, others[0])) if others else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return lines + (["", said] if said else [])
+
+
+def _refused(count: int) -> str:
+    return f"Refused: {count} rows of trees with changes that no commit has." if count else ""
 
 
 def ops(path: Path) -> list[str]:
     """The bound of each op, and what a file of results says to it."""
-    cases = latest(read(path))
+    found, refused = read(path)
+    cases = latest(found)
     lines = _head(("op", "H/14", "pass", "bound", "measured"))
     for op, part, pass_, against, least in BOUNDS:
         case = cases.get((op, "H/14", part, pass_), {})
@@ -127,14 +130,14 @@ def ops(path: Path) -> list[str]:
             bound, value = f">= {least:g} x {against}", ratio(case, against)
             measured = f"{value:.2f} x" if value else NOT_MEASURED
         lines.append(f"| {op} | {part} | {pass_} | {bound} | {measured} |")
-    return lines
+    return lines + (["", _refused(refused)] if refused else [])
 
 
 def aot(path: Path) -> list[str]:
     """Per op: spills, matrix instructions, and by architecture the most registers and shared memory of a kernel."""
-    rows = read(path)
+    rows, _ = read(path)
     if not rows:
-        return [f"Not compiled: there is no `{path.name}`."]
+        raise NoResult(f"Not compiled: there is no `{path.name}`.")
     archs = sorted({row["arch"] for row in rows}, key=int)
     heads = (
         "op",
@@ -164,24 +167,27 @@ def _most(rows: list[dict], arch: str) -> str:
 
 def steps(path: Path) -> list[str]:
     """The table that bench/throughput.py prints."""
-    if not path.is_file():
-        return [f"Not measured: there is no `{path.name}`."]
-    result = json.loads(path.read_text())
+    result = load(path)
     shown = ("arch", "patch", "crop", "batch", "precision")
     case = ", ".join(f"{name} {result['case'][name]}" for name in shown)
-    return [f"{result['device']}; torch {result['torch']}; {case}.", "", *steps_table(result["rows"]).splitlines()]
+    made = f"; {result['date'][:10]}, commit {result['commit']}" if "commit" in result else ""
+    return [
+        f"{result['device']}; torch {result['torch']}; {case}{made}.",
+        "",
+        *steps_table(result["rows"]).splitlines(),
+    ]
 
 
 def stages(path: Path) -> list[str]:
     """The table of stages that bench/throughput.py prints with --breakdown."""
     from bench.breakdown import table
 
-    return table(json.loads(path.read_text())["stages"]).splitlines() if path.is_file() else [_missing(path)]
+    return table(load(path)["stages"]).splitlines()
 
 
 def data(path: Path) -> list[str]:
     """The table that bench/data.py prints."""
-    return data_table(json.loads(path.read_text())) if path.is_file() else [f"Not measured: there is no `{path.name}`."]
+    return data_table(load(path))
 
 
 def data_table(result: dict) -> list[str]:
@@ -203,7 +209,7 @@ def data_table(result: dict) -> list[str]:
 
 def formats(path: Path) -> list[str]:
     """The tables that bench/formats.py prints."""
-    return formats_table(json.loads(path.read_text())) if path.is_file() else [_missing(path)]
+    return formats_table(load(path))
 
 
 def formats_table(result: dict) -> list[str]:
@@ -236,31 +242,33 @@ def claims(path: Path) -> list[str]:
     """The tables that bench/claims.py prints."""
     from bench.claims import table
 
-    return table(json.loads(path.read_text())).splitlines() if path.is_file() else [_missing(path)]
+    return table(load(path)).splitlines()
 
 
 def learning(path: Path) -> list[str]:
     """The table that bench/learning.py prints."""
-    if not path.is_file():
-        return [_missing(path)]
     from bench.learning import table
 
-    return table(json.loads(path.read_text())["records"]).splitlines()
+    return table(load(path)["records"]).splitlines()
 
 
 def host(path: Path) -> list[str]:
     """The table that bench/host.py prints."""
     from bench.host import table
 
-    if not path.is_file():
-        return [_missing(path)]
-    result = json.loads(path.read_text())
+    result = load(path)
     facts = f"{result['device']}; torch {result['torch']}; {result['precision']}."
     return [facts, "", *table(result)]
 
 
-def _missing(path: Path) -> str:
-    return f"Not measured: there is no `{path.name}`."
+def parity(path: Path) -> list[str]:
+    """By archive of the published codes' numbers: how many quantities were compared, and the largest error."""
+    result = load(path)
+    lines = [f"{result['device']}; {result['versions']}; {result['date'][:10]}, commit {result['commit']}.", ""]
+    lines += _head(("archive", "quantities", "largest relative error", "of"))
+    for name, found in result["archives"].items():
+        lines.append(f"| `{name}` | {found['quantities']} | {found['largest']:.1e} | {found['of']} |")
+    return lines
 
 
 KINDS: dict[str, Callable[[Path], list[str]]] = {
@@ -274,6 +282,23 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "data": data,
     "formats": formats,
     "host": host,
+    "parity": parity,
+    "history": changes.table,
+    "answers": screen.table,
+    "brief": partial(screen.table, brief=True),
+}
+
+
+def _curves(source: Path, picture: Path) -> None:
+    from bench.learning import plot
+
+    plot(load(source)["records"], picture, drawn_from(source))
+
+
+# The documents' pictures that are drawn of results: of which file, and by what.
+PICTURES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    changes.PICTURE: (f"{changes.FOLDER}/{changes.HISTORY}", changes.plot),
+    "docs/learning-cifar10.png": ("bench/results/learning-cifar10-cpu.json", _curves),
 }
 
 
@@ -284,7 +309,11 @@ def render(text: str, root: Path = ROOT) -> str:
         start, kind, file, end = match.groups()
         if kind not in KINDS:
             raise ValueError(f"table: expected a kind of {', '.join(KINDS)}, got {kind!r}; change the comment")
-        return "\n".join([start.rstrip("\n"), "", *KINDS[kind](root / file), "", end])
+        try:
+            lines = KINDS[kind](root / file)
+        except NoResult as reason:
+            lines = [str(reason)]
+        return "\n".join([start.rstrip("\n"), "", *lines, "", end])
 
     return MARKED.sub(table, text)
 
@@ -302,21 +331,25 @@ def _percent(value) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the documents, or with --check say which differ."""
+    """Write the documents, or with --check say which differ, and which pictures are of other files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     stale = []
-    for name in DOCUMENTS:
-        path = ROOT / name
-        if not path.is_file():
-            continue
-        text = path.read_text()
+    for path in [path for pattern in DOCUMENTS for path in sorted(ROOT.glob(pattern))]:
+        name, text = str(path.relative_to(ROOT)), path.read_text()
         if (new := render(text)) == text:
             continue
         stale.append(name)
         if not args.check:
             path.write_text(new)
+    for name, (file, draw) in PICTURES.items():
+        source, picture = ROOT / file, ROOT / name
+        if picture.is_file() and drawn_from(source).encode() in picture.read_bytes():
+            continue
+        stale.append(name)
+        if not args.check:
+            draw(source, picture)
     verb = "would change" if args.check else "changed"
     print("\n".join(f"{verb} {name}" for name in stale) or "all tables are up to date")
     return bool(stale) and args.check

@@ -1,6 +1,7 @@
 """Curves of learning: schedules span the run, time and work add up, and the command trains, probes and resumes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,15 @@ def photos(tmp_path_factory):
                 pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / kind / f"{i}.jpg")
     return folder
+
+
+def test_images_without_two_classes_are_refused_before_any_run(photos, tmp_path, capsys):
+    for part in ("train", "test"):
+        shutil.copytree(photos / part / "dark", tmp_path / "data" / part / "dark")
+    options = ["--data", str(tmp_path / "data"), "--preset", "cpu", "--out", str(tmp_path / "out")]
+    assert learning.main([*options, "--runs", "mae"]) == 1
+    assert "/train: all images have the same class" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("mae*"))
 
 
 @pytest.mark.slow

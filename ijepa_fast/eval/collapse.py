@@ -1,6 +1,6 @@
 """The collapse doctor: what the target features of a run say of its health, beside those of its untrained encoder.
 
-Thresholds are of runs that were measured (docs/results.md, docs/LOG.md, CIFAR-10 with patches of 4, one seed each).
+Thresholds are of runs that were measured (docs/results/learning.md, docs/LOG.md: CIFAR-10, patches of 4, a seed each).
 RankMe: half-way through runs in which it fell to .43 and .31 of the untrained encoder's, the linear probe was 6 points
 under that encoder's; runs in which it stayed above .5 gained 4 to 7 points. Variance between images: .14 at least in
 the run that gained 7 points; .09 and .04 in two that came close to a collapse. The others have no threshold: none was
@@ -9,6 +9,7 @@ measured.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.eval.rankme import rankme, target_variance
 
-# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/results.md.
+# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/evaluation.md.
 LEAST_VARIANCE = 0.01
 LEAST_RANK = 1.5
 # Below either of these a run is on its way there, see above.
@@ -82,3 +83,48 @@ def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> 
             f"docs/options.md for targets that are normalised by place"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One figure of the doctor's: now and of the untrained encoder, what is expected, and whether it is low."""
+
+    name: str
+    now: float
+    untrained: float | None
+    expected: str
+    low: bool = False
+
+
+def signs(now: dict[str, Any], untrained: dict[str, Any] | None) -> list[Sign]:
+    """What `examine` found, beside what is expected of it; by the thresholds of `advise`."""
+    before = untrained or {}
+    first = before.get("rankme")
+    least_rank = LEAST_RANK if first is None else max(LEAST_RANK, LOW_RANK * first)
+    rank = (
+        f"collapsed below {LEAST_RANK:g}"
+        if first is None
+        else (f"at least {least_rank:.3g}, {LOW_RANK:.0%} of the untrained; collapsed below {LEAST_RANK:g}")
+    )
+    usual = before.get("target_variance", LOW_VARIANCE) >= LOW_VARIANCE
+    least_variance = LOW_VARIANCE if usual else LEAST_VARIANCE
+    variance = (
+        f"at least {LOW_VARIANCE:g} of 1; collapsed below {LEAST_VARIANCE:g}"
+        if usual
+        else (f"the untrained is below {LOW_VARIANCE:g} of 1 itself; collapsed below {LEAST_VARIANCE:g}")
+    )
+    told = {
+        "rankme": ("RankMe", rank, least_rank),
+        "target_variance": ("variance between images", variance, least_variance),
+        "position_share": (
+            "share explained by place",
+            "no threshold was measured; near 1 targets tell places apart",
+            None,
+        ),
+        "feature_norm": ("size of a feature", "no threshold was measured; it grows where the rank falls", None),
+    }
+    return [
+        Sign(name, now[key], before.get(key), expected, least is not None and now[key] < least)
+        for key, (name, expected, least) in told.items()
+        if key in now
+    ]

@@ -69,7 +69,7 @@ def sections(run: Path) -> list[tuple[str, str]]:
             with Image.open(picture) as image:
                 sheet = pictures.tag(image, "PNG", "pixels")
             told = f"{TOLD.format(of=words)} {made['checkpoint']}, a decoder of {results['steps']:,} steps."
-            html = text(told) + sheet + "".join(map(text, verdict(checks))) + table(HEAD, rows_of(checks))
+            html = text(told) + sheet + "".join(map(text, verdict(checks))) + table(HEAD, rows_of(checks), words=1)
             html += f'<div class="charts">{line_chart("Loss of the decoder", {"": (steps, losses)}, log=True)}</div>'
         except (ValueError, KeyError, IndexError, TypeError) as error:
             html = text(f"Not shown: {path} is not what visualise writes ({error!r}); run it again", "note")

@@ -17,9 +17,9 @@ from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.evaluate import Options
+from ijepa_fast.eval.evaluate import Options, matched
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled
+from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
 
@@ -104,10 +104,11 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    return train, test, _options(config, device)
+    return train, test, run_options(config, device)
 
 
-def _options(config: Config, device: torch.device) -> Options:
+def run_options(config: Config, device: torch.device) -> Options:
+    """How a run's encoder is evaluated when it ends."""
     return Options(
         crop=config.data.size,
         resize=config.probe.resize,
@@ -125,12 +126,13 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     """What a run's encoder is evaluated with when it ends; None where there are no labels, or nobody asked.
 
     Where the training images have labels and no test images are named, k-NN is tried on a tenth of 2,000 of them.
-    Raises ConfigError where the images that are named have no labels, or others than those they are to be tested on.
+    Raises ConfigError where the images that are named have no labels, one for all, or others than those they are to be
+    tested on, and where they are fewer than k-NN's neighbours.
     """
     if (folders := probe_folders(config)) is not None:
         try:
             train, test, options = evaluation(config, folders, device)
-            match(train, test)
+            matched(train, test, options)
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
         return train, test, options
@@ -145,12 +147,12 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
     test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
-    return train, test, replace(_options(config, device), probes=("knn",))
+    return train, test, replace(run_options(config, device), probes=("knn",))
 
 
-def untrained(config: Config, device: torch.device) -> Encode:
-    """The encoder of the run before training, on `device`."""
-    method = build_method(config)
+def untrained(config: Config, device: torch.device, foreign: bool = True) -> Encode:
+    """The encoder of the run before training, on `device`. foreign: see method_class. Raises ConfigError."""
+    method = build_method(config, foreign=foreign)
     method.probed.to(device)
     return encode_with(method)
 
