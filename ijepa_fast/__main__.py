@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": ("ijepa_fast.compare", "evaluate several encoders on the same images, in one table"),
     "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
+    "visualise": ("ijepa_fast.visualise", "draw what a predictor predicts, by a decoder"),
     "report": ("ijepa_fast.report", "make one HTML page of a run, or of several compared"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
     "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),
