@@ -68,9 +68,7 @@ def by_patch(images):
     ],
 )
 def test_the_shares_are_what_the_crops_show(folder, map_, crop, few, error):
-    """The image is its map, so what is white of a patch is what lies inside: windows, crops and mirroring agree, of crops
-    that come again too.
-    """
+    """The image is its map, so what is white of a patch is what lies inside: windows, crops and mirroring agree."""
     loader, method = loader_of(folder, map_, f"data.crop={crop}", f"data.crops_per_image={few}")
     for step, batch in enumerate(batches(loader, 3)):
         inside = method.inside(np.arange(8 * step, 8 * step + 8))
