@@ -9,8 +9,8 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, host (of the JSON of the program of that name). A file that is not there
-makes a table which says so.
+--breakdown), data, formats, claims, learning, host (of the JSON of the program of that name), compared (all that
+bench/learning.py prints). A file that is not there makes a table which says so.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -32,7 +32,7 @@ from bench.registry import OWN
 from bench.throughput import table as steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "kernels/README.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/learning.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the kernels should reach on an H200 at H/14: (op, part, pass, against whom, at least). "copy" is a share.
 BOUNDS = (
@@ -240,12 +240,24 @@ def claims(path: Path) -> list[str]:
 
 
 def learning(path: Path) -> list[str]:
-    """The table that bench/learning.py prints."""
+    """Accuracies along the runs of bench/learning.py."""
     if not path.is_file():
         return [_missing(path)]
-    from bench.learning import table
+    from bench.compare.tables import table
 
     return table(json.loads(path.read_text())["records"]).splitlines()
+
+
+def compared(path: Path) -> list[str]:
+    """The tables that bench/learning.py prints, and how they were come by."""
+    if not path.is_file():
+        return [_missing(path)]
+    from bench.compare.tables import tables
+
+    result = json.loads(path.read_text())
+    preset, seeds = result["preset"], ", ".join(map(str, result["preset"]["seeds"]))
+    facts = f"{result['device']}; {preset['steps']:,} steps of {preset['batch']} images; seeds {seeds}."
+    return [facts, "", *tables(result).splitlines()]
 
 
 def host(path: Path) -> list[str]:
@@ -271,6 +283,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "stages": stages,
     "claims": claims,
     "learning": learning,
+    "compared": compared,
     "data": data,
     "formats": formats,
     "host": host,
