@@ -63,14 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=whole(), help="a probe trains on, and is tested on")
     add("--ends", default=",".join(ENDS), help="probes of the first and the last encoder alone, of the default; none")
     add("--seeds", help="with commas")
-    add(
-        "--search-lr",
-        type=whole(),
-        nargs="?",
-        const=0,
-        metavar="STEPS",
-        help="search each run's learning rate first, by trials of so many steps (half of a run's)",
-    )
+    add("--search-lr", action="store_true", help="search each run's learning rate first, by shorter runs")
+    add("--search-steps", type=whole(), help="of such a run; half of a run's where it is not given")
     add("--out", type=Path, default=Path("runs/learning"))
     add("overrides", nargs="*", metavar="key=value", help="configuration keys to change in every run")
     return p
@@ -98,7 +92,9 @@ def preset_of(args: argparse.Namespace) -> Preset:
     if args.minutes is not None and (args.steps or args.minutes <= 0):
         raise ConfigError(f"--minutes: expected more than 0 and no --steps beside it, got {args.minutes}")
     preset = replace(PRESETS[args.preset], **given)
-    if args.search_lr is not None and SEED in preset.seeds:
+    if args.search_steps and not args.search_lr:
+        raise ConfigError("--search-steps: there is no search without --search-lr; give both")
+    if args.search_lr and SEED in preset.seeds:
         raise ConfigError(f"--seeds: {SEED} is the seed of --search-lr; name others")
     if preset.probes > preset.steps:
         raise ConfigError(f"--probes: expected at most the {preset.steps} steps of a run, got {preset.probes}")
@@ -136,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out.resolve()
     images = open_images(args.data, out)
     jobs = [Job(name, seed, preset, images, out, args.overrides, ends) for seed in preset.seeds for name in names]
-    check(jobs, images, args.search_lr is not None, args.minutes is not None)
+    check(jobs, images, args.search_lr, args.minutes is not None)
     try:
         presets = dict.fromkeys(names, preset)
         if args.minutes:
@@ -144,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
                 steps = steps_in(args.minutes, name, preset, images, args.overrides)
                 presets[name] = replace(preset, steps=steps)
         found: dict[str, Any] = {}
-        if args.search_lr is not None:
+        if args.search_lr:
             for name in searched(names):
                 length = presets.get(name, preset).steps
-                short = replace(preset, steps=args.search_lr or max(1, length // 2))
+                short = replace(preset, steps=args.search_steps or max(1, length // 2))
                 found[name] = search(Job(name, SEED, short, images, out, args.overrides), found)
         rates = {name: result["rate"] for name, result in found.items()}
         records = []

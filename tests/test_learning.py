@@ -108,7 +108,7 @@ def test_options_are_compared_by_one_command(tmp_path, photos, capsys):
 def test_a_rate_is_searched_on_training_images_and_taken(tmp_path, photos, monkeypatch):
     """Trials keep their figures, and the run has the best one's rate; a nuisance run has that of the clean one."""
     monkeypatch.setattr("bench.compare.search.MOST", 3)
-    runs = ["--runs", "ijepa,ijepa@noise32", "--steps", "2", "--probes", "1", "--search-lr", "1"]
+    runs = ["--runs", "ijepa,ijepa@noise32", "--steps", "2", "--probes", "1", "--search-lr", "--search-steps", "1"]
     assert learning.main(command(photos, tmp_path, *runs)) == 0
     result = json.loads((tmp_path / "learning.json").read_text())
     assert list(result["search"]) == ["ijepa"]
@@ -148,11 +148,12 @@ def test_steps_fit_into_the_minutes(tmp_path, photos):
         (["--images", "19"], "--images: expected at least 20"),
         (["--seeds", "one"], "--seeds: expected whole numbers"),
         (["--seeds", "1000", "--search-lr"], "--seeds: 1000 is the seed of --search-lr"),
+        (["--search-steps", "5"], "--search-steps: there is no search without --search-lr"),
         (["--ends", "blocks,none"], "--ends: expected of blocks, attentive, lowshot, or none"),
         (["--steps", "2", "--probes", "3"], "--probes: expected at most the 2 steps of a run, got 3"),
         (["--batch", "41"], "--batch: expected at most the 40 images of --data, got 41"),
         (["--runs", "ijepa@share8"], "--batch: expected at most the 4 images of --data, got 8"),
-        (["--runs", "ijepa", "model.predictor_depth=0"], "model.predictor_depth: expected at least 1"),
+        (["--runs", "ijepa", "optim.lr=-1"], "optim.lr: expected at least 0"),
         (["--runs", "ijepa,dino", "objective.options.target=pixels"], "objective.options.target"),
         (["--runs", "ijepa", "data.nothing=1"], "data.nothing"),
     ],

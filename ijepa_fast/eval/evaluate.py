@@ -102,8 +102,9 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     """Train heads on the features of `train`, measure them on `test`: a figure per label, probe and metric.
 
     encoder: images uint8 (b, H, W, 3) on `options.device` -> features (b, N, D) of N patches or one class token; for
-    "last4", "blocks", "attentive", "finetune" and another dtype a features.Network, in fp32. A test image whose label no training
-    image has counts as wrong. Raises ValueError where `test` lacks a label, or has a class that `train` has not.
+    "last4", "blocks", "attentive", "finetune" and another dtype a features.Network, in fp32. A test image whose label
+    no training image has counts as wrong. Raises ValueError where `test` lacks a label, or has a class that `train`
+    has not.
     """
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
     if options.dtype is not None:
