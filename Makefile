@@ -7,7 +7,7 @@ CONFIG ?= configs/quickstart.yaml
 # Processes that run tests side by side. Those that compare times run after them, alone.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
-.PHONY: install train test test-all test-faults test-machines test-gpu bench lint wheelhouse
+.PHONY: install train test test-all test-faults test-machines test-gpu bench lint docs wheelhouse
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
@@ -42,6 +42,9 @@ bench: install
 lint: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 	$(BIN)/python -m pytest -q tests/test_types.py tests/test_layers.py
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 wheelhouse: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w wheelhouse .

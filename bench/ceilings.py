@@ -20,6 +20,7 @@ if __package__ in (None, ""):
 
 import torch
 
+from bench.record import made
 from bench.timing import synchronise
 from ijepa_fast.run.provenance import device_name
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     sizes = {"elements": 1 << 16, "rows": 64, "width": 32} if args.small else {}
-    result = {"device": device_name(args.device), "torch": torch.__version__} | ceilings(args.device, **sizes)
+    result = made() | {"device": device_name(args.device), "torch": torch.__version__} | ceilings(args.device, **sizes)
     print(json.dumps(result, indent=1))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -26,6 +26,7 @@ import torch
 from bench import throughput
 from bench.baselines.case import Case
 from bench.baselines.contenders import work_of
+from bench.record import made
 from ijepa_fast.methods.method import method_class
 from ijepa_fast.run.provenance import device_name
 
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     first = next(iter(measured.values()))
-    about = {"device": first["device"], "torch": first["torch"], "small": small}
+    about = made() | {"device": first["device"], "torch": first["torch"], "small": small}
     result = about | {"measured": measured, "rows": figures(measured, small)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "claims.json").write_text(json.dumps(result, indent=1))

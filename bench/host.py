@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from bench.baselines.steps import DTYPES
+from bench.record import made
 from bench.registry import MODELS, OPS, Batch, Case
 from bench.timing import synchronise
 from ijepa_fast.run.provenance import device_name
@@ -100,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.ops.split(",")) - set(OPS):
         parser.error(f"--ops: expected of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     rows = rows_of(args.ops.split(","), args.device, args.precision, args.rounds)
-    result = {"device": device_name(args.device), "torch": torch.__version__, "precision": args.precision, "rows": rows}
+    facts = {"device": device_name(args.device), "torch": torch.__version__, "precision": args.precision}
+    result = made() | facts | {"rows": rows}
     print(f"{result['device']}, torch {result['torch']}, {args.precision}")
     print("\n".join(table(result)))
     if args.json:

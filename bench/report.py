@@ -9,30 +9,35 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, host (of the JSON of the program of that name), compared (all that
-bench/learning.py prints). A file that is not there makes a table which says so.
+--breakdown), data, formats, claims, learning, host, parity (of the JSON of the program of that name), history (of
+bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that bench/learning.py
+prints). A file that is not there makes a table which says so, and so does one that was measured in a tree with
+changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench import answers as screen
+from bench import history as changes
+from bench.record import NoResult, load
+from bench.record import rows as read
 from bench.registry import OWN
 from bench.throughput import table as steps_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "docs/learning.md", "kernels/README.md")
+DOCUMENTS = ("README.md", "kernels/README.md", "docs/*.md", "docs/results/*.md")
 MARKED = re.compile(r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 # What the kernels should reach on an H200 at H/14: (op, part, pass, against whom, at least). "copy" is a share.
 BOUNDS = (
@@ -44,14 +49,6 @@ BOUNDS = (
     ("varlen_attention", "predictor", "both", "torch varlen", 1.5),
 )
 NOT_MEASURED = "not measured"
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it is not there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def latest(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -78,9 +75,11 @@ def ratio(case: dict[str, dict], other: str) -> float | None:
 
 def kernels(path: Path) -> list[str]:
     """Times and ratios of one device."""
-    cases = latest(read(path))
+    found, refused = read(path)
+    cases = latest(found)
+    said = _refused(refused)
     if not cases:
-        return [f"Not measured: there is no `{path.name}`."]
+        raise NoResult(said or f"Not measured: there is no `{path.name}`.")
     last = max((row for case in cases.values() for row in case.values()), key=lambda row: row["date"])
     commits = sorted({row["commit"] for case in cases.values() for row in case.values()})
     heads = ("op", "case", "pass", "eager, ms", "torch.compile", "others", "this project", "quantiles")
@@ -111,12 +110,17 @@ def kernels(path: Path) -> list[str]:
             _number(ratio(case, others[0])) if others else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    return lines + (["", said] if said else [])
+
+
+def _refused(count: int) -> str:
+    return f"Refused: {count} rows of trees with changes that no commit has." if count else ""
 
 
 def ops(path: Path) -> list[str]:
     """The bound of each op, and what a file of results says to it."""
-    cases = latest(read(path))
+    found, refused = read(path)
+    cases = latest(found)
     lines = _head(("op", "H/14", "pass", "bound", "measured"))
     for op, part, pass_, against, least in BOUNDS:
         case = cases.get((op, "H/14", part, pass_), {})
@@ -127,14 +131,14 @@ def ops(path: Path) -> list[str]:
             bound, value = f">= {least:g} x {against}", ratio(case, against)
             measured = f"{value:.2f} x" if value else NOT_MEASURED
         lines.append(f"| {op} | {part} | {pass_} | {bound} | {measured} |")
-    return lines
+    return lines + (["", _refused(refused)] if refused else [])
 
 
 def aot(path: Path) -> list[str]:
     """Per op: spills, matrix instructions, and by architecture the most registers and shared memory of a kernel."""
-    rows = read(path)
+    rows, _ = read(path)
     if not rows:
-        return [f"Not compiled: there is no `{path.name}`."]
+        raise NoResult(f"Not compiled: there is no `{path.name}`.")
     archs = sorted({row["arch"] for row in rows}, key=int)
     heads = (
         "op",
@@ -164,24 +168,27 @@ def _most(rows: list[dict], arch: str) -> str:
 
 def steps(path: Path) -> list[str]:
     """The table that bench/throughput.py prints."""
-    if not path.is_file():
-        return [f"Not measured: there is no `{path.name}`."]
-    result = json.loads(path.read_text())
+    result = load(path)
     shown = ("arch", "patch", "crop", "batch", "precision")
     case = ", ".join(f"{name} {result['case'][name]}" for name in shown)
-    return [f"{result['device']}; torch {result['torch']}; {case}.", "", *steps_table(result["rows"]).splitlines()]
+    made = f"; {result['date'][:10]}, commit {result['commit']}" if "commit" in result else ""
+    return [
+        f"{result['device']}; torch {result['torch']}; {case}{made}.",
+        "",
+        *steps_table(result["rows"]).splitlines(),
+    ]
 
 
 def stages(path: Path) -> list[str]:
     """The table of stages that bench/throughput.py prints with --breakdown."""
     from bench.breakdown import table
 
-    return table(json.loads(path.read_text())["stages"]).splitlines() if path.is_file() else [_missing(path)]
+    return table(load(path)["stages"]).splitlines()
 
 
 def data(path: Path) -> list[str]:
     """The table that bench/data.py prints."""
-    return data_table(json.loads(path.read_text())) if path.is_file() else [f"Not measured: there is no `{path.name}`."]
+    return data_table(load(path))
 
 
 def data_table(result: dict) -> list[str]:
@@ -203,7 +210,7 @@ def data_table(result: dict) -> list[str]:
 
 def formats(path: Path) -> list[str]:
     """The tables that bench/formats.py prints."""
-    return formats_table(json.loads(path.read_text())) if path.is_file() else [_missing(path)]
+    return formats_table(load(path))
 
 
 def formats_table(result: dict) -> list[str]:
@@ -236,25 +243,21 @@ def claims(path: Path) -> list[str]:
     """The tables that bench/claims.py prints."""
     from bench.claims import table
 
-    return table(json.loads(path.read_text())).splitlines() if path.is_file() else [_missing(path)]
+    return table(load(path)).splitlines()
 
 
 def learning(path: Path) -> list[str]:
     """Accuracies along the runs of bench/learning.py."""
-    if not path.is_file():
-        return [_missing(path)]
     from bench.compare.tables import table
 
-    return table(json.loads(path.read_text())["records"]).splitlines()
+    return table(load(path)["records"]).splitlines()
 
 
 def compared(path: Path) -> list[str]:
     """The tables that bench/learning.py prints, and how they were come by."""
-    if not path.is_file():
-        return [_missing(path)]
     from bench.compare.tables import tables
 
-    result = json.loads(path.read_text())
+    result = load(path)
     preset, seeds = result["preset"], ", ".join(map(str, result["preset"]["seeds"]))
     facts = f"{result['device']}; {preset['steps']:,} steps of {preset['batch']} images; seeds {seeds}."
     return [facts, "", *tables(result).splitlines()]
@@ -264,15 +267,19 @@ def host(path: Path) -> list[str]:
     """The table that bench/host.py prints."""
     from bench.host import table
 
-    if not path.is_file():
-        return [_missing(path)]
-    result = json.loads(path.read_text())
+    result = load(path)
     facts = f"{result['device']}; torch {result['torch']}; {result['precision']}."
     return [facts, "", *table(result)]
 
 
-def _missing(path: Path) -> str:
-    return f"Not measured: there is no `{path.name}`."
+def parity(path: Path) -> list[str]:
+    """By archive of the published codes' numbers: how many quantities were compared, and the largest error."""
+    result = load(path)
+    lines = [f"{result['device']}; {result['versions']}; {result['date'][:10]}, commit {result['commit']}.", ""]
+    lines += _head(("archive", "quantities", "largest relative error", "of"))
+    for name, found in result["archives"].items():
+        lines.append(f"| `{name}` | {found['quantities']} | {found['largest']:.1e} | {found['of']} |")
+    return lines
 
 
 KINDS: dict[str, Callable[[Path], list[str]]] = {
@@ -287,6 +294,10 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "data": data,
     "formats": formats,
     "host": host,
+    "parity": parity,
+    "history": changes.table,
+    "answers": screen.table,
+    "brief": partial(screen.table, brief=True),
 }
 
 
@@ -297,7 +308,11 @@ def render(text: str, root: Path = ROOT) -> str:
         start, kind, file, end = match.groups()
         if kind not in KINDS:
             raise ValueError(f"table: expected a kind of {', '.join(KINDS)}, got {kind!r}; change the comment")
-        return "\n".join([start.rstrip("\n"), "", *KINDS[kind](root / file), "", end])
+        try:
+            lines = KINDS[kind](root / file)
+        except NoResult as reason:
+            lines = [str(reason)]
+        return "\n".join([start.rstrip("\n"), "", *lines, "", end])
 
     return MARKED.sub(table, text)
 
@@ -315,21 +330,23 @@ def _percent(value) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the documents, or with --check say which differ."""
+    """Write the documents, or with --check say which differ, and whether the plot is of another history."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
     stale = []
-    for name in DOCUMENTS:
-        path = ROOT / name
-        if not path.is_file():
-            continue
-        text = path.read_text()
+    for path in [path for pattern in DOCUMENTS for path in sorted(ROOT.glob(pattern))]:
+        name, text = str(path.relative_to(ROOT)), path.read_text()
         if (new := render(text)) == text:
             continue
         stale.append(name)
         if not args.check:
             path.write_text(new)
+    history, picture = ROOT / changes.FOLDER / changes.HISTORY, ROOT / changes.PICTURE
+    if not picture.is_file() or changes.digest(history) not in picture.read_text():
+        stale.append(changes.PICTURE)
+        if not args.check:
+            changes.plot(history, picture)
     verb = "would change" if args.check else "changed"
     print("\n".join(f"{verb} {name}" for name in stale) or "all tables are up to date")
     return bool(stale) and args.check

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import platform
 import re
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from bench.baselines.steps import DTYPES
+from bench.record import dirty, made
 from bench.registry import MODELS, OPS, OWN, Batch, Case
 from bench.timing import Times, Work, interleave, peak_memory, synchronise
 from ijepa_fast.run.provenance import device_name
@@ -241,25 +241,11 @@ def about(device: torch.device, dtype: str) -> dict:
         except PackageNotFoundError:
             continue
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        **made(),
         "device": device_name(device),
         "versions": ", ".join(f"{k} {v}" for k, v in {"python": platform.python_version(), **libraries}.items()),
         "dtype": dtype,
     }
-
-
-def commit() -> str:
-    """The checkout's commit, with -dirty behind it where what is measured differs from it."""
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode:
-        return "unknown"
-    changed = git("status", "--porcelain", "--", "kernels", "csrc", "bench/*.py").stdout.strip()
-    return head.stdout.strip() + ("-dirty" if changed else "")
 
 
 def slug(text: str) -> str:
@@ -303,6 +289,8 @@ def main(argv: list[str] | None = None) -> int:
     common = about(device, args.dtype)
     log = Log(args.csv or RESULTS / f"kernels-{slug(common['device'])}.csv")
     print(f"{common['device']}, {common['versions']}, commit {common['commit']} -> {log.path}")
+    if dirty(common["commit"]):
+        print("what is measured is in no commit: bench/report.py will refuse these rows")
     wrong = []
     for op in args.op:
         if not args.tests_passed and not tests_pass(op):

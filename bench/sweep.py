@@ -32,6 +32,7 @@ import torch
 from bench import aot
 from bench.aot import ROOT
 from bench.ceilings import seconds
+from bench.record import made
 from ijepa_fast.kernels.varlen_attention import dense_attention, tiles, varlen_attention_qkv
 from ijepa_fast.kernels.varlen_attention.tiles import Tile
 from ijepa_fast.run.provenance import device_name
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         print(json.dumps(row), flush=True)
         if args.json:
-            facts = {"device": device_name(args.device), "torch": torch.__version__}
+            facts = made() | {"device": device_name(args.device), "torch": torch.__version__}
             Path(args.json).write_text(json.dumps(facts | {"rows": rows}, indent=1))
     return 0
 

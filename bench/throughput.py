@@ -31,6 +31,7 @@ from bench.baselines import others
 from bench.baselines.case import Case
 from bench.baselines.contenders import FAST, LR, Contender, make_contenders
 from bench.baselines.steps import DTYPES
+from bench.record import made
 from bench.timing import synchronise
 from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.kernels.common.memory import keep_freed_memory
@@ -380,7 +381,7 @@ def run(argv: list[str] | None = None) -> dict:
         compile=tuple(args.compile.split(",")),
         **(model_of(args.config) if args.config else model),
     )
-    about = {"case": asdict(case), "device": device_name(args.device), "torch": torch.__version__}
+    about = made() | {"case": asdict(case), "device": device_name(args.device), "torch": torch.__version__}
     if args.max_batch:
         return about | {"max_batch": {context: largest_batch(case, context) for context in args.context}}
     if args.device == "cpu":

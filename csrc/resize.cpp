@@ -1,17 +1,18 @@
-// Antialiased resizing of uint8 images of three channels, as Pillow and PyTorch do it, to the schema that
-// kernels/resize/ops.py defines. An image is filtered along its height, transposed, filtered along its width in the
-// same way, and transposed back, so that all arithmetic is on whole rows of bytes.
+// Antialiased resizing of images, as Pillow and PyTorch do it, to the schema that kernels/resize/ops.py defines. Bytes of
+// three channels are filtered along their height, transposed, filtered along their width in the same way, and transposed
+// back, so that all arithmetic is on whole rows of bytes. Other images are left to resize_floats.h.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "resize_floats.h"
 
 namespace ijepa_fast {
 namespace {
@@ -22,54 +23,29 @@ constexpr int64_t kVector = 32;  // bytes of a register; rows in scratch memory 
 
 int64_t padded(int64_t bytes) { return (bytes + kVector - 1) / kVector * kVector; }
 
-double triangle(double x) { return std::max(0.0, 1.0 - std::abs(x)); }
+// Weights in units of 2^-14, rounded so that they add up to one: an even image stays as it is.
+struct Rounded : Filter {
+  std::vector<int16_t> rounded;
 
-double cubic(double x) {  // Keys' cubic convolution with a = -1/2
-  x = std::abs(x);
-  if (x < 1.0) return (1.5 * x - 2.5) * x * x + 1.0;
-  if (x < 2.0) return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
-  return 0.0;
-}
-
-// The inputs that make each output along one axis: `count[i]` of them from `first[i]` on, weights in units of 2^-14.
-struct Filter {
-  std::vector<int64_t> first, count;
-  std::vector<int16_t> weights;
-  int64_t most;
-
-  Filter(int64_t in, int64_t out, bool bicubic) : first(out), count(out) {
-    const double scale = static_cast<double>(in) / static_cast<double>(out), stretch = std::max(scale, 1.0);
-    const double support = (bicubic ? 2.0 : 1.0) * stretch;
-    most = 2 * static_cast<int64_t>(std::ceil(support)) + 1;
-    weights.resize(out * most);
-    std::vector<double> exact(most);
+  Rounded(int64_t in, int64_t out, bool bicubic) : Filter(in, out, bicubic), rounded(weights.size()) {
     for (int64_t i = 0; i < out; ++i) {
-      const double centre = (static_cast<double>(i) + 0.5) * scale;
-      first[i] = std::max<int64_t>(static_cast<int64_t>(centre - support + 0.5), 0);
-      count[i] = std::min(static_cast<int64_t>(centre + support + 0.5), in) - first[i];
-      double total = 0.0;
-      for (int64_t k = 0; k < count[i]; ++k) {
-        const double x = (static_cast<double>(first[i] + k) + 0.5 - centre) / stretch;
-        total += exact[k] = bicubic ? cubic(x) : triangle(x);
-      }
-      // Rounded so that they add up to one: an even image stays as it is.
       double sum = 0.0;
-      int64_t rounded = 0;
+      int64_t before = 0;
       for (int64_t k = 0; k < count[i]; ++k) {
-        sum += exact[k] / total * 16384.0;
+        sum += weights[i * most + k] * 16384.0;
         const int64_t next = static_cast<int64_t>(sum + 32768.5) - 32768;
-        weights[i * most + k] = static_cast<int16_t>(next - rounded);
-        rounded = next;
+        rounded[i * most + k] = static_cast<int16_t>(next - before);
+        before = next;
       }
     }
   }
 };
 
 // Rows of `width` bytes, kVector at least: out[i] = the sum of weights times rows of `in`.
-AVX2 void filter_rows(const Filter& filter, const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t out_stride,
+AVX2 void filter_rows(const Rounded& filter, const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t out_stride,
                       int64_t width) {
   for (size_t i = 0; i < filter.first.size(); ++i) {
-    const int16_t* weights = filter.weights.data() + i * filter.most;
+    const int16_t* weights = filter.rounded.data() + i * filter.most;
     const uint8_t* rows = in + filter.first[i] * in_stride;
     const int64_t count = filter.count[i];
     uint8_t* to = out + i * out_stride;
@@ -139,9 +115,9 @@ class Resizer {
     }
     grow(first_, std::max(padded(height_) * row_stride, width_ * kChannels * column + 16 * column));
     grow(second_, (row_stride + 16) * column);
-    filter_rows(Filter(height, height_, bicubic_), in, in_stride, first_.data(), row_stride, std::max(row, kVector));
+    filter_rows(Rounded(height, height_, bicubic_), in, in_stride, first_.data(), row_stride, std::max(row, kVector));
     transpose(first_.data(), height_, row, row_stride, second_.data(), column);
-    filter_rows(Filter(width, width_, bicubic_), second_.data(), kChannels * column, first_.data(), kChannels * column,
+    filter_rows(Rounded(width, width_, bicubic_), second_.data(), kChannels * column, first_.data(), kChannels * column,
                 kChannels * column);
     transpose(first_.data(), width_ * kChannels, height_, column, out, width_ * kChannels);
   }
@@ -156,19 +132,41 @@ class Resizer {
   std::vector<uint8_t> narrow_, first_, second_;
 };
 
+template <typename T>
+void resize_all(at::TensorList images, bool bicubic, const at::Tensor& out) {
+  FloatResizer<T> resizer(out.size(1), out.size(2), out.size(3), bicubic);
+  for (size_t i = 0; i < images.size(); ++i) {
+    resizer.run(images[i].const_data_ptr<T>(), images[i].size(0), images[i].size(1),
+                out.data_ptr<T>() + i * out.stride(0));
+  }
+}
+
+void resize_rgb(at::TensorList images, bool bicubic, const at::Tensor& out) {
+  Resizer resizer(out.size(1), out.size(2), bicubic);
+  for (size_t i = 0; i < images.size(); ++i) {
+    resizer.run(images[i].const_data_ptr<uint8_t>(), images[i].size(0), images[i].size(1),
+                out.data_ptr<uint8_t>() + i * out.stride(0));
+  }
+}
+
 void resize_cpu(at::TensorList images, bool bicubic, const at::Tensor& out) {
-  const auto is_image = [](const at::Tensor& x, int64_t dim) {
-    return x.scalar_type() == at::kByte && x.is_contiguous() && x.dim() == dim && x.size(-1) == kChannels &&
+  const auto is_image = [&out](const at::Tensor& x, int64_t dim) {
+    return x.scalar_type() == out.scalar_type() && x.is_contiguous() && x.dim() == dim && x.size(-1) == out.size(-1) &&
            x.numel() > 0;
   };
   TORCH_CHECK_VALUE(out.size(0) == static_cast<int64_t>(images.size()) && (images.empty() || is_image(out, 4)),
-                    "resize: expected out (", images.size(), ", height, width, 3), contiguous uint8");
-  Resizer resizer(out.size(1), out.size(2), bicubic);
-  for (size_t i = 0; i < images.size(); ++i) {
-    const at::Tensor& image = images[i];
-    TORCH_CHECK_VALUE(is_image(image, 3), "resize: expected images (height, width, 3), contiguous uint8");
-    resizer.run(image.const_data_ptr<uint8_t>(), image.size(0), image.size(1),
-                out.data_ptr<uint8_t>() + i * out.stride(0));
+                    "resize: expected out (", images.size(), ", height, width, channels), contiguous");
+  for (const at::Tensor& image : images) {
+    TORCH_CHECK_VALUE(is_image(image, 3), "resize: expected images (height, width, channels) as out, contiguous");
+  }
+  if (images.empty()) return;
+  if (out.scalar_type() == at::kFloat) {
+    resize_all<float>(images, bicubic, out);
+  } else if (out.scalar_type() == at::kUInt16) {
+    resize_all<uint16_t>(images, bicubic, out);
+  } else {
+    TORCH_CHECK_VALUE(out.scalar_type() == at::kByte, "resize: expected uint8, uint16 or float32");
+    out.size(3) == kChannels ? resize_rgb(images, bicubic, out) : resize_all<uint8_t>(images, bicubic, out);
   }
 }
 
@@ -176,6 +174,6 @@ void resize_cpu(at::TensorList images, bool bicubic, const at::Tensor& out) {
 }  // namespace ijepa_fast
 
 TORCH_LIBRARY_IMPL(ijepa_fast, CPU, library) {
-  if (__builtin_cpu_supports("avx2")) library.impl("resize_cpu_", ijepa_fast::resize_cpu);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) library.impl("resize_cpu_", ijepa_fast::resize_cpu);
 }
 #endif

@@ -203,6 +203,22 @@ def test_bounds_say_what_was_measured_or_that_nothing_was(tmp_path):
     assert new.count("| not measured |") == len(report.BOUNDS) - 1
 
 
+def test_rows_and_files_of_trees_with_changes_are_refused(tmp_path):
+    rows = [row("eager", 9), row("triton", 3), row("eager", 8, "2025-02-01", commit="abc-dirty")]
+    write(tmp_path / "k.csv", [*rows, row("triton", 1, "2025-02-01", commit="abc-dirty")])
+    table = report.render("<!-- table: kernels k.csv -->\n<!-- end of table -->", tmp_path)
+    assert "| 9 | - | - | 3 triton |" in table
+    assert "Refused: 2 rows of trees with changes that no commit has." in table
+    write(tmp_path / "k.csv", rows[2:])
+    for kind in ("kernels", "ops"):
+        assert "Refused: 1 rows" in report.render(f"<!-- table: {kind} k.csv -->\n<!-- end of table -->", tmp_path)
+    (tmp_path / "d.json").write_text(json.dumps({"commit": "abc-dirty", "stages": []}))
+    (tmp_path / "l.json").write_text(json.dumps({"records": [{"commit": "abc"}, {"commit": "def-dirty"}]}))
+    for kind, file, commit in (("stages", "d.json", "abc-dirty"), ("learning", "l.json", "def-dirty")):
+        table = report.render(f"<!-- table: {kind} {file} -->\n<!-- end of table -->", tmp_path)
+        assert f"Refused: `{file}` was measured in a tree with changes that no commit has ({commit})" in table
+
+
 def test_compiled_kernels_are_summed_up_by_op(tmp_path):
     base = {
         "arch": 80,

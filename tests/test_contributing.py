@@ -67,7 +67,7 @@ def test_the_registry_has_every_method():
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_every_probe_has_what_the_list_says(probe):
-    assert f"| `{probe}` |" in (ROOT / "docs" / "results.md").read_text()
+    assert f"| `{probe}` |" in (ROOT / "docs" / "evaluation.md").read_text()
     assert re.search(rf"\b{probe}\b", (ROOT / "tests" / "test_probe.py").read_text())
 
 

@@ -2,26 +2,20 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
-from PIL import Image
-
 from ijepa_fast import configs
+from tests.furnished import SMALL, furnish
 from tests.launch import ROOT, unlaunched
 
 README = (ROOT / "README.md").read_text()
-SMALL = ["model.arch=null", "model.dim=32", "model.depth=2", "model.heads=2", "model.predictor_dim=16"]
-SMALL += ["model.predictor_depth=1", "data.crop=64", "batch_size=8", "optim.steps=2", "optim.epochs=40", "log.every=1"]
-SMALL += ["engine.precision=fp32"]
 COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"(?:^    [^ \n].*\n)+", README, re.MULTILINE)
@@ -42,22 +36,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """An empty folder, with images in data/ and cat.jpg, and `ijepa-fast`, `deepspeed` on its path."""
-    folder = tmp_path_factory.mktemp("readme")
-    generator = np.random.default_rng(0)
-    for part, count in (("photos", 40), ("train", 24), ("val", 12)):
-        for i in range(count):
-            kind = folder / "data" / part / ("red" if i % 2 else "blue")
-            kind.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 200, (6, 8, 3), dtype=np.uint8)
-            pixels[..., 0 if i % 2 else 2] = 255
-            Image.fromarray(pixels).resize((96, 72), Image.Resampling.BICUBIC).save(kind / f"{i}.jpg")
-    shutil.copy(folder / "data" / "train" / "red" / "1.jpg", folder / "cat.jpg")
-    (folder / "hosts").write_text("localhost slots=1\n")
-    (folder / "bin").mkdir()
-    script = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ijepa_fast "$@"\n'
-    (folder / "bin" / "ijepa-fast").write_text(script)
-    (folder / "bin" / "ijepa-fast").chmod(0o755)
-    return folder
+    return furnish(tmp_path_factory.mktemp("readme"))
 
 
 def run(place: Path, command: str) -> str:
@@ -120,7 +99,7 @@ def test_the_first_screen():
 
 
 def test_the_figure_is_the_measured_one():
-    results = (ROOT / "docs" / "results.md").read_text()
+    results = (ROOT / "docs" / "results" / "cpu-steps.md").read_text()
     rows = re.findall(r"^\| (fast|published) \| truncate \| no \| ([\d.]+) \|", results, re.MULTILINE)
     place = rows.index(("published", "4.0"))
     assert rows[place - 1] == ("fast", "8.6")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines.plain_vit import MLP, PatchEmbed, move_average, parameter_groups, set_rates, update
+from bench.baselines.plain_vit import MLP, PatchEmbed, half, move_average, parameter_groups, set_rates, update
 from ijepa_fast.models.relative import RelativePositions
 
 
@@ -92,7 +92,7 @@ class PlainData2VecStep:
         targets: numbers of the blocks whose outputs are the target.
         beta: of the loss.
         device: to run on.
-        autocast: float16 autocast with a GradScaler, as published for a GPU; fp32 without.
+        autocast: autocast with a GradScaler, to `half` of the device; fp32 without.
     """
 
     def __init__(self, network: dict, targets: list[int], beta=2.0, device="cpu", autocast=False):
@@ -114,7 +114,7 @@ class PlainData2VecStep:
     def loss_of(self, batch) -> torch.Tensor:
         """The loss of `batch` = (float images (B, 3, H, W), mask (B, N)) in host memory."""
         images, mask = (x.to(self.device, non_blocking=True) for x in batch)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
+        with torch.autocast(self.device.type, dtype=half(self.device), enabled=self.autocast):
             return self.loss(images, mask)
 
     def __call__(self, batch, lr=2e-3, weight_decay=0.05, momentum=0.9998) -> float:

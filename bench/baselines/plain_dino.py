@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.baselines.plain_ibot import Backbone, DistillationStep, WeightNormLinear
-from bench.baselines.plain_vit import parameter_groups
+from bench.baselines.plain_vit import half, parameter_groups
 
 
 class Head(nn.Module):
@@ -50,7 +50,7 @@ class PlainDINOStep(DistillationStep):
         backbone: keyword arguments of plain_ibot.Backbone.
         head: of `Head`, without the width.
         device: to run on.
-        autocast: float16 autocast with a GradScaler, as published for a GPU; fp32 without.
+        autocast: autocast with a GradScaler, to `half` of the device; fp32 without.
     """
 
     def __init__(self, backbone: dict, head: dict, device="cpu", autocast=False):
@@ -80,5 +80,5 @@ class PlainDINOStep(DistillationStep):
         """The loss of `batch` = (crops, temperature) in host memory; see `loss`."""
         crops, temperature = batch
         crops = [x.to(self.device, non_blocking=True) for x in crops]
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
+        with torch.autocast(self.device.type, dtype=half(self.device), enabled=self.autocast):
             return self.loss(crops, temperature)

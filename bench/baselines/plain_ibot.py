@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.baselines.plain_vit import Block, PatchEmbed, move_average, parameter_groups, set_rates, update
+from bench.baselines.plain_vit import Block, PatchEmbed, half, move_average, parameter_groups, set_rates, update
 
 
 class Backbone(nn.Module):
@@ -116,7 +116,7 @@ class PlainIBOTStep(DistillationStep):
         backbone: keyword arguments of `Backbone`.
         head: of `Head`, without the width.
         device: to run on.
-        autocast: float16 autocast with a GradScaler, as published for a GPU; fp32 without.
+        autocast: autocast with a GradScaler, to `half` of the device; fp32 without.
     """
 
     def __init__(self, backbone: dict, head: dict, device="cpu", autocast=False):
@@ -157,5 +157,5 @@ class PlainIBOTStep(DistillationStep):
         """The loss of `batch` = (large, small, masks, temperature) in host memory; see `loss`."""
         *lists, temperature = batch
         large, small, masks = ([x.to(self.device, non_blocking=True) for x in tensors] for tensors in lists)
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
+        with torch.autocast(self.device.type, dtype=half(self.device), enabled=self.autocast):
             return self.loss(large, small, masks, temperature)

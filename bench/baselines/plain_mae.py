@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.baselines.plain_vit import Block, PatchEmbed, parameter_groups, set_rates, update
+from bench.baselines.plain_vit import Block, PatchEmbed, half, parameter_groups, set_rates, update
 from ijepa_fast.models.positions import sincos_2d
 
 
@@ -76,7 +76,7 @@ class PlainMAEStep:
     Args:
         model: keyword arguments of `PlainMAE`.
         device: to run on.
-        autocast: float16 autocast with a GradScaler, as published for a GPU; fp32 without.
+        autocast: autocast with a GradScaler, to `half` of the device; fp32 without.
     """
 
     def __init__(self, model: dict, device="cpu", autocast=False):
@@ -89,7 +89,7 @@ class PlainMAEStep:
         """The loss of `batch` = (float images (B, 3, H, W), order (B, N), visible) in host memory."""
         images, order, visible = batch
         images, order = (x.to(self.device, non_blocking=True) for x in (images, order))
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.autocast):
+        with torch.autocast(self.device.type, dtype=half(self.device), enabled=self.autocast):
             return self.model(images, order, visible)
 
     def __call__(self, batch, lr=1.5e-4, weight_decay=0.04) -> float:

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def half(device: torch.device) -> torch.dtype:
+    """What autocast casts to: float16 as published, on a GPU; bfloat16 on a CPU, where float16 is many times slower."""
+    return torch.bfloat16 if device.type == "cpu" else torch.float16
+
+
 def written_out_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q, k, v (B, H, N, d) -> (B, H, N, d), with the (N, N) score matrix in memory, as the published codes have it."""
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5

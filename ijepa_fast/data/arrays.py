@@ -134,13 +134,9 @@ def resized(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
     """An image (h, w, C) as (H, W, C) of the same depth, antialiased; of bytes and three channels as Pillow does it."""
     if pixels.shape[:2] == size:
         return pixels
-    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
-        out = np.empty((1, *size, 3), np.uint8)
-        resize_(out, [np.ascontiguousarray(pixels)], interpolation)
-        return out[0]
-    x = torch.from_numpy(np.ascontiguousarray(pixels).astype(np.float32)).permute(2, 0, 1)[None]
-    x = F.interpolate(x, size=size, mode=interpolation, antialias=True, align_corners=False)
-    return _as(x[0].permute(1, 2, 0), pixels.dtype)
+    out = np.empty((1, *size, pixels.shape[2]), pixels.dtype)
+    resize_(out, [np.require(pixels, requirements="CW")], interpolation)
+    return out[0]
 
 
 def _most(dtype: np.dtype) -> int | None:

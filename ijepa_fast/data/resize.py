@@ -9,7 +9,7 @@ from ijepa_fast.kernels.resize import resize_ as resize_tensors_
 
 
 def resize_(out: np.ndarray, images: list[np.ndarray], interpolation: str) -> None:
-    """Resize `images`, uint8 (height, width, 3) each, to those of `out`, uint8 (n, H, W, 3), on the calling thread.
+    """Resize `images`, (height, width, C) each, to those of `out`, (n, H, W, C) of their depth, on the calling thread.
 
     interpolation: bilinear | bicubic, as for `ijepa_fast.kernels.resize.resize_`.
     """

@@ -1,6 +1,6 @@
 """The collapse doctor: what the target features of a run say of its health, beside those of its untrained encoder.
 
-Thresholds are of runs that were measured (docs/results.md, docs/LOG.md, CIFAR-10 with patches of 4, one seed each).
+Thresholds are of runs that were measured (docs/results/learning.md, docs/LOG.md: CIFAR-10, patches of 4, a seed each).
 RankMe: half-way through runs in which it fell to .43 and .31 of the untrained encoder's, the linear probe was 6 points
 under that encoder's; runs in which it stayed above .5 gained 4 to 7 points. Variance between images: .14 at least in
 the run that gained 7 points; .09 and .04 in two that came close to a collapse. The others have no threshold: none was
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.eval.rankme import rankme, target_variance
 
-# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/results.md.
+# Below either of these the targets have collapsed; what healthy and collapsed runs show is in docs/evaluation.md.
 LEAST_VARIANCE = 0.01
 LEAST_RANK = 1.5
 # Below either of these a run is on its way there, see above.

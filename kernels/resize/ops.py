@@ -17,20 +17,21 @@ native.register("resize_cpu_(Tensor[] images, bool bicubic, Tensor(a!) out) -> (
 def resize_(out: torch.Tensor, images: Sequence[torch.Tensor], interpolation: str) -> None:
     """Resize images of any sizes to one size, antialiased as by Pillow, on the calling thread.
 
-    csrc and PyTorch's interpolation differ from Pillow by some levels of 255: they round differently.
+    Of bytes of three channels csrc and PyTorch's interpolation differ from Pillow by some levels of 255: they round
+    differently. Other images are filtered in fp32, and rounded once where they are integers.
 
     Args:
-        out: (n, H, W, 3) uint8 on the CPU, written.
-        images: n tensors (height, width, 3), uint8 on the CPU, none of them empty.
+        out: (n, H, W, C) uint8, uint16 or float32 on the CPU, written.
+        images: n tensors (height, width, C) of the same dtype on the CPU, none of them empty.
         interpolation: bilinear | bicubic. The filter widens where an image shrinks.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, layout or interpolation.
     """
     device = torch.device("cpu")
-    check_tensor("resize", "out", out, (len(images), None, None, 3), torch.uint8, device)
+    check_tensor("resize", "out", out, (len(images), None, None, None), reference.DTYPES, device)
     for i, image in enumerate(images):
-        check_tensor("resize", f"images[{i}]", image, (None, None, 3), torch.uint8, device)
+        check_tensor("resize", f"images[{i}]", image, (None, None, out.shape[-1]), out.dtype, device)
         if image.numel() == 0 or out.numel() == 0:
             raise ValueError(f"resize: expected sizes from 1, got {tuple(image.shape)} -> {tuple(out.shape[1:])}")
     if interpolation not in reference.FILTERS:

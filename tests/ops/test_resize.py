@@ -60,6 +60,35 @@ def test_as_the_reference(resize, interpolation, crop):
     assert off.max() <= (3 if interpolation == "bilinear" else 24)
 
 
+def noise(dtype, rows, columns, channels):
+    """A random image (rows, columns, channels) over the whole range of `dtype`."""
+    if dtype == torch.float32:
+        return torch.randn(rows, columns, channels) * 1e3
+    return torch.randint(torch.iinfo(dtype).max + 1, (rows, columns, channels)).to(dtype)
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 13])
+def test_any_depth_and_channels_are_as_the_reference(resize, interpolation, dtype, channels):
+    if (dtype, channels) == (torch.uint8, 3):
+        pytest.skip("RGB of 8 bits has tests of its own")
+    images = [noise(dtype, *size, channels) for size in (*SIZES, (24, 40))]
+    out, wanted = (torch.empty(len(images), 24, 40, channels, dtype=dtype) for _ in range(2))
+    resize(out, images, interpolation)
+    reference.resize_(wanted, images, interpolation)
+    off = (wanted.double() - out.double()).abs().max()
+    assert off <= (1e-6 * wanted.abs().max() if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32], ids=str)
+def test_an_even_image_of_any_depth_stays(resize, dtype):
+    value = 40001 if dtype == torch.uint16 else 201
+    out = torch.zeros(1, 48, 31, 13, dtype=dtype)
+    resize(out, [torch.full((91, 30, 13), value, dtype=dtype)], "bicubic")
+    assert ((out.double() - value).abs() <= (1e-4 if dtype == torch.float32 else 0)).all()
+
+
 @pytest.mark.parametrize("interpolation", PILLOW)
 @pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
 def test_a_plain_colour_stays(resize, interpolation, value):
@@ -105,14 +134,15 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("shape", "image", "interpolation", "message"),
     [
-        ((2, 8, 8, 3), torch.zeros(9, 9, 3).byte(), "bilinear", r"out: expected shape \(1, any, any, 3\)"),
+        ((2, 8, 8, 3), torch.zeros(9, 9, 3).byte(), "bilinear", r"out: expected shape \(1, any, any, any\)"),
         ((1, 8, 8, 3), torch.zeros(9, 9, 4).byte(), "bilinear", r"images\[0\]: expected shape \(any, any, 3\)"),
         ((1, 8, 8, 3), torch.zeros(9, 9, 3), "bilinear", r"images\[0\]: expected dtype torch.uint8"),
         ((1, 8, 8, 3), torch.zeros(9, 3, 9).byte().mT, "bilinear", r"images\[0\]: expected a contiguous"),
+        ((1, 8, 8, 0), torch.zeros(9, 9, 0).byte(), "bilinear", "expected sizes from 1"),
         ((1, 8, 8, 3), torch.zeros(0, 9, 3).byte(), "bilinear", "expected sizes from 1"),
         ((1, 8, 8, 3), torch.zeros(9, 9, 3).byte(), "lanczos", "interpolation: expected one of bilinear, bicubic"),
     ],
-    ids=["images", "channels", "dtype", "layout", "empty", "interpolation"],
+    ids=["images", "channels", "dtype", "layout", "no channels", "empty", "interpolation"],
 )
 def test_bad_input_is_named(shape, image, interpolation, message):
     with pytest.raises(ValueError, match=message):
