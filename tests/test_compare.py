@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -19,12 +20,15 @@ from bench.compare.presets import PRESETS, Preset, settings
 from bench.compare.runs import GROUPS, OPTIONS, SWEEPS, find
 from bench.compare.search import MOST, search, searched
 from bench.compare.train import Job, halves, work_per_image
+from bench.learning import names_of
 from ijepa_fast.config import load_config
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.figures import Figure
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.methods.method import METHODS
 from ijepa_fast.run.build import Length, build_method
+from tests.documented import PAGES, lines
+from tests.launch import ROOT
 
 SMALL = ("model.dim=48", "model.depth=3", "model.heads=3", "model.predictor_dim=48", "model.predictor_depth=1")
 SHORT = Preset(steps=300, batch=64, probes=3, images=100, seeds=(0,), overrides=SMALL)
@@ -396,3 +400,13 @@ def test_a_plot_is_drawn_of_a_group_that_is_whole(tmp_path):
         assert not plots.ends(runs[2:], sweep, tmp_path / "part.png")
     plots.curves(runs, tmp_path / "curves.png")
     assert not (tmp_path / "part.png").exists()
+
+
+def test_the_documents_name_runs_that_there_are():
+    commands = [line for page in PAGES for line in lines(page) if line.startswith("python bench/learning.py")]
+    tables_ = re.findall(r"`--(?:data scenes --)?runs ([\w-]+)`", (ROOT / "docs" / "learning.md").read_text())
+    found = [re.search(r"--runs (\S+)", command) for command in commands]
+    named = {run for match in found if match for run in names_of(match[1])} | {*tables_}
+    assert set(SWEEPS) <= {*tables_, "noise"}
+    assert {"salt", "mae@noise64", "ijepa", "lejepa"} <= named
+    assert set(tables_) <= set(GROUPS)
