@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.record import HISTORY, dirty
+from bench.record import HISTORY, dirty, drawn_from
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, PICTURE = "bench/results", "docs/results/history.svg"
@@ -134,11 +133,6 @@ def table(path: Path) -> list[str]:
     return lines
 
 
-def digest(path: Path) -> str:
-    """What the plot says it was drawn from."""
-    return f"history.csv, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
-
-
 def plot(path: Path, out: Path) -> None:
     """Draw a small plot for each figure that has changed, by date, its commits beside the points, as SVG."""
     import matplotlib
@@ -165,7 +159,7 @@ def plot(path: Path, out: Path) -> None:
         for axis in axes[len(drawn) :]:
             axis.set_visible(False)
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="svg", metadata={"Date": None, "Description": digest(path)})
+        figure.savefig(out, format="svg", metadata={"Date": None, "Description": drawn_from(path)})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -63,6 +64,11 @@ def origin(path: Path, facts: dict[str, Any]) -> str:
 def when(path: Path, facts: dict[str, Any]) -> str:
     """A date to sort by: of the measurement, else since when the file is in the repository."""
     return facts.get("date") or since(path) or ""
+
+
+def drawn_from(path: Path) -> str:
+    """What a picture says of the file that it was drawn from, in its metadata."""
+    return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def made() -> dict[str, str]:

@@ -31,7 +31,7 @@ if __package__ in (None, ""):
 
 from bench import answers as screen
 from bench import history as changes
-from bench.record import NoResult, load
+from bench.record import NoResult, drawn_from, load
 from bench.record import rows as read
 from bench.registry import OWN
 from bench.throughput import table as steps_table
@@ -301,6 +301,19 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
+def _curves(source: Path, picture: Path) -> None:
+    from bench.compare.plots import curves
+
+    curves(load(source)["records"], picture, drawn_from(source))
+
+
+# The documents' pictures that are drawn of results: of which file, and by what.
+PICTURES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    changes.PICTURE: (f"{changes.FOLDER}/{changes.HISTORY}", changes.plot),
+    "docs/learning-cifar10.png": ("bench/results/learning-cifar10-cpu.json", _curves),
+}
+
+
 def render(text: str, root: Path = ROOT) -> str:
     """A document with its tables made anew. Raises ValueError for a kind of table that does not exist."""
 
@@ -330,7 +343,7 @@ def _percent(value) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the documents, or with --check say which differ, and whether the plot is of another history."""
+    """Write the documents, or with --check say which differ, and which pictures are of other files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
@@ -342,11 +355,13 @@ def main(argv: list[str] | None = None) -> int:
         stale.append(name)
         if not args.check:
             path.write_text(new)
-    history, picture = ROOT / changes.FOLDER / changes.HISTORY, ROOT / changes.PICTURE
-    if not picture.is_file() or changes.digest(history) not in picture.read_text():
-        stale.append(changes.PICTURE)
+    for name, (file, draw) in PICTURES.items():
+        source, picture = ROOT / file, ROOT / name
+        if picture.is_file() and drawn_from(source).encode() in picture.read_bytes():
+            continue
+        stale.append(name)
         if not args.check:
-            changes.plot(history, picture)
+            draw(source, picture)
     verb = "would change" if args.check else "changed"
     print("\n".join(f"{verb} {name}" for name in stale) or "all tables are up to date")
     return bool(stale) and args.check

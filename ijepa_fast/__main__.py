@@ -15,7 +15,7 @@ COMMANDS = {
     "probe": ("ijepa_fast.probe", "evaluate frozen features on labelled images"),
     "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
-    "report": ("ijepa_fast.report", "make one HTML page of a run"),
+    "report": ("ijepa_fast.report", "make one HTML page of a run, or of several compared"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
     "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),
     "tokenizer": ("ijepa_fast.eval.tokens", "fit a tokenizer of patches, for methods that predict tokens"),

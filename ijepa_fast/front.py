@@ -2,6 +2,7 @@
 
 ijepa-fast train --config quickstart                 one rank, started here
 ijepa-fast train --config quickstart --ranks 2       two of this machine
+ijepa-fast train --config quickstart --hostfile F    several machines, by DeepSpeed's launcher
 deepspeed ijepa_fast/train.py --config quickstart    all GPUs, or several machines
 """
 
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from ijepa_fast import partly, ranks, spelling
+from ijepa_fast import hosts, partly, ranks, spelling
 from ijepa_fast.agree import NoOptions, Setup, check_capabilities, check_method
 from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
 from ijepa_fast.data.importing import is_code
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     p = parser("train", "Train I-JEPA, or another method.")
     p.add_argument("--ranks", type=int, default=1, help="processes to start on this machine, one a GPU (default: 1)")
+    p.add_argument("--hostfile", help="machines to start ranks on, one `name slots=8` a line; DeepSpeed starts them")
     p.add_argument("--print-config", action="store_true", help="print every key with its value; start nothing")
     p.add_argument("--plan", action="store_true", help="as the command plan: memory, work and hours; start nothing")
     p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by DeepSpeed's launcher
@@ -72,15 +74,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.ranks < 1:
             raise ConfigError(f"--ranks: expected at least 1, got {args.ranks}")
+        if args.hostfile is not None and args.ranks > 1:
+            raise ConfigError("--hostfile, --ranks: a hostfile says how many ranks a machine has; leave --ranks out")
         config = load_config(args.config, args.overrides)
         if args.print_config:
             print(as_yaml(config), end="")
             return 0
+        if args.hostfile is not None and "RANK" not in os.environ:
+            hosts.start(args.hostfile, without("--hostfile", argv))  # images are looked for where they are read
         check_early(config)
         if args.ranks > 1 and "RANK" not in os.environ:
             _check_ranks(config, args.ranks)
-            return ranks.start(args.ranks, without_ranks(argv))
-    except ConfigError as error:
+            return ranks.start(args.ranks, without("--ranks", argv))
+    except (ConfigError, hosts.HostsError) as error:
         if os.environ.get("IJEPA_FAST_TRACEBACK") == "1":
             raise
         text = _give_up(str(error)) if _several_machines() else str(error) if first else ""
@@ -199,13 +205,13 @@ def one_line_warnings(first: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-def without_ranks(argv: list[str]) -> list[str]:
-    """The same command line for one rank."""
+def without(option: str, argv: list[str]) -> list[str]:
+    """The same command line without an option and its value."""
     kept, skip = [], False
     for word in argv:
-        if not skip and word != "--ranks" and not word.startswith("--ranks="):
+        if not skip and word != option and not word.startswith(f"{option}="):
             kept.append(word)
-        skip = word == "--ranks"
+        skip = word == option
     return kept
 
 

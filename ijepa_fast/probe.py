@@ -1,10 +1,11 @@
 """Evaluate an encoder on labelled images, as the paper does and more.
 
     python -m ijepa_fast probe --checkpoint runs/photos --data /data/imagenet/train --test /data/imagenet/val
-    python -m ijepa_fast probe --checkpoint runs/quickstart --probes linear,knn,attentive,lowshot,finetune --seeds 3
+    python -m ijepa_fast probe runs/quickstart --probes linear,knn,attentive,lowshot,finetune --seeds 3 --untrained
 
 Layouts of labelled images are in eval/labels.py. Without --data, a run is evaluated on the images that its own
-configuration names.
+configuration names. The untrained encoder's values stand beside where the run's end measured the same, or are measured
+with --untrained.
 """
 
 from __future__ import annotations
@@ -17,22 +18,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
 from ijepa_fast.data.importing import is_code
 from ijepa_fast.eval.evaluate import FEATURES, LAST, PROBES, Options, evaluate
-from ijepa_fast.eval.figures import figures_of, table
+from ijepa_fast.eval.figures import Figure, against, figures_of, table, verdict
 from ijepa_fast.eval.knn import KS
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
 from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING
 from ijepa_fast.eval.sweep import PROTOCOLS
-from ijepa_fast.interop.load import load
+from ijepa_fast.interop.load import PretrainedEncoder, load
+from ijepa_fast.report.summary import read_summary
+from ijepa_fast.run.build import build_method
 from ijepa_fast.run.provenance import provenance
-from ijepa_fast.run.sources import probe_folders
+from ijepa_fast.run.sources import probe_folders, run_options
 
+# What must be the same for features, and for heads on them, to be those of the run's end.
+SAME = ("resize", "interpolation", "dtype")
+FITTED = ("heads", "protocol", "seeds")
 TUNINGS = {"paper": PAPER_TUNING, "small": SMALL_TUNING}
 
 
@@ -92,12 +99,17 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         share=options.share,
         tuning=replace(TUNINGS[options.finetune], **{key: v for key, v in changes.items() if v is not None}),
     )
-    figures = evaluate(encoder, _only(train, options.labels), test, how)
+    train = _only(train, options.labels)
+    before = _untrained(options, encoder, device)
+    figures = evaluate(encoder, train, test, how)
     if not figures:
         raise ValueError(
             f"--probes {','.join(options.probes)}: no figure, as k-NN takes at least {min(KS)} training images; "
             "name more images, or --probes linear"
         )
+    figures = against(
+        figures, _known(options, (train, test), how) if before is None else evaluate(before, train, test, how)
+    )
     return provenance(device) | {
         "checkpoint": str(options.checkpoint),
         "network": options.network,
@@ -106,6 +118,47 @@ def probe(options: argparse.Namespace) -> dict[str, Any]:
         "options": asdict(how) | {"device": str(how.device), "dtype": "bf16" if low else "fp32"},
         "figures": [figure.to_json() for figure in figures],
     }
+
+
+def _run(options: argparse.Namespace) -> Path | None:
+    """The folder of the run that the weights are of, or None."""
+    path = Path(options.checkpoint)
+    return next((folder for folder in (path, *path.parents[1:2]) if (folder / "config.yaml").is_file()), None)
+
+
+def _untrained(
+    options: argparse.Namespace, trained: PretrainedEncoder, device: torch.device
+) -> PretrainedEncoder | None:
+    """The encoder before training where --untrained asks for it. Raises ValueError where it cannot be had."""
+    if not options.untrained:
+        return None
+    run = _run(options)
+    if run is None or options.image_size is not None:
+        what = "go with --image-size" if run else f"know how {options.checkpoint} was begun, for it is not of a run"
+        raise ValueError(f"--untrained: does not {what}; leave it out")
+    method = build_method(load_config(run / "config.yaml"), foreign=False)
+    return PretrainedEncoder(method.probed, trained.arch).to(device)
+
+
+def _known(options: argparse.Namespace, parts: tuple[Labelled, Labelled], how: Options) -> list[Figure]:
+    """What the run's end found of the untrained encoder where it measured the same: on all of `parts`, `how`."""
+    run = _run(options)
+    if run is None or options.data is not None or options.image_size is not None:
+        return []
+    config = load_config(run / "config.yaml")
+    end = run_options(config, torch.device("cpu"))
+    drawn = [[part.rows(which.images, which.draw_seed) for part in parts] for which in (how, end)]
+    if not all(map(np.array_equal, *drawn)):
+        return []
+    if [getattr(how, key) for key in SAME] != [getattr(end, key) for key in SAME] or how.features[0] != end.features[0]:
+        return []
+    try:
+        figures = figures_of(read_summary(run) or {"figures": []})
+    except ValueError:  # of another version
+        return []
+    heads = all(getattr(how, key) == getattr(end, key) for key in FITTED)
+    measured = [replace(f, value=f.untrained, error=f.untrained_error) for f in figures if f.untrained is not None]
+    return [f for f in measured if heads or f.probe.endswith("-NN")]
 
 
 def _only(part: Labelled, names: tuple[str, ...] | None) -> Labelled:
@@ -131,7 +184,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="ijepa-fast probe", description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--checkpoint", required=True, help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
+    add("run", nargs="?", metavar="RUN", help="a run's folder; the same as --checkpoint RUN")
+    add("--checkpoint", help="a run, a checkpoint, a published .pth.tar, a Hugging Face folder")
     add("--data", help="labelled images to train heads on: folders, shards, a list, labels.csv, Clevr's images/train")
     add("--test", help="labelled images to test on, in the same layout")
     add("--label-map", help="a raster of classes over --data, or a folder of one per image; 0: none. Labels windows")
@@ -147,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     add("--heads", type=_among(HEADS), default=HEADS, help=f"of {','.join(HEADS)}; the best on held-out images is kept")
     add("--protocol", choices=PROTOCOLS, default="fast", help="paper: LARS, batch 16,384, 50 epochs; exact: converged")
     add("--seeds", type=whole(), default=1, help="of splits and heads; from 2 on, 95 %% intervals are given")
+    add("--untrained", action="store_true", help="measure the encoder before training too, which takes as long again")
     add("--labels", type=lambda text: tuple(text.split(",")), help="label columns to probe; all by default")
     add("--task", action="append", default=[], metavar="LABEL=TASK", help="classification, counting or regression")
     add("--share", type=float, default=0.01, help="of the labels of each class, for lowshot and finetune")
@@ -182,10 +237,16 @@ def main(argv: list[str] | None = None) -> int:
     options = p.parse_args(argv)
     if wrong := [item for item in options.task if "=" not in item]:
         p.error(f"--task: expected LABEL=TASK, for example count=counting, got {wrong[0]}")
+    if (options.run is None) == (options.checkpoint is None):
+        p.error("name one RUN, or --checkpoint PATH")
+    options.checkpoint = options.checkpoint or options.run
     results = probe(options)
     if options.out:
         Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
-    print(table(figures_of(results)))
+    figures = figures_of(results)
+    print("\n".join([table(figures), *filter(None, [verdict(figures)])]))
+    if any(f.untrained is None for f in figures) and _run(options):
+        print("untrained values that are not shown: --untrained measures them", file=sys.stderr)
     return 0
 
 

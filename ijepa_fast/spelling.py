@@ -113,6 +113,7 @@ def in_words(annotation: str) -> str:
         "str": "a word",
         "bool": "true or false",
         "list[str]": "names in brackets, such as [one, two]",
+        "list[int]": "whole numbers in brackets, such as [3, 2, 1]",
         "list[float]": "numbers in brackets, such as [0.3, 1.0]",
         "dict[str, Any]": "names with values",
     }

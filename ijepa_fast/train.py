@@ -52,6 +52,7 @@ from ijepa_fast.run.build import (
 )
 from ijepa_fast.run.imported import functions
 from ijepa_fast.run.log import Meter, RunLog, check_loggers, newest
+from ijepa_fast.run.provenance import note_launch
 from ijepa_fast.run.recover import choose, set_newer_aside
 from ijepa_fast.run.saver import Saver
 from ijepa_fast.run.sources import Evaluated, evaluated, identity, label_columns, training_source, with_depth
@@ -204,6 +205,7 @@ def resume(
         for key, (then, now) in changed.items():
             print(f"{key}: {then} -> {now} from step {step}", file=sys.stderr)
     on_first(lambda: save_config(config, config.folder / "config.yaml"))
+    on_first(lambda: note_launch(config.folder, engine.device, step, torch.distributed.get_world_size()))
     return step, images, changed
 
 

@@ -116,7 +116,7 @@ def test_the_history_is_drawn_of_figures_that_changed(tmp_path):
         history.plot(tmp_path / "history.csv", tmp_path / "one.svg")
         shutil.copy(tmp_path / "one.svg", tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert history.digest(tmp_path / "history.csv") in (tmp_path / "one.svg").read_text()
+    assert record.drawn_from(tmp_path / "history.csv") in (tmp_path / "one.svg").read_text()
 
 
 def test_versions_are_read_from_the_repository():

@@ -146,5 +146,5 @@ def test_log_and_report_of_a_run_show_it(finished_run):
     assert {"rankme", "position_share", "feature_norm", "untrained"} <= probes[-1].keys()
     assert probes[0]["untrained"] == probes[-1]["untrained"]
     page = report(finished_run, count=8)
-    for title in ("RankMe", "Position share", "Feature norm", "LiDAR", "untrained"):
+    for title in ("RankMe", "Share explained by place", "Size of a feature", "LiDAR", "untrained"):
         assert title in page, title

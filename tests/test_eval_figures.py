@@ -132,7 +132,7 @@ def test_headline_has_one_k_and_one_metric(ks, shown):
 
 def test_table():
     assert table([SEVERAL, LINEAR]).splitlines() == [
-        "task   probe         metric           chance  untrained             value    s.e.  images",
+        "task   probe         metric           chance  untrained           trained    s.e.  images",
         "count  linear, best  mean abs. error  2.2500     1.7500  1.5000 +- 6.3531           1,000",
         "class  linear        accuracy         0.5000                       0.7500  0.0685      40",
     ]

@@ -15,7 +15,7 @@ from ijepa_fast import configs, partly, ranks
 from ijepa_fast.__main__ import COMMANDS
 from ijepa_fast.__main__ import main as command_line
 from ijepa_fast.config import as_yaml, flatten, load_config
-from ijepa_fast.front import main, without_ranks
+from ijepa_fast.front import main, without
 from tests.launch import LAUNCHER, ROOT, TINY, hear_signals, losses, unlaunched
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -169,7 +169,7 @@ def test_configs_are_listed_and_printed(capsys):
 
 
 def test_a_rank_gets_the_command_line_of_one():
-    assert without_ranks(["--ranks", "2", "--config", "a", "--ranks=3", "b=2"]) == ["--config", "a", "b=2"]
+    assert without("--ranks", ["--ranks", "2", "--config", "a", "--ranks=3", "b=2"]) == ["--config", "a", "b=2"]
 
 
 def started(tmp_path, *arguments, **environment):

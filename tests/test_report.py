@@ -16,7 +16,7 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from ijepa_fast.eval.figures import cells, figures_of, headline, verdict
+from ijepa_fast.eval.figures import change, figures_of, headline, verdict
 from ijepa_fast.report import charts, main, pictures, report
 from ijepa_fast.report.plots import mask_tiles, mask_views, read_log
 from ijepa_fast.report.summary import read_summary
@@ -38,6 +38,11 @@ def charts_of(page):
     return {html.unescape(title): json.loads(html.unescape(data)) for data, title in found}
 
 
+def plain(markup):
+    """The texts of the cells of a table."""
+    return [html.unescape(re.sub("<.*?>", "", cell)) for cell in re.findall("<t[dh].*?>(.*?)</t[dh]>", markup)]
+
+
 @pytest.mark.parametrize(
     ("title", "name", "key"),
     [
@@ -50,7 +55,7 @@ def charts_of(page):
         ("Share of the time waiting for data", "", "data_wait"),
         ("Accuracy", "class", "probe.class.accuracy"),
         ("RankMe", "", "probe.rankme"),
-        ("Target variance", "", "probe.target_variance"),
+        ("Variance between images", "", "probe.target_variance"),
     ],
 )
 def test_a_chart_draws_what_is_in_the_log(page, finished_run, title, name, key):
@@ -61,7 +66,35 @@ def test_a_chart_draws_what_is_in_the_log(page, finished_run, title, name, key):
     assert len(expected) == (4 if key.startswith("probe") else STEPS)
     assert first[:2] == [name, [step for step, _ in expected]]
     assert [number(text) for text in first[2]] == pytest.approx([value for _, value in expected], rel=1e-2)
-    assert [series[0] for series in more] == (["untrained"] if title in ("RankMe", "Target variance") else [])
+    assert more == []
+
+
+@pytest.mark.parametrize(("title", "key"), [("RankMe", "rankme"), ("Variance between images", "target_variance")])
+def test_health_stands_beside_the_untrained_encoder(page, finished_run, title, key):
+    """In the table, with what is expected, and as a level of the chart."""
+    probe = read_log(finished_run / "log.jsonl")[-1]["probe"]
+    rows = [plain(row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    cells = next(cells for cells in rows if cells[0].lower() == title.lower())
+    assert cells[1].startswith("at least ")
+    assert cells[2] == f"{probe['untrained'][key]:.4g}"
+    assert cells[3].removesuffix(", low") == f"{probe[key]:.4g}"
+    chart = page[page.index(f'aria-label="{title}"') :].partition("</svg>")[0]
+    assert re.findall(r'<text class="level.*?>(.*?)</text>', chart) == ["untrained", "expected above"]
+
+
+def test_the_head_says_where_it_comes_from(page, finished_run):
+    """The verdict, then date, machine, duration, commit, and the command that began the run."""
+    summary, head = read_summary(finished_run), html.unescape(page.partition("<nav>")[0])
+    said = verdict(figures_of(summary))
+    assert said
+    assert f"{said[0].upper()}{said[1:]}." in head
+    assert summary["date"][:10] in head
+    assert f"{summary['device']}, {summary['host']}" in head
+    assert re.search(r"duration</span>\d+ s of steps", head)
+    assert "python ijepa_fast/train.py --config configs/quickstart.yaml" in head
+    assert "'name=tiny <run>'" in head
+    assert (summary["commit"] or "installed")[:12] in head
+    assert "not recorded" not in head
 
 
 def at(record, key):
@@ -77,14 +110,16 @@ def number(text):
     return value / 100 if text.endswith("%") else value
 
 
-def test_the_spectrum_has_a_value_per_image(page):
-    assert len(charts_of(page)["Singular values of the features, over the largest"]["series"][0][1]) == 24
+def test_the_spectrum_has_a_value_per_image_before_and_after_training(page):
+    series = charts_of(page)["Singular values of the features, over the largest"]["series"]
+    assert [(name, len(xs)) for name, xs, _ in series] == [("trained", 24), ("untrained", 24)]
+    assert re.search(r"RankMe is [\d.]+ trained, [\d.]+ untrained, of at most 24", page)
 
 
 def test_sections_and_pictures(page):
-    sections = re.findall(r"<h2.*?>(.*?)</h2>(.*?)(?=<h2|<details)", page)
+    sections = re.findall(r"<h2>(.*?)</h2>(.*?)</section>", page.partition('<section id="configuration">')[0])
     assert [name for name, _ in sections] == [
-        *("Training", "Speed", "Probes", "Rank", "Spectrum", "Masks", "Nearest neighbours", "Patch features")
+        *("Probes", "Health", "Training", "Speed", "Spectrum", "Masks", "Nearest neighbours", "Patch features"),
     ]
     pictures_in = {name: content.count("<img") for name, content in sections}
     assert pictures_in["Masks"] == 8 * 3
@@ -106,14 +141,18 @@ def test_the_figures_are_those_of_the_summary(page, finished_run):
     """In the same words and digits as on the console; what is better than untrained is stressed."""
     figures = headline(figures_of(read_summary(finished_run)))
     assert [figure.probe for figure in figures] == ["linear", "20-NN"]
-    head, rows = cells(figures)
-    table = page[page.index("<table>") : page.index("</table>")]
-    assert re.findall("<th>(.*?)</th>", table) == head
-    assert re.findall("<td.*?>(.*?)</td>", table) == [cell for row in rows for cell in row]
-    assert table.count("class=better") == sum(figure.improved for figure in figures)
-    said = verdict(figures)
-    assert said
-    assert said[0].upper() + said[1:] + "." in page
+    (table,) = re.findall(r"<table>(.*?)</table>", page.partition('id="health"')[0])
+    head, *rows = (plain(row) for row in re.findall("<tr.*?>(.*?)</tr>", table))
+    assert head[1:5] == ["chance", "untrained", "trained", "change"]
+    assert len(rows) == len(figures)
+    for row, figure in zip(rows, figures):
+        assert row[0] == f"{figure.task}, {figure.probe} accuracy"
+        assert row[1] == f"{figure.chance:.4f}"
+        assert row[2].split(" ±")[0] == f"{figure.untrained:.4f}"
+        assert row[3].split(" ±")[0] == f"{figure.value:.4f}"
+        assert row[4] == change(figure)
+        assert row[5] == f"{figure.n}"
+    assert table.count('class="better"') == sum(figure.improved for figure in figures)
 
 
 OLD = {"steps": 24, "probe": {"before": {}, "after": {}}}
@@ -145,53 +184,89 @@ def test_command_line_writes_the_page(finished_run, red_and_blue, tmp_path, caps
     assert "Nearest neighbours" in (tmp_path / "a.html").read_text()
 
 
+# Measures the page as it is laid out, and leaves what it finds in the document.
 PROBE = """<script>
 const errors = []; addEventListener("error", event => errors.push(event.message));
 addEventListener("load", () => {
-  const svg = document.querySelector(".chart svg"), box = svg.getBoundingClientRect();
-  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 20}));
-  const shown = [...document.images];
-  document.body.dataset.seen = JSON.stringify({
+  const box = element => element.getBoundingClientRect(), all = query => [...document.querySelectorAll(query)];
+  const svg = all(".chart svg[aria-label=Loss]").find(chart => box(chart).height), at = box(svg);
+  svg.dispatchEvent(new PointerEvent("pointermove", {clientX: at.left + at.width / 2, clientY: at.top + 20}));
+  const charts = all(".chart svg").filter(chart => box(chart).height > 80);
+  const cells = all("td"), nav = document.querySelector("nav"), shown = [...document.images];
+  const seen = {
     errors, images: shown.length, broken: shown.filter(image => !image.naturalWidth || image.width < 20).length,
-    overflow: document.documentElement.scrollWidth - innerWidth, readout: document.querySelector("output").textContent,
-    charts: [...document.querySelectorAll("svg")].filter(chart => chart.getBoundingClientRect().height > 80).length,
-    outside: [...document.querySelectorAll("svg text")].filter(text => {
-      const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
+    width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth, charts: charts.length,
+    readout: svg.closest("figure").querySelector("output").textContent,
+    cut: cells.filter(cell => !box(cell).width || box(cell).left < 0 || box(cell).right > innerWidth).length,
+    heads: cells.map(cell => box(all("tr.head th")[0]).height ? "" : getComputedStyle(cell, "::before").content),
+    small: Math.min(...charts.map(chart => box(chart).width / chart.viewBox.baseVal.width *
+      parseFloat(getComputedStyle(chart.querySelector("text")).fontSize))),
+    outside: charts.flatMap(chart => [...chart.querySelectorAll("text")].filter(text => {
+      const inner = box(text), outer = box(chart);
       return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
-    }).length,
-  });
+    })).length,
+  };
+  scrollTo(0, 1500);
+  seen.nav = [scrollY, box(nav).top];
+  parent.postMessage(JSON.stringify(seen), "*");
 });
 </script></head>"""
+# A window of a browser is 500 pixels wide at least; a frame in it is as wide as one says.
+FRAME = """<style>* {{ margin: 0; border: 0 }}</style><body><iframe src="page.html" width="{}" height="900"></iframe>
+<script>addEventListener("message", message => document.body.dataset.seen = message.data);</script>"""
+WIDTHS = (1400, 390)
+no_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome installed")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome installed")
-@pytest.mark.parametrize("width", [1200, 520])
-def test_a_browser_shows_it(page, tmp_path, width):
-    """Every picture is decoded, nothing overflows, and the pointer reads a value out."""
-    path = tmp_path / "page.html"
-    path.write_text(page.replace("</head>", PROBE), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},3000"]
-    options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [BROWSER, *options, "--dump-dom", path.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+def look(page, tmp_path, width):
+    """What PROBE finds in a page `width` pixels wide, without a network; it is left in `tmp_path`."""
+    (tmp_path / "page.html").write_text(page.replace("</head>", PROBE), encoding="utf-8")
+    (tmp_path / "frame.html").write_text(FRAME.format(width), encoding="utf-8")
+    dom = browser(tmp_path, f"--window-size={max(width, 500)},900", "--virtual-time-budget=20000", "--dump-dom")
     seen = json.loads(html.unescape(re.search(r'data-seen="(.*?)"', dom)[1]))
+    assert seen["width"] == width
+    return seen
+
+
+def browser(tmp_path, *options, file="frame.html"):
+    """Open a file of `tmp_path` in a headless browser that finds no network; what it prints."""
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    common = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", profile]
+    command = [BROWSER, *common, "--host-resolver-rules=MAP * ~NOTFOUND", *options, (tmp_path / file).as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def well_laid_out(seen):
+    """Nothing overflows or is too small to read, every cell of a table is in sight, and the sections stay at hand."""
     assert seen["errors"] == []
-    assert (seen["images"], seen["broken"]) == (8 * 3 + 8 * 7 + 8 * 2, 0)
-    assert seen["charts"] == len(charts_of(page))
+    assert seen["broken"] == 0
     assert seen["overflow"] <= 0
     assert seen["outside"] == 0
-    assert re.fullmatch(r"step 1[123]: loss 0\.\d+", seen["readout"])
+    assert seen["cut"] == 0
+    assert seen["small"] >= 9
+    assert seen["nav"] == [1500, 0]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome installed")
+@no_browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_browser_shows_it(page, tmp_path, width):
+    """Every picture is decoded, and the pointer reads a value out; a phone's cells say their columns."""
+    seen = look(page, tmp_path, width)
+    well_laid_out(seen)
+    assert seen["images"] == 8 * 3 + 8 * 7 + 8 * 2
+    assert seen["charts"] == len(charts_of(page))
+    assert re.fullmatch(r"step 1[123]: 0\.\d+", seen["readout"])
+    assert ({'"untrained"', '"trained"', '"expected"'} <= set(seen["heads"])) == (width == 390)
+
+
+@no_browser
 @pytest.mark.parametrize(("scheme", "ground"), [(1, (251, 251, 250)), (0, (20, 23, 26))])
 def test_screenshot_in_both_schemes(page, tmp_path, scheme, ground):
     """Light or dark as the reader's, and not blank. Blink's preferred colour scheme is 0 for dark, 1 for light."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1500"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
-    subprocess.run([BROWSER, *options, f"--screenshot={tmp_path / 'a.png'}", path.as_uri()], timeout=120, check=True)
+    picture, scheme = f"--screenshot={tmp_path / 'a.png'}", f"--blink-settings=preferredColorScheme={scheme}"
+    browser(tmp_path, "--window-size=1200,1500", picture, scheme, file="page.html")
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     assert tuple(pixels[2, 2]) == ground
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
@@ -275,6 +350,20 @@ def test_ticks_are_round_and_inside(low, high):
     assert all(low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in found)
     step = found[1] - found[0]
     assert f"{step:.0e}"[0] in "125"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.02, 0.6, [0.02, 0.05, 0.1, 0.2, 0.5]),
+        (0.3, 0.42, [0.3, 0.35, 0.4]),
+        (1e-8, 1, [1e-8, 1e-6, 1e-4, 1e-2, 1]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round(low, high, expected):
+    found = charts.log_ticks(np.log10(low), np.log10(high))
+    assert 2 <= len(found) <= 7
+    assert set(np.round(found, 12)) <= set(np.round(expected, 12))
 
 
 @pytest.mark.parametrize("values", [[], [float("nan"), float("inf")]], ids=["empty", "none finite"])

@@ -63,15 +63,52 @@ def test_every_figure_has_its_untrained_value(summary):
         assert 0 <= figure.untrained <= 1
 
 
-def test_the_command_measures_what_the_end_of_the_run_measured(summary, finished_run, tmp_path, capsys):
-    """From the checkpoint and on the images that the run's configuration names; the untrained values are not known."""
+def probed(folder, tmp_path, capsys, *options):
+    """What `probe` writes of a run, and what it says on stdout and stderr."""
     out = tmp_path / "probe.json"
-    options = ["--heads", "bn_linear", "--device", "cpu", "--out", str(out)]
-    assert main(["probe", "--checkpoint", str(finished_run), *options]) == 0
-    found = json.loads(out.read_text())
-    assert found["figures"] == [figure | {"untrained": None, "untrained_error": None} for figure in summary["figures"]]
+    assert main(["probe", str(folder), *options, "--device", "cpu", "--out", str(out)]) == 0
+    return json.loads(out.read_text()), capsys.readouterr()
+
+
+def test_the_command_measures_what_the_end_of_the_run_measured(summary, finished_run, tmp_path, capsys):
+    """From the checkpoint and on the images that the run's configuration names, with the run's untrained values."""
+    found, said = probed(finished_run, tmp_path, capsys, "--heads", "bn_linear")
+    assert found["figures"] == summary["figures"]
     assert found.keys() & summary.keys() >= provenance("cpu").keys()
-    assert capsys.readouterr().out == table(figures_of(found)) + "\n"
+    assert said.out.splitlines() == [*table(figures_of(found)).splitlines(), verdict(figures_of(found))]
+    assert "--untrained" not in said.err
+
+
+def test_the_command_shows_no_untrained_value_of_another_measurement(summary, finished_run, tmp_path, capsys):
+    """Heads that the run did not try: neighbours need none, the linear probe's is not known until it is asked for."""
+    known = {figure["probe"]: figure["untrained"] for figure in summary["figures"]}
+    found, said = probed(finished_run, tmp_path, capsys, "--heads", "linear,bn_linear")
+    first = {figure["probe"]: figure["untrained"] for figure in found["figures"]}
+    assert first == known | {"linear": None}
+    assert said.err.endswith("untrained values that are not shown: --untrained measures them\n")
+
+
+def test_the_command_measures_the_untrained_encoder(summary, finished_run, tmp_path, capsys):
+    asked = "--heads", "bn_linear", "--resize", "32", "--untrained"
+    found, said = probed(finished_run, tmp_path, capsys, *asked)
+    assert found["figures"] == summary["figures"]  # 32 is the crop
+    assert "untrained" in said.out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("--image-size", "64", "--untrained"), "--untrained: does not go with --image-size"),
+        (("--checkpoint", "x"), "name one RUN, or --checkpoint PATH"),
+    ],
+)
+def test_what_the_command_cannot_do(finished_run, capsys, words, error):
+    try:
+        status = main(["probe", str(finished_run), *words])
+    except SystemExit as ended:
+        status = ended.code
+    assert status
+    assert error in capsys.readouterr().err
 
 
 def test_the_untrained_encoder_is_the_one_before_training(summary, finished_run):

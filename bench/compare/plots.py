@@ -12,8 +12,11 @@ from bench.compare.tables import AXES, Record, by_run, figure_of, gain, panels, 
 from ijepa_fast.report.plots import COLOURS
 
 
-def curves(records: list[Record], path: Path) -> None:
-    """Draw a PNG: accuracy by iteration, by work and by time, a row for each probe or label, a line for each seed."""
+def curves(records: list[Record], path: Path, source: str = "") -> None:
+    """Draw a PNG: accuracy by iteration, by work and by time, a row for each probe or label, a line for each seed.
+
+    source: what it is drawn of, for its metadata.
+    """
     shown = panels(records)
     figure = _canvas(12, 3.5 * len(shown))
     axes = figure.subplots(len(shown), len(AXES), sharey="row", squeeze=False)
@@ -33,7 +36,7 @@ def curves(records: list[Record], path: Path) -> None:
             axes[row, column].grid(alpha=0.25)
         axes[row, 0].set(ylabel=title)
     axes[0, 0].legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": source} if source else None)
 
 
 def ends(records: list[Record], sweep: Sweep, path: Path) -> bool:

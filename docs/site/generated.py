@@ -186,7 +186,7 @@ def errors() -> str:
     """Every message, grouped by where it arises, with what to do about the group."""
     groups: dict[str, dict[str, str]] = {}
     for group, where, text in messages():
-        groups.setdefault(group, {}).setdefault(re.sub(r"(… ?)+", "… ", text).strip(), where)
+        groups.setdefault(group, {}).setdefault(re.sub(r"…( ?…)+", "…", text).strip(), where)
     parts = []
     for group, (title, cure) in CURES.items():
         texts = sorted(groups.get(group, {}).items(), key=_letters)

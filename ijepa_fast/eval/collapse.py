@@ -9,6 +9,7 @@ measured.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,3 +83,48 @@ def advise(now: dict[str, Any], untrained: dict[str, Any] | None, most: int) -> 
             f"docs/options.md for targets that are normalised by place"
         )
     return None
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One figure of the doctor's: now and of the untrained encoder, what is expected, and whether it is low."""
+
+    name: str
+    now: float
+    untrained: float | None
+    expected: str
+    low: bool = False
+
+
+def signs(now: dict[str, Any], untrained: dict[str, Any] | None) -> list[Sign]:
+    """What `examine` found, beside what is expected of it; by the thresholds of `advise`."""
+    before = untrained or {}
+    first = before.get("rankme")
+    least_rank = LEAST_RANK if first is None else max(LEAST_RANK, LOW_RANK * first)
+    rank = (
+        f"collapsed below {LEAST_RANK:g}"
+        if first is None
+        else (f"at least {least_rank:.3g}, {LOW_RANK:.0%} of the untrained; collapsed below {LEAST_RANK:g}")
+    )
+    usual = before.get("target_variance", LOW_VARIANCE) >= LOW_VARIANCE
+    least_variance = LOW_VARIANCE if usual else LEAST_VARIANCE
+    variance = (
+        f"at least {LOW_VARIANCE:g} of 1; collapsed below {LEAST_VARIANCE:g}"
+        if usual
+        else (f"the untrained is below {LOW_VARIANCE:g} of 1 itself; collapsed below {LEAST_VARIANCE:g}")
+    )
+    told = {
+        "rankme": ("RankMe", rank, least_rank),
+        "target_variance": ("variance between images", variance, least_variance),
+        "position_share": (
+            "share explained by place",
+            "no threshold was measured; near 1 targets tell places apart",
+            None,
+        ),
+        "feature_norm": ("size of a feature", "no threshold was measured; it grows where the rank falls", None),
+    }
+    return [
+        Sign(name, now[key], before.get(key), expected, least is not None and now[key] < least)
+        for key, (name, expected, least) in told.items()
+        if key in now
+    ]

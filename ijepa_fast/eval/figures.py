@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 METRICS = {"accuracy": "accuracy", "r2": "R^2", "mean_absolute_error": "mean abs. error"}
+NORMAL = 1.96  # standard errors that 95 % of a normal distribution lie within
 CLEAR = 2  # standard errors that a difference must exceed to be called one
 
 # Student's t, 97.5 %, for 2 to 10 seeds; 1.96 and a little more for more of them.
@@ -62,6 +63,13 @@ class Figure:
         return better, better / error if error else math.copysign(math.inf, better) if better else 0.0
 
     @property
+    def half(self) -> float | None:
+        """Half of the value's 95 % interval, over test images and, of several seeds, over these; None: not known."""
+        if self.error is None:
+            return self.interval
+        return math.hypot(NORMAL * self.error, self.interval or 0.0)
+
+    @property
     def improved(self) -> bool:
         """Whether the value is better than the untrained encoder's by more than chance: `CLEAR` standard errors."""
         return self.gain is not None and self.gain[1] > CLEAR
@@ -111,8 +119,11 @@ def against(figures: Iterable[Figure], before: Iterable[Figure]) -> list[Figure]
 
 
 def figures_of(results: dict[str, Any]) -> list[Figure]:
-    """The figures of a JSON file: a run's summary, or what the probe command wrote."""
-    return [Figure.from_json(values) for values in results["figures"]]
+    """The figures of a JSON file: a run's summary, or what the probe command wrote. Raises ValueError for others."""
+    try:
+        return [Figure.from_json(values) for values in results["figures"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"figures: not those of this version of ijepa_fast: {error}") from None
 
 
 def headline(figures: Iterable[Figure]) -> list[Figure]:
@@ -126,38 +137,48 @@ def headline(figures: Iterable[Figure]) -> list[Figure]:
 def cells(figures: list[Figure]) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of a table with a row per figure, as text."""
     before = any(f.untrained is not None for f in figures)
-    head = ["task", "probe", "metric", "chance", *(["untrained"] if before else []), "value", "s.e.", "images"]
+    named = ["untrained", "trained"] if before else ["value"]
+    head = ["task", "probe", "metric", "chance", *named, "s.e.", "images"]
     rows = []
     for f in figures:
-        untrained = [_number(f.untrained)] if before else []
-        value = _number(f.value) + ("" if f.interval is None else f" +- {f.interval:.4f}")
-        words, error = [f.task, f.probe, METRICS[f.metric]], _number(f.error)
-        rows.append([*words, _number(f.chance), *untrained, value, error, f"{f.n:,}"])
+        untrained = [number(f.untrained)] if before else []
+        value = number(f.value) + ("" if f.interval is None else f" +- {f.interval:.4f}")
+        words, error = [f.task, f.probe, METRICS[f.metric]], number(f.error)
+        rows.append([*words, number(f.chance), *untrained, value, error, f"{f.n:,}"])
     return head, rows
 
 
-def verdict(figures: Iterable[Figure]) -> str:
+def verdict(figures: Iterable[Figure], better: str = "learned", worse: str = "lost", same: str = "no change") -> str:
     """One sentence: which labels an encoder tells better than before training, by how much, and which not.
 
     Of each label the linear probe speaks, or the first there is; "" where no figure has an untrained one beside it.
+    better, worse, same: its words, for figures `against` those of another encoder.
     """
     of: dict[str, Figure] = {}
     for f in headline(figures):
         if f.gain is not None and (f.task not in of or (f.probe == "linear" and of[f.task].probe != "linear")):
             of[f.task] = f
-    told = {"learned": [f for f in of.values() if f.improved]}
-    told["lost"] = [f for f in of.values() if f.gain and f.gain[1] < -CLEAR]
+    told = {better: [f for f in of.values() if f.improved]}
+    told[worse] = [f for f in of.values() if f.gain and f.gain[1] < -CLEAR]
     parts = [f"{word}: {', '.join(map(_change, clear))}" for word, clear in told.items() if clear]
-    if rest := [task for task, f in of.items() if f not in told["learned"] + told["lost"]]:
-        parts.append(f"no change beyond {CLEAR} standard errors: {', '.join(rest)}")
+    if rest := [task for task, f in of.items() if f not in told[better] + told[worse]]:
+        parts.append(f"{same} beyond {CLEAR} standard errors: {', '.join(rest)}")
     return "; ".join(parts)
 
 
 def _change(f: Figure) -> str:
-    assert f.gain is not None
-    better, errors = f.gain
-    size = f"{100 * better:+.1f} points" if f.metric == "accuracy" else f"{METRICS[f.metric]} {better:+.2f}"
-    return f"{f.task} {size} ({abs(errors):.1f} s.e.)"
+    """A label and how it changed."""
+    unit = "" if f.metric == "accuracy" else f"{METRICS[f.metric]} "
+    return f"{f.task} {unit}{change(f)}"
+
+
+def change(f: Figure) -> str:
+    """By how much a figure is better than the untrained encoder's, with standard errors where they are known; or ""."""
+    if f.untrained is None:
+        return ""
+    better = f.gain[0] if f.gain else f.value - f.untrained
+    size = f"{100 * better:+.1f} points" if f.metric == "accuracy" else f"{better:+.2f}"
+    return size + (f" ({abs(f.gain[1]):.1f} s.e.)" if f.gain else "")
 
 
 def table(figures: list[Figure]) -> str:
@@ -170,5 +191,6 @@ def table(figures: list[Figure]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A value as the tables write it."""
     return "" if value is None else f"{value:.4f}"

@@ -6,40 +6,53 @@ import html
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 WIDTH, HEIGHT, WIDE = 520, 220, 1080  # of a chart's drawing, and of one over both columns
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 12, 34  # margins
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 34  # margins
 COLOURS = 6  # colours in the style sheet: .s0 to .s5
 MOST = 600  # points of a line
 
 Numbers = Sequence[float] | np.ndarray
 
 
-def line_chart(
+def line_chart(title: str, series: Mapping[str, tuple[Numbers, Numbers]], *, wide: bool = False, **options: Any) -> str:
+    """An SVG figure with one line per series; "" where there is no point.
+
+    series: {name: (xs, ys)} of numbers; points that are not finite are left out. wide: over both columns, with a narrow
+    one in its place on a phone. options: of `_drawn`.
+    """
+    narrow = _drawn(title, series, WIDTH, "chart narrow" if wide else "chart", **options)
+    return _drawn(title, series, WIDE, "chart wide", **options) + narrow if wide else narrow
+
+
+def _drawn(
     title: str,
     series: Mapping[str, tuple[Numbers, Numbers]],
+    width: int,
+    kind: str,
     *,
     note: str = "",
-    wide: bool = False,
     log: bool = False,
     percent: bool = False,
     x_label: str = "step",
     floor: float | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> str:
-    """An SVG figure with one line per series.
+    """A chart `width` wide.
 
-    series: {name: (xs, ys)} of numbers; points that are not finite are left out. log: of the values' axis.
-    percent: values are shares of 1. floor: a value that the axis reaches down to. x_label: under the axis.
+    log: of the values' axis. percent: values are shares of 1. floor: a value that the axis reaches down to.
+    x_label: under the axis. levels: {name: value}, drawn as dashed lines.
     """
     series = {name: thin(*_finite(xs, ys, log)) for name, (xs, ys) in series.items()}
     series = {name: points for name, points in series.items() if len(points[0])}
     if not series:
         return ""
-    width = WIDE if wide else WIDTH
+    levels = {name: value for name, value in (levels or {}).items() if math.isfinite(value) and (value > 0 or not log)}
     x_low, x_high = _span(np.concatenate([xs for xs, _ in series.values()]))
-    values = np.concatenate([ys for _, ys in series.values()])
+    values = np.concatenate([ys for _, ys in series.values()] + [np.array(list(levels.values()), float)])
     y_low, y_high = _span(np.log10(values) if log else values, floor)
 
     def place_x(x: Numbers | float) -> np.ndarray:
@@ -50,6 +63,12 @@ def line_chart(
         return HEIGHT - BOTTOM - (values - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     marks = [_grid(place_x, place_y, (x_low, x_high), (y_low, y_high), width, log, percent)]
+    for number, (name, value) in enumerate(levels.items()):
+        y, end = float(place_y(value)), width - RIGHT - 2 - 150 * number
+        marks.append(f'<line class="level" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        marks.append(
+            f'<text class="level end" x="{end}" y="{y + (15 if y < 26 else -5):.1f}">{html.escape(name)}</text>'
+        )
     for number, (xs, ys) in enumerate(series.values()):
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(place_x(xs), place_y(ys)))
         marks.append(f'<polyline class="s{number % COLOURS}" points="{points}"/>')
@@ -65,14 +84,37 @@ def line_chart(
             [name, [float(x) for x in xs], [_format(y, percent) for y in ys]] for name, (xs, ys) in series.items()
         ],
     }
-    names = "".join(f'<span class="s{i % COLOURS}">{html.escape(n)}</span>' for i, n in enumerate(series) if n)
+    names = "".join(f'<span class="run s{i % COLOURS}">{html.escape(n)}</span>' for i, n in enumerate(series) if n)
     size = f'viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(title)}"'
     return (
-        f'<figure class="chart{" wide" if wide else ""}" data-chart="{html.escape(json.dumps(data))}">'
+        f'<figure class="{kind}" data-chart="{html.escape(json.dumps(data))}">'
         f'<figcaption><b>{html.escape(title)}</b><span class="legend">{names}</span>'
         f"<output>{html.escape(note)}</output></figcaption><svg {size}>{''.join(marks)}"
         f'<text x="{width - RIGHT}" y="{HEIGHT - 14}" class="end">{html.escape(x_label)}</text></svg></figure>'
     )
+
+
+def dots(points: Sequence[tuple[float, float, str, bool]], span: tuple[float, float], chance: float) -> str:
+    """A row of points with their intervals, on an axis of its own line.
+
+    points: (value, half of its interval, class of its colour, whether it is filled). span: ends of the axis; chance:
+    a tick on it.
+    """
+    width, middle = 220, 11
+    low, high = span
+
+    def place(value: float) -> float:
+        return 6 + (min(max(value, low), high) - low) / ((high - low) or 1) * (width - 12)
+
+    marks = [f'<line class="axis" x1="0" x2="{width}" y1="{middle}" y2="{middle}"/>']
+    marks.append(f'<line class="chance" x1="{place(chance):.1f}" x2="{place(chance):.1f}" y1="5" y2="17"/>')
+    for value, half, colour, filled in points:
+        ends = f'x1="{place(value - half):.1f}" x2="{place(value + half):.1f}"'
+        marks.append(f'<line class="{colour}" {ends} y1="{middle}" y2="{middle}" stroke-width="2.5"/>')
+        marks.append(
+            f'<circle class="{colour}{"" if filled else " open"}" cx="{place(value):.1f}" cy="{middle}" r="4"/>'
+        )
+    return f'<svg class="dots" viewBox="0 0 {width} 22" aria-hidden="true">{"".join(marks)}</svg>'
 
 
 def thin(xs: Numbers, ys: Numbers, most: int = MOST) -> tuple[Numbers, Numbers]:
@@ -108,6 +150,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between ten to the power of `low` and of `high`: whole decades, or 1, 2 and 5 of each, or more."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    if high - low > 2.5:
+        return [10.0**d for d in decades if low <= d <= high and d % math.ceil((high - low) / 6) == 0]
+    found = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= math.log10(m) + d <= high]
+    return found if len(found) > 1 else ticks(10.0**low, 10.0**high)
+
+
 def _grid(
     place_x: Callable,
     place_y: Callable,
@@ -118,8 +169,7 @@ def _grid(
     percent: bool,
 ) -> str:
     marks = []
-    for tick in ticks(*y_span):
-        value = 10.0**tick if log else tick
+    for value in log_ticks(*y_span) if log else ticks(*y_span):
         y = float(place_y(value))
         text = _format(value, percent)
         marks.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

@@ -24,3 +24,20 @@ for (const figure of document.querySelectorAll(".chart")) {
   svg.addEventListener("pointermove", readout);
   svg.addEventListener("pointerleave", leave);
 }
+// Marks where the reader is in the list of sections, which stays in sight.
+const links = new Map([...document.querySelectorAll("nav a:not(.name)")].map(a => [a.getAttribute("href").slice(1), a]));
+const sections = [...document.querySelectorAll("main section")];
+const mark = () => {
+  const passed = sections.filter(section => section.getBoundingClientRect().top < innerHeight / 3);
+  const atEnd = innerHeight + scrollY >= document.documentElement.scrollHeight - 2 && scrollY > 0;
+  const here = atEnd ? sections.at(-1) : passed.at(-1);
+  for (const [id, link] of links) {
+    if (link.classList.toggle("here", here?.id === id)) {
+      const list = link.parentElement;
+      if (link.offsetLeft < list.scrollLeft || link.offsetLeft + link.offsetWidth > list.scrollLeft + list.clientWidth)
+        list.scrollLeft = link.offsetLeft - 14;
+    }
+  }
+};
+addEventListener("scroll", mark, { passive: true });
+mark();

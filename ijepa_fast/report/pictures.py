@@ -17,7 +17,7 @@ from PIL import Image
 
 from ijepa_fast.data.dali import eval_batches
 from ijepa_fast.data.sources import Source
-from ijepa_fast.eval.features import Standardiser, pool
+from ijepa_fast.eval.features import Encode, Standardiser, pool
 from ijepa_fast.eval.knn import nearest
 from ijepa_fast.eval.labels import Samples
 from ijepa_fast.interop.load import PretrainedEncoder
@@ -35,24 +35,30 @@ class Sample:
     """Images of a run and what its encoder makes of them.
 
     images uint8 (n, H, W, 3); pooled: features fp32 (n, D); patches: features fp32 (BASIS, N, D) of the first images;
-    labels: n names, or n empty ones.
+    labels: n names, or n empty ones. before: as `pooled`, of the untrained encoder; None: there is none.
     """
 
     images: torch.Tensor
     pooled: torch.Tensor
     patches: torch.Tensor
     labels: list[str]
+    before: torch.Tensor | None = None
 
 
 @torch.no_grad()
 def take_sample(
-    source: Source, encoder: PretrainedEncoder, count: int, device: torch.device | str, seed: int = 0
+    source: Source,
+    encoder: PretrainedEncoder,
+    count: int,
+    device: torch.device | str,
+    seed: int = 0,
+    untrained: Encode | None = None,
 ) -> Sample:
-    """A Sample of `count` images of `source`, drawn by `seed`; the encoder is on `device`."""
+    """A Sample of `count` images of `source`, drawn by `seed`; the encoders are on `device`."""
     rows = np.random.default_rng(seed).permutation(len(source))[:count]
     interpolation = encoder.arch.interpolation
     options: dict[str, Any] = {"crop": encoder.crop, "resize": encoder.crop, "interpolation": interpolation}
-    images, pooled, ids = [], [], []
+    images, pooled, before, ids = [], [], [], []
     patches: list[torch.Tensor] = []
     for batch, found in eval_batches(Samples(source, rows), batch_size=32, device=device, **options):
         features = encoder(batch)
@@ -60,11 +66,14 @@ def take_sample(
             patches.append(features.float().cpu())
         images.append(batch.cpu())
         pooled.append(pool(features).cpu())
+        if untrained is not None:
+            before.append(pool(untrained(batch)).cpu())
         ids += found.tolist()
     if len(ids) < 2:
         raise ValueError(f"expected at least 2 images that can be decoded in {source.root}, got {len(ids)}")
     names = [source.classes[source.labels[i]] for i in ids] if source.labels is not None else [""] * len(ids)
-    return Sample(as_rgb(torch.cat(images)), torch.cat(pooled), torch.cat(patches), names)
+    first = torch.cat(before) if before else None
+    return Sample(as_rgb(torch.cat(images)), torch.cat(pooled), torch.cat(patches), names, first)
 
 
 def masks_gallery(images: torch.Tensor, packed: MaskDraw, patch: int) -> str:

@@ -18,17 +18,27 @@ Indices = Sequence[int] | np.ndarray  # of patches in an image, row by row
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's log.jsonl, a list of dicts; a last line cut short by a kill is left out."""
-    records = []
-    lines = Path(path).read_text().splitlines()
-    for number, line in enumerate(lines, 1):
+def parse_log(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a run's log.jsonl, and the numbers of the lines that are none, which are left out.
+
+    A record is a mapping with a number of its step; a kill cuts a last line short, and a disk may garble any.
+    """
+    records, broken = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"log {path}: line {number} of {len(lines)} is not JSON: {line[:80]!r}") from None
-    return records
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            broken.append(number)
+    return records, broken
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a run's log.jsonl, a list of dicts, without lines that are none."""
+    return parse_log(path)[0]
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:

@@ -80,11 +80,16 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text())
+    again = f"evaluate the run again: python -m ijepa_fast probe --checkpoint {folder}"
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} cannot be read; {again}")
     if (found := summary.get("version", 1)) != FORMAT:
         raise ValueError(
-            f"{path} has version {found} of the format, and this ijepa_fast reads version {FORMAT}; evaluate the run "
-            f"again: python -m ijepa_fast probe --checkpoint {folder}"
+            f"{path} has version {found} of the format, and this ijepa_fast reads version {FORMAT}; {again}"
         )
     return summary
 

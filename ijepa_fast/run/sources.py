@@ -106,10 +106,11 @@ def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
     train, test = (open_labelled(folder, cache=cache, reading=reading) for folder in folders)
-    return train, test, _options(config, device)
+    return train, test, run_options(config, device)
 
 
-def _options(config: Config, device: torch.device) -> Options:
+def run_options(config: Config, device: torch.device) -> Options:
+    """How a run's encoder is evaluated when it ends."""
     return Options(
         crop=config.data.size,
         resize=config.probe.resize,
@@ -147,12 +148,12 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
     cut = len(rows) // TESTED
     test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
-    return train, test, replace(_options(config, device), probes=("knn",))
+    return train, test, replace(run_options(config, device), probes=("knn",))
 
 
-def untrained(config: Config, device: torch.device) -> PretrainedEncoder:
-    """The encoder of the run before training, on `device`."""
-    method = build_method(config)
+def untrained(config: Config, device: torch.device, foreign: bool = True) -> PretrainedEncoder:
+    """The encoder of the run before training, on `device`. foreign: see method_class. Raises ConfigError."""
+    method = build_method(config, foreign=foreign)
     arch = architecture(method.encoder, config.model, config.data, config.objective.method, 0)
     return PretrainedEncoder(method.probed, arch).to(device)
 

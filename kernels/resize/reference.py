@@ -7,7 +7,6 @@ channels are filtered in fp64 by exact weights, and rounded once, to even, where
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
