@@ -77,12 +77,15 @@ def made() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty behind it where what is measured differs from it."""
+    """The checkout's commit, with -dirty behind it where what is measured differs from it; unknown without git."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
-    head = git("rev-parse", "--short=12", "HEAD")
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+    except OSError:  # there is no git
+        return "unknown"
     if head.returncode:
         return "unknown"
     changed = git(

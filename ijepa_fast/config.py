@@ -39,6 +39,18 @@ from ijepa_fast.given import (
 
 BELOW_ONE = 0.9999999
 
+# Keys that may be `auto`, which the start of a run decides (run/auto.py), in the order in which it does.
+AUTO = (
+    "model.patch",
+    "data.crop",
+    "batch_size",
+    "optim.epochs",
+    "optim.warmup_epochs",
+    "optim.lr",
+    "optim.start_lr",
+    "optim.ema",
+)
+
 
 # The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
 STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random", "channels")
@@ -183,6 +195,7 @@ class Config:
     log: Log = field(default_factory=Log)
     probe: Probe = field(default_factory=Probe)
     kernels: Any = key("auto", "auto | triton | reference, for all ops or as a mapping op: implementation")
+    auto: list[str] = key([], "keys that were given as auto, until the start of the run chooses their values")
 
     @property
     def folder(self) -> Path:
@@ -207,12 +220,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     given = {item.partition("=")[0]: item for item in overrides}  # the last one holds
     try:
         merged = read(path, overrides, Config)
+        left = _left_open(merged)
         plain = OmegaConf.to_container(merged)
         try:
             typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), merged))
         except OmegaConfBaseException as error:
             raise wrong_type(str(getattr(error, "full_key", None)), plain, Config) from None
         config = resolve(typed)
+        config.auto = list(dict.fromkeys([*config.auto, *left]))
         check(config)
     except ConfigError as error:
         name = re.split("[:=]", str(error))[0]
@@ -221,6 +236,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         where = f"override {item}" if item else str(path) if in_file else ""
         raise ConfigError(f"{error} ({where})" if where and where not in str(error) else str(error)) from None
     return config
+
+
+def _left_open(given: Any) -> list[str]:
+    """The keys of AUTO that are `auto`, which are taken out of what was given: their types have no such value."""
+    from omegaconf import OmegaConf
+
+    left = [name for name in AUTO if OmegaConf.select(given, name) == "auto"]
+    for name in left:
+        section, _, last = name.rpartition(".")
+        (OmegaConf.select(given, section) if section else given).pop(last)
+    return left
+
+
+def select(config: Any, name: str) -> Any:
+    """The value of the dotted key `name`."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def update(config: Config, name: str, value: Any) -> None:
+    """Set the dotted key `name`."""
+    section, _, last = name.rpartition(".")
+    setattr(select(config, section) if section else config, last, value)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -240,9 +279,7 @@ def as_yaml(config: Config) -> str:
         if above and above[0] != section:
             section = above[0]
             lines.append(f"{section}:")
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = "auto" if name in config.auto else select(config, name)
         text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
         lines.append(f"{'  ' if above else ''}{last}: {text}".ljust(44) + f"  # {f.metadata['meaning']}")
     return "\n".join(lines) + "\n"
@@ -252,9 +289,7 @@ def flatten(config: Any) -> dict[str, Any]:
     """Every value of a configuration by its dotted key; the method's options are keys of their own."""
     flat: dict[str, Any] = {}
     for name, _ in keys(type(config)):
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
+        value = select(config, name)
         if name == "objective.options":
             flat |= {f"{name}.{option}": chosen for option, chosen in value.items()}
         else:
@@ -321,9 +356,11 @@ def check(config: Config) -> None:
         )
     if not isinstance(config.resume, bool) and not re.fullmatch(r"step-\d+", str(config.resume)):
         raise ConfigError(f"resume: expected true, false or step-<number>, got {config.resume!r}")
+    if unknown := set(config.auto) - set(AUTO):
+        raise ConfigError(f"auto: expected of {', '.join(AUTO)}, got {', '.join(sorted(unknown))}")
     _check_model(config.model)
-    settings.check(config.data, config.model.patch)
-    if config.batch_size % config.engine.accumulation:
+    settings.check(config.data, 1 if {"data.crop", "model.patch"} & set(config.auto) else config.model.patch)
+    if config.batch_size % config.engine.accumulation and "batch_size" not in config.auto:
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by engine.accumulation={config.engine.accumulation}; "
             f"set batch_size to a multiple of it"
@@ -342,7 +379,8 @@ def check(config: Config) -> None:
             f"engine.target_precision=fp8 needs a model.dim that is a multiple of 16, got {config.model.dim}; "
             f"set engine.target_precision=null"
         )
-    if config.optim.warmup_epochs > config.optim.epochs * config.optim.horizon:
+    longer = config.optim.warmup_epochs > config.optim.epochs * config.optim.horizon
+    if longer and not {"optim.warmup_epochs", "optim.epochs"} & set(config.auto):
         raise ConfigError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than optim.epochs={config.optim.epochs}; "
             f"lower optim.warmup_epochs"

@@ -217,7 +217,7 @@ def without(option: str, argv: list[str]) -> list[str]:
 
 def _check_ranks(config: Config, count: int) -> None:
     parts = count * config.engine.accumulation
-    if config.batch_size % parts:
+    if config.batch_size % parts and "batch_size" not in config.auto:
         batch = replace(config, batch_size=max(1, config.batch_size // parts) * parts).batch_size
         raise ConfigError(
             f"--ranks {count}: batch_size={config.batch_size} is not divisible by {count} ranks x "

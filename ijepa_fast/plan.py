@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ijepa_fast.config import Config, ConfigError, load_config, save_config
 from ijepa_fast.front import RANDOM_OR_EMBEDDED, check_method_early, parser
 
 if TYPE_CHECKING:
+    from ijepa_fast.data.sources import Source
     from ijepa_fast.run.forecast import Device
 
 STEPS = 5  # measured, after one that is left out
@@ -35,24 +37,32 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{name}: expected at least 1, got {min(numbers)}")
     config = load_config(args.config, args.overrides)
     check_method_early(config)
-    images, said = (args.images, "") if args.images is not None else _images(config)
-    from ijepa_fast.run import forecast
+    source, said = (None, "") if args.images is not None else _source(config)
+    images = args.images if source is None else len(source)
+    import torch
+
+    from ijepa_fast.run import auto, forecast
+    from ijepa_fast.run.build import Length
 
     gpu: str | None = args.gpu
     device: Device | None = None
     if gpu is None:
         gpu, device = _present()
+    facts = auto.facts_of(config, source, config.engine.device != "cpu", 1)
+    facts = facts if images is None else replace(facts, images=images)
+    given, (config, reasons) = config, auto.filled(config, facts)
     plan = forecast.make(config, images, gpu, tuple(args.ranks))
     print(forecast.report(config, plan, gpu, device))
-    if said:
-        print(f"\n{said}")
+    for text in filter(None, (said, auto.said(config, reasons))):
+        print(f"\n{text}")
     if args.measure:
-        print(f"\n{measured(config, plan.steps)}")
+        here, _ = auto.filled(given, replace(facts, gpu=facts.gpu and torch.cuda.is_available()))
+        print(f"\n{measured(here, Length.of(here, plan.images).steps)}")
     return 0
 
 
-def _images(config: Config) -> tuple[int | None, str]:
-    """How many images the source has, None for the forecast's own number; and what to say of it."""
+def _source(config: Config) -> tuple[Source | None, str]:
+    """The images of the configuration, None where their number is the forecast's own; and what to say of it."""
     source = config.data.source
     if source in RANDOM_OR_EMBEDDED:
         return None, ""
@@ -62,7 +72,7 @@ def _images(config: Config) -> tuple[int | None, str]:
         found = open_source(source)
     except (ValueError, OSError) as error:
         return None, f"data.source: {error}; counted as ImageNet-1k's images, or name a number by --images"
-    return len(found), f"data.source: {len(found)} images" + (f"; left out: {found.left_out}" if found.left_out else "")
+    return found, f"data.source: {len(found)} images" + (f"; left out: {found.left_out}" if found.left_out else "")
 
 
 def _present() -> tuple[str, Device | None]:

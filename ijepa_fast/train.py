@@ -39,7 +39,7 @@ from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.methods.method import Method
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import checkpoint, lock, machines, pulse
+from ijepa_fast.run import auto, checkpoint, lock, machines, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import (
     Length,
@@ -72,7 +72,7 @@ def train(config: Config) -> None:
     met = machines.meet(config, device.type)
     pulse.begin(met.rank, met.hosts, met.store)
     rank, ranks = start(device, config.engine.timeout, met.store)
-    config, source, labelled, method, hooks = machines.alike(partial(prepare, config, device))
+    config, source, labelled, method, hooks = machines.alike(partial(prepare, config, device, rank, ranks))
     count = None if source is None else len(source)
     length = Length.of(config, count)
     schedule = Schedule(config.optim, length.steps_per_epoch)
@@ -153,13 +153,16 @@ def train(config: Config) -> None:
     torch.distributed.barrier()
 
 
-def prepare(config: Config, device: torch.device) -> tuple[Config, Source | None, Evaluated | None, Method, list[Any]]:
-    """The configuration with what images and method add to it; the images, None: random ones; method and hooks.
+def prepare(
+    config: Config, device: torch.device, rank: int, ranks: int
+) -> tuple[Config, Source | None, Evaluated | None, Method, list[Any]]:
+    """The configuration with what images, machine and method add to it; the images, None: random ones; method and
+    hooks.
 
     Between them the images that the encoder is evaluated with when the run ends, None: none.
     """
     source = training_source(config)
-    config = with_depth(config, source)
+    config = auto.begin(with_depth(config, source), source, device.type == "cuda", rank, ranks)
     labelled = evaluated(config, source, device)
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)

@@ -171,11 +171,12 @@ def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, photos, opt
     ("make", "words"),
     [
         (lambda folder: folder, "does not exist"),
-        (lambda folder: write(folder, kinds=("bright",)), "expected two classes or more"),
+        (lambda folder: write(folder, kinds=("bright",)), "/train: all images have the same class"),
         (lambda folder: write(folder, train_images=9), "expected at least 20 training images"),
+        (lambda folder: write(folder, train_images=4), "k-NN takes at least 10 training images, got 8"),
         (lambda folder: write(folder) / "train" / "bright", "does not exist"),
     ],
-    ids=["nothing", "one class", "fewer than neighbours", "no parts"],
+    ids=["nothing", "one class", "fewer than 20", "fewer than neighbours", "no parts"],
 )
 def test_images_that_cannot_be_probed_are_named(tmp_path, make, words, capsys):
     assert learning.main(command(make(tmp_path / "photos"), tmp_path / "out")) == 1

@@ -217,6 +217,11 @@ BAD = {
     "no such file": (lambda f, t: ["--checkpoint", "/nowhere"], ["/nowhere does not exist"]),
     "no such data": (lambda f, t: ["--data", "/nowhere"], ["/nowhere", "does not exist"]),
     "classes": (lambda f, t: ["--test", str(write_other(t))], ["'class'", "2 classes", "'cat'"]),
+    "one class": (
+        lambda f, t: ["--data", str(write_one(t)), "--test", str(write_one(t))],
+        ["/one: all images have the same class"],
+    ),
+    "fewer images than neighbours": (lambda f, t: ["--images", "9"], ["/train: k-NN takes at least 10", "got 9"]),
     "label": (lambda f, t: ["--labels", "kind"], ["--labels kind", "class"]),
     "share": (lambda f, t: ["--probes", "lowshot", "--share", "0"], ["--share", "got 0"]),
     "resize": (lambda f, t: ["--resize", "16"], ["crop", "resize = 16", "32"]),
@@ -229,6 +234,14 @@ def write_other(root):
         (root / "other" / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(root / "other" / name / "0.png")
     return root / "other"
+
+
+def write_one(root):
+    """A dozen images of one class."""
+    (root / "one" / "dots").mkdir(parents=True, exist_ok=True)
+    for number in range(12):
+        Image.new("RGB", (32, 32)).save(root / "one" / "dots" / f"{number}.png")
+    return root / "one"
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -104,6 +104,10 @@ def test_the_figure_is_the_measured_one():
     place = rows.index(("published", "4.0"))
     assert rows[place - 1] == ("fast", "8.6")
     assert "8.6 against 4.0 images/s" in README
+    on_gpu = (ROOT / "docs" / "results" / "gpu-steps.md").read_text()
+    h14 = on_gpu.partition("arch vit_huge, patch 14, crop 224, batch 64")[2].partition("end of table")[0]
+    assert re.search(r"^\| fast \|.*\| 1.97 \|$", h14, re.MULTILINE)
+    assert "H/14 at batch 64 is 1.97 times as fast as a plain PyTorch step" in " ".join(README.split())
 
 
 def test_every_ready_configuration_is_named():

@@ -191,6 +191,18 @@ def test_nothing_is_tested_where_it_would_say_nothing(tmp_path, classes, each, g
     assert evaluated(config, training_source(config), torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize(
+    ("classes", "each", "words"),
+    [(1, 12, "all images have the same class"), (2, 4, "k-NN takes at least 10 training images, got 8")],
+    ids=["one class", "fewer images than neighbours"],
+)
+def test_images_that_tell_nothing_end_a_run_before_its_first_step(tmp_path, classes, each, words):
+    images = labelled_folder(tmp_path / "images", classes, each)
+    config = config_of(images, tmp_path, f"probe.test={images}")
+    with pytest.raises(ConfigError, match=f"^probe.train, probe.test: {images}: {words}.*; or set probe.enabled=false"):
+        evaluated(config, training_source(config), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("wrong", ["no labels", "another class", "not there"])
 def test_images_to_test_on_are_matched_before_the_first_step(tmp_path, wrong):
     images, test = labelled_folder(tmp_path / "images", 2, 3), tmp_path / "test"

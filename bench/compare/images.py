@@ -26,7 +26,8 @@ from tqdm import tqdm
 from bench.compare.runs import Run
 from ijepa_fast.config import load_config
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.labels import match, open_labelled
+from ijepa_fast.eval.evaluate import Options, matched
+from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import draw_share
 from ijepa_fast.files import publish
 from ijepa_fast.run.sources import probe_folders
@@ -72,10 +73,7 @@ class Images:
     def check(self, probed: int) -> None:
         """Raise ValueError where these images cannot be trained on and probed, `probed` of each part at most."""
         train, test = (open_labelled(part, cache=self.out / "index") for part in (self.train, self.test))
-        match(train, test)
-        for name, labels in train.labels.items():
-            if train.tasks[name] == "classification" and len(labels.unique()) < 2:
-                raise ValueError(f"--data: expected two classes or more, {self.train} has one under {name!r}")
+        matched(train, test, Options(crop=1, images=probed))
         if (most := min(probed, len(train.source))) < NEIGHBOURS:
             raise ValueError(
                 f"--data, --images: expected at least {NEIGHBOURS} training images to probe with, the neighbours that "

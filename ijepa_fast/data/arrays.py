@@ -135,7 +135,7 @@ def resized(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
     if pixels.shape[:2] == size:
         return pixels
     out = np.empty((1, *size, pixels.shape[2]), pixels.dtype)
-    resize_(out, [np.require(pixels, requirements="CW")], interpolation)
+    resize_(out, [np.require(pixels, requirements=["C", "W"])], interpolation)
     return out[0]
 
 

@@ -103,14 +103,35 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
 
     encoder: images uint8 (b, H, W, 3) on `options.device` -> features (b, N, D) of N patches or one class token; for
     "last4", "blocks", "attentive", "finetune" and another dtype a features.Network, in fp32. A test image whose label
-    no training image has counts as wrong. Raises ValueError where `test` lacks a label, or has a class that `train`
-    has not.
+    no training image has counts as wrong. Raises ValueError as `matched` does, before anything is encoded.
     """
+    test = matched(train, test, options)
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
     if options.dtype is not None:
         frozen.to(options.dtype)
-    read = [read_split(frozen, part, options) for part in (train, match(train, test))]
+    read = [read_split(frozen, part, options) for part in (train, test)]
     return Evaluation(encoder, frozen, read[0], read[1], options).figures()
+
+
+def matched(train: Labelled, test: Labelled, options: Options) -> Labelled:
+    """`test` with the class ids of `train`.
+
+    Raises ValueError where it lacks a label or has a class that `train` has not, where all images have one label, and
+    where k-NN is wanted of fewer images than neighbours.
+    """
+    test = match(train, test)
+    if all(len(values.unique()) < 2 for values in train.labels.values()):
+        names = ", ".join(train.tasks)
+        raise ValueError(
+            f"{train.source.root}: all images have the same {names}; a probe needs two labels to tell apart"
+        )
+    images = min(len(train.source), options.images or len(train.source))
+    if "knn" in options.probes and images < min(KS):
+        raise ValueError(
+            f"{train.source.root}: k-NN takes at least {min(KS)} training images, got {images}; name more images, "
+            "or leave k-NN out (--probes linear)"
+        )
+    return test
 
 
 def read_split(encoder: Encode, part: Labelled, options: Options) -> Split:

@@ -17,9 +17,9 @@ from ijepa_fast.config import Config, ConfigError
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.evaluate import Options
+from ijepa_fast.eval.evaluate import Options, matched
 from ijepa_fast.eval.features import Encode
-from ijepa_fast.eval.labels import Labelled, labelled, match, open_labelled
+from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
 from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
@@ -128,12 +128,13 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     """What a run's encoder is evaluated with when it ends; None where there are no labels, or nobody asked.
 
     Where the training images have labels and no test images are named, k-NN is tried on a tenth of 2,000 of them.
-    Raises ConfigError where the images that are named have no labels, or others than those they are to be tested on.
+    Raises ConfigError where the images that are named have no labels, one for all, or others than those they are to be
+    tested on, and where they are fewer than k-NN's neighbours.
     """
     if (folders := probe_folders(config)) is not None:
         try:
             train, test, options = evaluation(config, folders, device)
-            match(train, test)
+            matched(train, test, options)
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
         return train, test, options

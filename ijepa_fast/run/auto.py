@@ -1,0 +1,199 @@
+"""Keys that a configuration leaves at `auto`: chosen when a run starts, from its images and the machine.
+
+configs/photos.yaml leaves them so. Each rule is a function here; docs/photos.md has them as a table, and says what of
+them is measured. A key that is given is kept, and the rules behind it follow from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ijepa_fast.config import AUTO, Config, check, select, update
+from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.sources import Source
+from ijepa_fast.run.build import SYNTHETIC_IMAGES
+from ijepa_fast.run.checkpoint import CheckpointError, checkpoints, read_state
+
+PUBLISHED_RATE, PUBLISHED_BATCH = 1e-3, 2048
+LARGEST_CROP = {True: 224, False: 128}  # pixels, with and without a GPU
+PATCHES, LEAST_GRID = (16, 8, 4, 2, 1), 8  # patches a side of the crop, at least
+LEAST_BATCH, LARGEST_BATCH = 32, {True: 512, False: 64}
+EPOCH_STEPS = 100  # steps of an epoch, at least, before the batch grows
+EPOCHS, LEAST_STEPS = 300, 6000  # as published; and the shortest run that learned from photographs, docs/results.md
+CPU_IMAGES = 1_000_000  # that a run without a GPU sees, at most
+WARMUP, WARMUP_STEPS, LONGEST_WARMUP = 0.1, 600, 0.4  # share of the run; steps, at least; share, at most
+EMA, LEAST_EMA, LIVES = 0.998, 0.9, 5  # momentum at most and at least; how often a run forgets its first average
+LOOKED_AT = 64  # images whose sizes are read
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules see. images: of the run. side: their shorter side, pixels, the median of some. gpu: whether the
+    run is on one. parts: ranks times micro-batches, which divide the batch.
+    """
+
+    images: int
+    side: int = 224
+    gpu: bool = True
+    parts: int = 1
+
+
+def filled(config: Config, facts: Facts, before: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
+    """The configuration with a value for each key that is left at `auto`, checked; and the reason for each.
+
+    before: {key: value} of the run's last checkpoint, whose choices are kept. Raises ConfigError for values that do not
+    go with those that were given.
+    """
+    config = copy.deepcopy(config)
+    reasons = {}
+    for name in AUTO:  # in an order in which each rule finds what it needs
+        if name not in config.auto:
+            continue
+        if before is not None and name in before:
+            value, reason = before[name], "as the run began"
+        else:
+            value, reason = RULES[name](config, facts)
+        update(config, name, value)
+        config.auto.remove(name)
+        reasons[name] = reason
+    if reasons:
+        check(config)
+    return config, reasons
+
+
+def said(config: Config, reasons: dict[str, str]) -> str:
+    """A line for each key that was chosen: its value, and why."""
+    return "\n".join(f"{name}={_shown(select(config, name))}: {reason}" for name, reason in reasons.items())
+
+
+def begin(config: Config, source: Source | None, gpu: bool, rank: int, ranks: int) -> Config:
+    """`filled` for a run that starts, or goes on, here. Rank 0 says what was chosen.
+
+    source: its images, None: random ones. Where it has a checkpoint, what it chose is kept.
+    """
+    if not config.auto:
+        return config
+    config, reasons = filled(config, facts_of(config, source, gpu, ranks), _begun(config.folder))
+    if rank == 0:
+        print(said(config, reasons), file=sys.stderr)
+    return config
+
+
+def facts_of(config: Config, source: Source | None, gpu: bool, ranks: int) -> Facts:
+    """What the rules see of a run over `source`; None: images that are not here, or random ones."""
+    parts = ranks * config.engine.accumulation
+    if source is None:
+        return Facts(SYNTHETIC_IMAGES, gpu=gpu, parts=parts)
+    return Facts(len(source), shorter_side(source) if config.auto else Facts.side, gpu, parts)
+
+
+def shorter_side(source: Source) -> int:
+    """The median of the shorter sides of at most LOOKED_AT images, pixels; those that cannot be opened are left out."""
+    sides = []
+    for row in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist():
+        try:
+            image = source.opened(row)
+        except (BadImage, OSError):
+            continue
+        sides.append(min(image.height, image.width))
+    return int(statistics.median(sides)) if sides else Facts.side
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    for path in reversed(checkpoints(folder)):
+        try:
+            found: dict[str, Any] = read_state(path)["config"]
+            return found
+        except CheckpointError:  # said when the run goes on from another
+            continue
+    return None
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+Rule = Callable[[Config, Facts], tuple[Any, str]]
+
+
+def _where(facts: Facts) -> str:
+    return "on a GPU" if facts.gpu else "on a CPU"
+
+
+def _patch(config: Config, facts: Facts) -> tuple[int, str]:
+    if "data.crop" in config.auto:
+        sides: tuple[int, ...] = (min(LARGEST_CROP[facts.gpu], facts.side),)
+        fits = [patch for patch in PATCHES if sides[0] // patch >= LEAST_GRID]
+    else:
+        sides = config.data.size
+        fits = [p for p in PATCHES if min(sides) // p >= LEAST_GRID and not any(side % p for side in sides)]
+    return (fits or [1])[0], f"the largest of {', '.join(map(str, PATCHES))} with {LEAST_GRID} in {min(sides)} pixels"
+
+
+def _crop(config: Config, facts: Facts) -> tuple[int, str]:
+    most, patch = LARGEST_CROP[facts.gpu], config.model.patch
+    side = max(1, min(most, facts.side) // patch) * patch
+    small = f", and the images' shorter side is {facts.side}" if facts.side < most else ""
+    return side, f"at most {most} {_where(facts)}{small}; whole patches"
+
+
+def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+    images, most = facts.images, LARGEST_BATCH[facts.gpu]
+    wanted = min(most, max(LEAST_BATCH, 2 ** int(math.log2(max(1, images // EPOCH_STEPS)))), images)
+    whole = max(1, wanted // facts.parts) * facts.parts
+    return whole, f"{images} images: a hundredth of them as a power of two, {LEAST_BATCH} to {most} {_where(facts)}"
+
+
+def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
+    per_epoch = max(1, facts.images // config.batch_size)
+    wanted, reason = EPOCHS, "as published"
+    if EPOCHS * per_epoch < LEAST_STEPS:
+        wanted, reason = math.ceil(LEAST_STEPS / per_epoch), f"for {LEAST_STEPS} steps of {per_epoch} an epoch"
+    most = wanted if facts.gpu else max(1, CPU_IMAGES // facts.images)
+    return (most, f"on a CPU about {CPU_IMAGES} images are seen at most") if most < wanted else (wanted, reason)
+
+
+def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
+    share = min(LONGEST_WARMUP, max(WARMUP, WARMUP_STEPS / _steps(config, facts)))
+    reason = f"a tenth of the run, but at least {WARMUP_STEPS} steps, and at most {LONGEST_WARMUP:.0%}"
+    return share * config.optim.epochs, f"{share:.0%} of the run: {reason}"
+
+
+def _rate(config: Config, facts: Facts) -> tuple[float, str]:
+    rate = PUBLISHED_RATE * math.sqrt(config.batch_size / PUBLISHED_BATCH)
+    return rate, f"the published {PUBLISHED_RATE} of {PUBLISHED_BATCH} images, by the square root of the batch"
+
+
+def _start_rate(config: Config, facts: Facts) -> tuple[float, str]:
+    return config.optim.lr / 5, "a fifth of optim.lr, as published"
+
+
+def _ema(config: Config, facts: Facts) -> tuple[float, str]:
+    steps = _steps(config, facts)
+    value = min(EMA, max(LEAST_EMA, 1 - LIVES / steps))
+    return value, f"1 - {LIVES} / {steps} steps, {LEAST_EMA} to {EMA}; it rises to {config.optim.final_ema:g}"
+
+
+def _steps(config: Config, facts: Facts) -> int:
+    return max(1, config.optim.epochs * (facts.images // config.batch_size))
+
+
+RULES: dict[str, Rule] = {
+    "model.patch": _patch,
+    "data.crop": _crop,
+    "batch_size": _batch,
+    "optim.epochs": _epochs,
+    "optim.warmup_epochs": _warmup,
+    "optim.lr": _rate,
+    "optim.start_lr": _start_rate,
+    "optim.ema": _ema,
+}

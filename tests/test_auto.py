@@ -1,0 +1,169 @@
+"""Keys left at auto: what the rules of configs/photos.yaml choose, without training; and a run that begins so."""
+
+import re
+
+import pytest
+
+pytest.importorskip("omegaconf")
+pytest.importorskip("PIL")
+
+from ijepa_fast.config import AUTO, ConfigError, as_yaml, load_config, save_config, select
+from ijepa_fast.data.sources import open_source
+from ijepa_fast.front import main
+from ijepa_fast.plan import main as plan
+from ijepa_fast.run import auto
+from ijepa_fast.run.auto import Facts, filled, said
+from tests.data_images import write_photos
+from tests.launch import ROOT, finish, start
+
+PAGE = (ROOT / "docs" / "photos.md").read_text()
+
+
+def chosen(facts, *given):
+    """{key: value} of AUTO in photos.yaml with `given` overrides."""
+    config, _ = filled(load_config("photos", given), facts)
+    assert config.auto == []
+    return {name: select(config, name) for name in AUTO}
+
+
+# (images, on a GPU): patch, crop, batch, epochs, warm-up in epochs, learning rate, its start, EMA
+SIZES = {
+    (300, False): (16, 128, 32, 667, 66.7, 1.25e-4, 2.5e-5, 0.998),
+    (300, True): (16, 224, 32, 667, 66.7, 1.25e-4, 2.5e-5, 0.998),
+    (300_000, False): (16, 128, 64, 3, 0.3, 1.768e-4, 3.536e-5, 0.998),
+    (300_000, True): (16, 224, 512, 300, 30, 5e-4, 1e-4, 0.998),
+}
+
+
+@pytest.mark.parametrize(("images", "gpu"), SIZES)
+def test_values_for_300_images_and_for_300_000(images, gpu):
+    values = chosen(Facts(images, side=500, gpu=gpu))
+    assert tuple(values.values()) == pytest.approx(SIZES[images, gpu], rel=2e-3)
+
+
+@pytest.mark.parametrize("images", [1, 20, 31, 32, 300, 2_999, 3_200, 50_000, 300_000, 14_000_000])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_whatever_their_number_the_run_can_begin(images, gpu, parts):
+    if images < parts:
+        pytest.skip("fewer images than ranks")
+    values = chosen(Facts(images, 500, gpu, parts))
+    assert 1 <= values["batch_size"] <= images
+    assert values["batch_size"] % parts == 0
+    steps = values["optim.epochs"] * (images // values["batch_size"])
+    assert steps >= min(auto.LEAST_STEPS, auto.CPU_IMAGES // values["batch_size"] if not gpu else auto.LEAST_STEPS)
+    assert gpu or values["optim.epochs"] == 1 or values["optim.epochs"] * images <= auto.CPU_IMAGES
+    assert 0 < values["optim.warmup_epochs"] <= 0.4 * values["optim.epochs"]
+    assert 0.9 <= values["optim.ema"] <= 0.998
+
+
+@pytest.mark.parametrize(
+    ("side", "gpu", "crop", "patch"),
+    [
+        (500, True, 224, 16),
+        (200, True, 192, 16),
+        (500, False, 128, 16),
+        (100, False, 96, 8),
+        (64, True, 64, 8),
+        (32, False, 32, 4),
+        (28, True, 28, 2),
+        (9, True, 9, 1),
+        (5, True, 5, 1),
+    ],
+)
+def test_crops_are_no_larger_than_the_images_and_have_patches_enough(side, gpu, crop, patch):
+    values = chosen(Facts(1000, side, gpu))
+    assert (values["data.crop"], values["model.patch"]) == (crop, patch)
+
+
+def test_what_is_given_is_kept_and_the_others_follow_from_it():
+    facts = Facts(3000, 500, gpu=True)
+    assert chosen(facts, "optim.lr=3e-4")["optim.start_lr"] == pytest.approx(6e-5)
+    assert chosen(facts, "batch_size=128")["optim.lr"] == pytest.approx(2.5e-4)
+    assert chosen(facts, "data.crop=96")["model.patch"] == 8
+    assert chosen(facts, "data.crop=[64,128]")["model.patch"] == 8
+    assert chosen(facts, "model.patch=14")["data.crop"] == 224
+    short = chosen(facts, "optim.epochs=2")
+    assert (short["optim.epochs"], short["optim.warmup_epochs"]) == (2, 0.8)
+    assert short["optim.ema"] == pytest.approx(1 - 5 / 186)
+
+
+def test_each_key_has_its_reason_in_a_line():
+    config, reasons = filled(load_config("photos", ["optim.lr=3e-4"]), Facts(300, 100, gpu=False))
+    lines = said(config, reasons).splitlines()
+    assert [line.partition("=")[0] for line in lines] == [name for name in AUTO if name != "optim.lr"]
+    assert lines[0] == "model.patch=8: the largest of 16, 8, 4, 2, 1 with 8 in 100 pixels"
+    assert lines[2].startswith("batch_size=32: 300 images: ")
+    assert not any("as the run began" in line for line in lines)
+
+
+def test_a_run_that_goes_on_keeps_its_choices():
+    before = {"batch_size": 48, "optim.lr": 1e-3}
+    config, reasons = filled(load_config("photos", ["optim.lr=3e-4"]), Facts(300), before)
+    assert (config.batch_size, reasons["batch_size"]) == (48, "as the run began")
+    assert config.optim.lr == 3e-4  # given
+
+
+def test_the_median_of_sizes_is_read_and_bad_files_are_left_out(tmp_path):
+    write_photos(tmp_path, 30, size=60)
+    (tmp_path / "class0" / "broken.jpg").write_bytes(b"no image")
+    assert 40 <= auto.shorter_side(open_source(tmp_path)) <= 62
+
+
+def test_auto_is_printed_and_read_again(tmp_path, capsys):
+    assert main(["--config", "photos", "--print-config", "data.source=x", "data.crop=64"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^batch_size: auto ", printed, re.MULTILINE)
+    (tmp_path / "again.yaml").write_text(printed)
+    assert as_yaml(load_config(tmp_path / "again.yaml")) == printed
+    config, _ = filled(load_config("photos"), Facts(300))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("optim.final_lr=auto", "optim.final_lr: expected a number, got 'auto'"),
+        ("auto=[optim.final_lr]", "auto: expected of model.patch, .*, got optim.final_lr"),
+    ],
+)
+def test_other_keys_have_no_rule(given, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config("photos", [given])
+
+
+def test_the_plan_is_of_what_would_be_chosen(capsys):
+    assert plan(["--config", "photos", "data.source=/nowhere", "--images", "300", "--ranks", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "300 images per epoch, 6003 steps" in out
+    assert "batch_size=32: 300 images" in out
+
+
+def test_the_page_has_the_values_of_the_rules():
+    """The table of docs/photos.md: a row for each key, and columns for the four cases of SIZES."""
+    rows = dict(re.findall(r"^\| `([a-z._]+)` \|.*?\|((?: [^|]+\|){4})$", PAGE, re.MULTILINE))
+    assert list(rows) == list(AUTO)
+    for column, (images, gpu) in enumerate(SIZES):
+        config, reasons = filled(load_config("photos"), Facts(images, 500, gpu))
+        shown = dict(line.split(":")[0].split("=") for line in said(config, reasons).splitlines())
+        assert {name: row.split("|")[column].strip() for name, row in rows.items()} == shown
+
+
+@pytest.mark.slow
+def test_three_hundred_small_images_are_trained_on(tmp_path):
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("nvidia.dali")
+    write_photos(tmp_path / "photos", 300, size=40)
+    small = ["model.arch=null", "mask.min_keep=null", f"data.source={tmp_path / 'photos'}"]
+    left = [f"{name}=auto" for name in AUTO]
+    statuses, errors = finish(start(tmp_path / "runs", *small, *left, "optim.steps=3", config="photos"))
+    assert statuses == [0], errors[-3000:]
+    for name in AUTO:
+        assert re.search(rf"^{re.escape(name)}=\S+: ", errors, re.MULTILINE), name
+    config = load_config(tmp_path / "runs" / "photos" / "config.yaml")
+    assert (config.auto, config.batch_size, config.data.crop % config.model.patch) == ([], 32, 0)
+    statuses, errors = finish(start(tmp_path / "runs", *small, *left, "optim.steps=5", config="photos"))
+    assert statuses == [0], errors[-3000:]
+    assert "batch_size=32: as the run began" in errors
+    assert "continuing" in errors
