@@ -91,7 +91,7 @@ def test_the_command_trains_probes_and_does_nothing_twice(tmp_path, photos, caps
 def test_options_are_compared_by_one_command(tmp_path, photos, capsys):
     """One at a time and together, with a teacher that the same command trained, whose steps are counted beside."""
     runs = ["--runs", "mae,sigreg0.0002,salt+xavier+deep", "--steps", "2", "--probes", "1"]
-    assert learning.main(command(photos, tmp_path, *runs, "model.depth=3")) == 0
+    assert learning.main([*command(photos, tmp_path, *runs), "model.depth=3"]) == 0
     result = json.loads((tmp_path / "learning.json").read_text())
     mae, sigreg, salt = result["records"]
     assert [mae["run"], sigreg["run"], salt["run"]] == ["mae", "sigreg0.0002", "salt+xavier+deep"]
