@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": ("ijepa_fast.probe", "evaluate frozen features on labelled images"),
     "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
+    "visualise": ("ijepa_fast.visualise", "draw what a predictor predicts, by a decoder"),
     "report": ("ijepa_fast.report", "make one HTML page of a run, or of several compared"),
     "check-data": ("ijepa_fast.data.check", "find the images that cannot be decoded"),
     "stats": ("ijepa_fast.data.stats", "measure mean and std of images, and print the lines for them"),

@@ -51,6 +51,7 @@ from ijepa_fast.run.build import (
     with_precision,
 )
 from ijepa_fast.run.imported import functions
+from ijepa_fast.run.kept import kept_values
 from ijepa_fast.run.log import Meter, RunLog, check_loggers, newest
 from ijepa_fast.run.provenance import note_launch
 from ijepa_fast.run.recover import choose, set_newer_aside
@@ -85,6 +86,7 @@ def train(config: Config) -> None:
     engine = build_engine(config, method, device, ranks)
     try:
         step, images, changed = resume(config, last, engine, data, rank)
+        kept = kept_values(config, method, source, device, rank, ranks)
     except ValueError:
         if rank == 0:
             lock.leave(config.folder)
@@ -93,7 +95,8 @@ def train(config: Config) -> None:
     more = step - images // config.batch_size
     length = Length.of(config, count, more)
     total, micro_steps = length.steps, config.engine.accumulation
-    loader = build_loader(config, method, source, device, rank, ranks, first=(step - more) * micro_steps)
+    at = (step - more) * micro_steps
+    loader = build_loader(config, method, source, device, rank, ranks, first=at, beside=kept)
     log = RunLog(config.folder, config.name, config.log, flatten(config), rank, step, total)
     if changed:
         log.write(step, {"changed": changed})

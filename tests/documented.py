@@ -61,12 +61,11 @@ def lines(page: Path) -> list[str]:
 
 
 def inline(page: Path) -> list[str]:
-    """The commands inside a page's text."""
-    return [
-        command
-        for command in INLINE.findall(FENCE.sub("", page.read_text()))
-        if not re.search(r"[|…]|\b[A-Z]{2,}", command)
-    ]
+    """The commands inside a page's text; what stands there of `train` without its configuration gets one."""
+    every = INLINE.findall(FENCE.sub("", page.read_text()))
+    every = [command for command in every if not re.search(r"[|…]|\.\.\.|\b[A-Z]{2,}", command)]
+    needs = re.compile(r"(?:ijepa-fast|python -m ijepa_fast) (?:train|plan) (?!.*--config)")
+    return [f"{command} --config quickstart" if needs.match(command) else command for command in every]
 
 
 class Parsed(BaseException):

@@ -35,7 +35,7 @@ KINDS["data2vec"] = ("objective.options={masked: 20, layers: 2}",)
 KINDS["beit"] = ("objective.options={masked: 20}",)
 KINDS["cae"] = ("objective.options={masked: 20, drop_path: 0.1}",)
 KINDS["dino"] = ("objective.options={small_crops: 2, hidden: 16, bottleneck: 8, prototypes: 32, drop_path: 0.1}",)
-KINDS["lejepa"] = ("objective.options={views: 3, slices: 8, embedding: 4}",)
+KINDS["lejepa"] = ("objective.options={views: 3, small_views: 2, slices: 8, embedding: 4}",)
 KINDS["msn"] = (
     "model.patch=8",
     "objective.options={small_anchors: 2, hidden: 16, out: 8, prototypes: 32, drop_path: 0.1}",

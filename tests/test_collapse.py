@@ -59,7 +59,7 @@ def test_lidar_of_one_direction_is_one():
     assert collapse.lidar(features, labels) == pytest.approx(1, abs=0.1)
 
 
-HEALTHY = {"rankme": 20.0, "target_variance": 0.3, "position_share": 0.6}
+HEALTHY = {"rankme": 20.0, "target_variance": 0.3, "position_share": 0.6, "feature_norm": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,10 @@ HEALTHY = {"rankme": 20.0, "target_variance": 0.3, "position_share": 0.6}
         ({"rankme": 8.0}, "fallen to 40% of the untrained encoder's"),
         ({"rankme": 9.5}, None),
         ({"target_variance": 0.05, "position_share": 0.9}, "their place explains 90% of their variance"),
+        ({"position_share": 0.95}, "their place explains 95% of their variance"),
+        ({"position_share": 0.86}, None),
+        ({"feature_norm": 1.27}, "have grown to 1.27 times the untrained encoder's"),
+        ({"feature_norm": 1.05}, None),
     ],
 )
 def test_each_sentence_says_what_to_do(now, words):
@@ -78,8 +82,8 @@ def test_each_sentence_says_what_to_do(now, words):
     if words is None:
         assert told is None
     else:
-        assert words in told
-        assert any(key in told for key in ("optim.lr", "model.patch_std"))
+        assert words in told.words
+        assert any(key in told.words for key in ("optim.lr", "model.patch_std"))
 
 
 def test_without_a_first_value_no_rank_is_compared():

@@ -54,7 +54,10 @@ TRIED = {
     ),
     "lejepa": (
         "lejepa_cifar10",
-        ["mask.min_keep=null", "objective.options={views: 3, slices: 16, bottleneck: 16, hidden: 32, embedding: 8}"],
+        [
+            "mask.min_keep=null",
+            "objective.options={views: 2, small_views: 2, slices: 16, bottleneck: 16, hidden: 32, embedding: 8}",
+        ],
     ),
     "msn": (
         "msn_cifar10",

@@ -343,6 +343,7 @@ def test_xavier_is_maes_start():
         (["options={regulariser: vicreg, target: pixels}"], "regulariser=vicreg: it compares with target features"),
         (["options={projector: [8]}"], "objective.options.projector: it leads to a regulariser"),
         (["options={regulariser_weight: 1.0}"], "objective.options.regulariser_weight=1.0: there is no regulariser"),
+        (["options={visible_epochs: 2}"], "visible_epochs=2.0: it leads to visible_weight, which is 0"),
         (["options={mask_sets: 0}"], "objective.options.mask_sets: expected at least 1"),
         (
             ["options={regulariser: sigreg}", "batch_size=4"],

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from ijepa_fast.interop.load import read
 
-ALL = "target_norm: position, target_layers: 2, regulariser: vicreg, projector: [16, 8], mask_sets: 2, init: xavier"
+ALL = (
+    "target_norm: position, target_layers: 2, regulariser: vicreg, projector: [16, 8], mask_sets: 2, init: xavier, "
+    "visible_weight: 0.5, visible_epochs: 0.001"
+)
 SALT = "teacher: frozen, target_norm: batch, regulariser: sigreg, slices: 16"
 
 
@@ -80,7 +83,9 @@ def test_a_resume_is_to_the_bit(tmp_path, teacher, kind):
     carried = {name.partition("|")[0] for name in found if "|carried|" in name}
     assert carried == ({"target_statistics"} if kind == "all" else {"teacher"})
     terms = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])["loss_terms"]
-    assert terms.keys() == {"prediction"} | ({"similarity", "deviation", "covariance"} if kind == "all" else {"sigreg"})
+    assert terms.keys() == {"prediction"} | (
+        {"visible", "similarity", "deviation", "covariance"} if kind == "all" else {"sigreg"}
+    )
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,3 +125,14 @@ def test_extras_and_the_script_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"gpu", "science", "wandb", "dev"} <= set(project["optional-dependencies"])
     assert project["scripts"] == {"ijepa-fast": "ijepa_fast.__main__:main"}
+
+
+def test_the_same_tools_are_installed_before_the_package_everywhere():
+    """By the Makefile, .ci/matrix and the Dockerfile: what builds the extension and DeepSpeed without isolation."""
+    pages = {name: (ROOT / name).read_text() for name in ("Makefile", ".ci/matrix", "Dockerfile")}
+    tools = {name: re.search(r'"setuptools>=\d+" (.*)', text)[0] for name, text in pages.items()}
+    assert set(tools.values()) == {'"setuptools>=77" wheel ninja py-cpuinfo numpy'}
+    for text in pages.values():
+        assert re.search(r"DS_BUILD_OPS=0 \S*\$?\S*pip install .*--no-build-isolation", text)
+    left_out = (ROOT / ".dockerignore").read_text().split()
+    assert not set(SOURCES) & set(left_out)

@@ -79,6 +79,7 @@ OPTIONS = {
     "sets2": ["objective.options.mask_sets=2"],
     "sets4": ["objective.options.mask_sets=4"],
     "salt": ["objective.options.teacher=frozen"],  # the teacher is the run mae of the same seed
+    "visible": ["objective.options.visible_weight=0.5"],
 }
 for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 2e-2))):
     OPTIONS |= {

@@ -64,11 +64,20 @@ def counter_uniform(seed: int, positions: np.ndarray, draws: int, stream: int = 
     return (counter_bits(seed, positions, draws, stream) >> np.uint64(11)) * 2.0**-53
 
 
+def crop_keys(positions: np.ndarray, ids: np.ndarray, count: int, per_image: int) -> np.ndarray:
+    """What the crop of each sample follows from, with the seed: (B,), for the `positions` (B,) of the stream.
+
+    That is its position; or where there are so many crops `per_image`, taken in turn by epoch, the number of the crop
+    among those of all `count` samples, of which these are `ids` (B,).
+    """
+    return ids * per_image + positions // count % per_image if per_image else positions
+
+
 def drawn_crops(
     seed: int, positions: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of the samples at `positions` (B,) of the stream, as `random_resized_crop` gives them, and whether
-    each is mirrored where half of them are: bool (B,).
+    """The windows of samples by `positions` (B,) of the stream, or `crop_keys`, as `random_resized_crop` gives them,
+    and whether each is mirrored where half of them are: bool (B,).
     """
     uniform = counter_uniform(seed, positions, 2 * TRIES + 3, _WINDOWS)
     return random_resized_crop(sizes, uniform[:, :-1], scale, ratio), uniform[:, -1] < 0.5

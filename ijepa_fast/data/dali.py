@@ -24,7 +24,7 @@ import torch
 
 from ijepa_fast.data import Size, size_of
 from ijepa_fast.data.arrays import ArrayDecoder
-from ijepa_fast.data.crops import counter_bits, drawn_crops
+from ijepa_fast.data.crops import counter_bits, crop_keys, drawn_crops
 from ijepa_fast.data.decode import AnyDecoder, Decoder, Work, decode_all, hand_over
 from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import as_ppm
@@ -51,7 +51,7 @@ class Batch:
 
     images: (B, H, W, C) of the source's depth, uint8 of three channels for RGB, on the loader's device; of a loader of
     several views, a list with a tensor per view. indices: int64 (B,) sample ids, on the CPU. epoch: the epoch of the
-    first image, from 0. draw: what the loader's `draw` returned for this step.
+    first image, from 0. draw: what the loader's `draw` returned for this step, with what its `beside` added.
     """
 
     images: torch.Tensor | list[torch.Tensor]
@@ -139,6 +139,7 @@ class TrainLoader:
         scale, ratio: share of the image's area, and width over height, as in RandomResizedCrop.
         interpolation: bilinear | bicubic.
         flip: mirror half of the images.
+        crops_per_image: see crops.crop_keys.
         start_step: the first step. The loader yields from there on what an unbroken one yields.
         threads: how many decode.
         prefetch: batches decoded ahead.
@@ -150,6 +151,7 @@ class TrainLoader:
         memory: decode all samples once, before the first step, and keep them in host memory, or under "device" where
             the crops are wanted, and crop them there; then `cache_bytes` is no bound.
         draw: called with the step, ahead of it and in a reading thread; its result is Batch.draw.
+        beside: called with that and the images' crop keys (B,), ahead of the step; what it returns is then Batch.draw.
 
     Attributes:
         steps_per_epoch: whole global batches per epoch.
@@ -170,6 +172,7 @@ class TrainLoader:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: str = "bilinear",
         flip: bool = False,
+        crops_per_image: int = 0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -184,6 +187,7 @@ class TrainLoader:
         cache_bytes: int = 1 << 30,
         memory: bool | str = False,
         draw: Callable[[int], object] | None = None,
+        beside: Callable[[Any, np.ndarray], object] | None = None,
     ):
         global_batch = batch_size * world_size
         if len(source) < global_batch:
@@ -206,6 +210,7 @@ class TrainLoader:
         self._stop = threading.Event()
         self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
         self._draw, self._prefetch, self._memory, self._count = draw, prefetch, memory, threads
+        self._per_image, self._beside = crops_per_image, beside
         self._device = torch.device(device)
         self._decoder = self._make_decoder(
             crop=crop,
@@ -257,12 +262,15 @@ class TrainLoader:
             works = self._works(draws)
             for work, images in decode_all(self._decoder, works, self._repair, self.batch_size, self._prefetch):
                 self.replaced += int((work.ids != self._stream[work.positions]).sum())
-                draw = draws.popleft()
+                drawing = draws.popleft()
+                draw = None if drawing is None else drawing.result()
+                if self._beside is not None:
+                    draw = self._beside(draw, self._keys(work.positions, work.ids))
                 batch = Batch(
                     images=images,
                     indices=torch.from_numpy(work.ids),
                     epoch=int(work.positions[0]) // len(self.source),
-                    draw=None if draw is None else draw.result(),
+                    draw=draw,
                 )
                 if not self._put(batch):
                     return
@@ -316,15 +324,19 @@ class TrainLoader:
         )
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> Work:
-        sizes = np.array([row[2:] for row in rows])
-        windows, mirrored = drawn_crops(self._seed, positions, sizes, self._scale, self._ratio)
+        ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
+        keys = self._keys(positions, ids)
+        windows, mirrored = drawn_crops(self._seed, keys, sizes, self._scale, self._ratio)
         return Work(
-            ids=np.array([row[0] for row in rows]),
+            ids=ids,
             positions=positions,
             encoded=[row[1] for row in rows],
             windows=windows,
             flip=mirrored.astype(np.int32) if self._flip else None,
         )
+
+    def _keys(self, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return crop_keys(positions, ids, len(self.source), self._per_image)
 
     def _repair(self, work: Work, reasons: dict[int, str]) -> Work:
         for row, reason in reasons.items():

@@ -54,6 +54,9 @@ class Data:
     ratio: list[float] = fixed([3 / 4, 4 / 3], "range of the crop's width over its height", **RATIOS)
     interpolation: str = fixed("bilinear", "of the resizing", choices=("bilinear", "bicubic"))
     flip: bool = fixed(False, "whether half of the crops are mirrored")
+    crops_per_image: int = fixed(
+        0, "different crops of an image, taken in turn by epoch; 0: another one in every epoch", least=0, most=1000
+    )
     mean: list[float] = fixed(
         list(IMAGENET_MEAN), "of each channel, in units of 0..1; of floats as they are stored", **ANY
     )

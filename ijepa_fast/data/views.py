@@ -86,10 +86,11 @@ class ViewLoader(TrainLoader):
         return kind(self.views, **options)
 
     def _assemble(self, positions: np.ndarray, rows: list[tuple]) -> ViewWork:
-        sizes = np.array([row[2:] for row in rows])
+        ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
+        keys = self._keys(positions, ids)
         streams = [_STREAM + (number if view.like is None else view.like) for number, view in enumerate(self.views)]
         draws = [
-            _draw(view, sizes, counter_uniform(self._seed, positions, 2 * TRIES + 12, stream), self._ratio)
+            _draw(view, sizes, counter_uniform(self._seed, keys, 2 * TRIES + 12, stream), self._ratio)
             for view, stream in zip(self.views, streams)
         ]
         parameters = np.stack(draws)  # (V, B, 11)
@@ -97,7 +98,7 @@ class ViewLoader(TrainLoader):
         parameters[:, :, 0:2] -= low
         parameters[:, :, 2:4] -= low
         return ViewWork(
-            ids=np.array([row[0] for row in rows]),
+            ids=ids,
             positions=positions,
             encoded=[row[1] for row in rows],
             windows=np.concatenate([low[:, ::-1], (high - low)[:, ::-1]], axis=1).astype(np.int32),

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ijepa_fast.data.crops import drawn_crops
+from ijepa_fast.data.crops import crop_keys, drawn_crops
 from ijepa_fast.data.expand import read_map
 from ijepa_fast.data.formats import open_image
 from ijepa_fast.data.order import SampleStream
@@ -53,7 +53,8 @@ class Inside:
     It follows from the seed and the position alone, as order and crops do; a sample that takes the place of a bad one
     is not known here.
 
-    source: of windows, with a map. seed, scale, ratio, flip: of the loader. grid: rows and columns of patches.
+    source: of windows, with a map. seed, scale, ratio, flip, crops_per_image: of the loader. grid: rows and columns of
+    patches.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class Inside:
         ratio: tuple[float, float],
         flip: bool,
         grid: tuple[int, int],
+        crops_per_image: int = 0,
     ):
         self._source, self._seed, self._scale, self._ratio, self._flip = source, seed, scale, ratio, flip
         self._grid, self._stream = grid, SampleStream(len(source), seed, source.groups)
+        self._per_image = crops_per_image
         self._area = lru_cache(_HELD)(self._opened)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -78,7 +81,8 @@ class Inside:
             self._area(index.names[number], page) for number, page in zip(ids.tolist(), pages.tolist(), strict=True)
         ]
         sizes = np.array([(min(window, area.height), min(window, area.width)) for area in areas])
-        crops, mirrored = drawn_crops(self._seed, positions, sizes, self._scale, self._ratio)
+        keys = crop_keys(positions, ids, len(self._source), self._per_image)
+        crops, mirrored = drawn_crops(self._seed, keys, sizes, self._scale, self._ratio)
         corners = np.stack([index.x[ids], index.y[ids]], axis=1) + crops[:, :2]
         shares = np.stack(
             [

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.eval.collapse import LEAST_RANK, LEAST_VARIANCE, advise, examine, lidar
+from ijepa_fast.eval.collapse import advise, examine, has_collapsed, lidar
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.outputs import measure
 from ijepa_fast.eval.rankme import rankme
@@ -47,7 +47,7 @@ class OnlineProbe:
         rank: int = 0,
         step: int = 0,
         say: Callable[[str], None] = print,
-        untrained: dict[str, float] | None = None,
+        untrained: dict[str, Any] | None = None,
     ):
         self.every, self._last, self._say = every, step, say
         self._columns, self._classes = columns, classes
@@ -55,7 +55,8 @@ class OnlineProbe:
         self._indices: deque[np.ndarray] = deque()
         self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
         self.untrained, self._begins = untrained, untrained is None and step == 0
-        self._first: list[torch.Tensor] = []  # pooled features of the first images, until there are RANK_IMAGES
+        # Pooled features of the first images, and which they are, until there are RANK_IMAGES.
+        self._first: list[tuple[torch.Tensor, np.ndarray]] = []
         self._advised: str | None = None
         if rank == 0 and self.every > 0:
             method.watch = self._watch
@@ -65,24 +66,25 @@ class OnlineProbe:
         lengths = draw.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
         self._targets = features, draw.union_places
-        if self._begins:
-            self._look_at_first(draw.images)
         if len(self._pooled) > -(-WINDOW // draw.images):
             self._pooled.popleft()
 
-    def _look_at_first(self, images: int) -> None:
+    def _look_at_first(self) -> None:
         """Examine the features of the run's first images, as soon as there are enough for the rank."""
         assert self._targets is not None
-        self._first.append(self._pooled[-1])
+        self._first.append((self._pooled[-1], self._indices[-1]))
         if len(self._first) == 1:  # of the first batch, but for the rank: the encoder has not moved yet
-            self.untrained = examine(self._pooled[-1], *self._targets)
-        self._begins = len(self._first) < -(-RANK_IMAGES // images)
+            self.untrained = dict(examine(self._pooled[-1], *self._targets))
+        self._begins = sum(len(pooled) for pooled, _ in self._first) < RANK_IMAGES
         if not self._begins:
             self._end_first()
 
     def _end_first(self) -> None:
         if self._first and self.untrained is not None:
-            self.untrained["rankme"] = rankme(torch.cat(self._first)[:RANK_IMAGES])
+            pooled = torch.cat([pooled for pooled, _ in self._first])[:RANK_IMAGES]
+            indices = np.concatenate([indices for _, indices in self._first])[:RANK_IMAGES]
+            self.untrained["rankme"] = rankme(pooled)
+            self.untrained |= {name: {"lidar": found} for name, found in self._lidar(pooled, indices).items()}
         self._begins, self._first = False, []
 
     def add(self, indices: torch.Tensor) -> None:
@@ -91,6 +93,8 @@ class OnlineProbe:
             self._indices.append(indices.numpy())
             while len(self._indices) > len(self._pooled):
                 self._indices.popleft()
+            if self._begins:
+                self._look_at_first()
 
     def read(self, step: int) -> dict:
         """The probe's section of the log where one is due, {} where none is.
@@ -101,12 +105,15 @@ class OnlineProbe:
         if self._targets is None or step // self.every == self._last // self.every:
             return {}
         self._last = step
-        pooled = torch.cat(list(self._pooled))
+        pooled, indices = torch.cat(list(self._pooled)), np.concatenate(list(self._indices))
         self._end_first()
-        found: dict[str, Any] = dict(examine(pooled[-RANK_IMAGES:], *self._targets))
+        last = slice(-RANK_IMAGES, None)
+        found: dict[str, Any] = dict(examine(pooled[last], *self._targets))
         if self.untrained is not None:
             found["untrained"] = dict(self.untrained)
-        found |= self._probe(pooled, np.concatenate(list(self._indices)))
+        found |= self._probe(pooled, indices)
+        for name, value in self._lidar(pooled[last], indices[last]).items():
+            found.setdefault(name, {})["lidar"] = value
         self._warn(step, found, pooled.shape[1])
         self._pooled.clear()
         self._indices.clear()
@@ -138,16 +145,19 @@ class OnlineProbe:
             scores = x[held] @ weight + mean
             predictions = scores.argmax(1) if name in self._classes else scores[:, 0]
             figures[name] = measure(predictions, values[held], task)
-            if task == "classification":
-                figures[name]["lidar"] = lidar(pooled, values)
         return figures
 
+    def _lidar(self, pooled: torch.Tensor, indices: np.ndarray) -> dict[str, float]:
+        """LiDAR by label, of those that are classes, on as many images before training as at a reading."""
+        labels = {name: self._columns[name][indices] for name in self._classes if name in self._columns}
+        few = {name: ids for name, ids in labels.items() if len(self._classes[name]) <= MOST_CLASSES}
+        return {name: lidar(pooled, torch.from_numpy(ids).to(pooled.device)) for name, ids in few.items()}
+
     def _warn(self, step: int, found: dict, width: int) -> None:
-        found["collapsed"] = found["rankme"] < LEAST_RANK or found["target_variance"] < LEAST_VARIANCE
+        found["collapsed"] = has_collapsed(found)
         advice = advise(found, self.untrained, min(width, RANK_IMAGES))
-        kind = None if advice is None else advice.partition("(")[0][:20]
         if advice is not None:
-            found["advice"] = advice
-            if kind != self._advised:
-                self._say(f"step {step}: {advice}")
-        self._advised = kind
+            found["advice"] = advice.words
+            if self._advised != advice.kind:
+                self._say(f"step {step}: {advice.words}")
+        self._advised = None if advice is None else advice.kind

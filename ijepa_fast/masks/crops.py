@@ -154,14 +154,20 @@ def smaller(grid: Grid) -> Grid:
 
 
 def crops_of(
-    large: Sequence[View], small: View, size: Size, patch: int, scale: tuple[float, float], count: int
+    large: Sequence[View],
+    small: View,
+    size: Size,
+    patch: int,
+    scale: tuple[float, float],
+    count: int,
+    published: int = PUBLISHED,
 ) -> list[View]:
     """The views `large`, and `count` times `small`, of a run whose crops are of `size` and `scale`.
 
     Small ones have what is below `scale`, down to where theirs begins. All are blurred by the same share of a crop's
-    mean side as published, where it is of 224 pixels.
+    mean side as published, where it is of `published` pixels.
     """
-    low, high = (sigma * math.sqrt(math.prod(size)) / PUBLISHED for sigma in large[0].sigma)
+    low, high = (sigma * math.sqrt(math.prod(size)) / published for sigma in large[0].sigma)
     rows, columns = smaller((size[0] // patch, size[1] // patch))
     share = (min(small.scale[0], scale[0]), scale[0])
     views = [replace(view, crop=crop_of(size), scale=scale, sigma=(low, high)) for view in large]

@@ -16,6 +16,7 @@ import torch
 from ijepa_fast.kernels.mask_sampler import random_subset
 from ijepa_fast.masks.draw import VARIES, Draw
 from ijepa_fast.masks.samplers import Masks
+from ijepa_fast.masks.visible import visible_tokens
 
 POLICIES = ("full", "truncate", "budget")
 
@@ -59,6 +60,12 @@ class MaskDraw(Draw):
     sets: int = field(default=1, kw_only=True)  # S
     directions: torch.Tensor | None = field(default=None, kw_only=True)  # (width, K) fp32, of SIGReg
     channels: torch.Tensor | None = field(default=None, kw_only=True)  # (B, channels) bool, those that contexts see
+    features: torch.Tensor | None = field(default=None, kw_only=True)  # (U, D) targets that were computed before
+    # Of a loss on visible tokens, see masks/visible.py; T counts padding.
+    visible_rows: torch.Tensor | None = field(default=None, kw_only=True)  # (M*T,) rows of the predictor's tokens
+    visible_targets: torch.Tensor | None = field(default=None, kw_only=True)  # (M*T,) rows of the union
+    visible_weights: torch.Tensor | None = field(default=None, kw_only=True)  # (M*T,) fp32
+    visible_scale: torch.Tensor | None = field(default=None, kw_only=True)  # () fp32, of the loss in this step
 
     @property
     def sequences(self) -> int:
@@ -79,7 +86,8 @@ class MaskDraw(Draw):
     def tokens(self) -> int:
         """Tokens that pass through a network, without padding: target encoder, context encoder, predictor."""
         masked = self.target_index.numel() * self.contexts
-        return self.images * self.patches + (1 + self.targets) * self.context_tokens + masked
+        whole = 0 if self.features is not None else self.images * self.patches
+        return whole + (1 + self.targets) * self.context_tokens + masked
 
 
 def whole_groups(first: int, last: int, batch: int, group: int | None) -> tuple[int, int]:
@@ -98,6 +106,7 @@ def pack(
     padding: bool | tuple[int, int] = False,
     group: int | None = None,
     part: slice = slice(None),  # noqa: B008 (immutable)
+    grid: tuple[int, int] | None = None,
 ) -> MaskDraw:
     """Pack masks under a context policy.
 
@@ -118,6 +127,8 @@ def pack(
     `padding` are other buckets than TOKEN_BITS, UNION_BITS.
 
     Several masks are as many mask sets of the same images, whose contexts the policy compares set by set.
+
+    grid: rows and columns of patches, for a loss on visible tokens: they are targets too then (masks/visible.py).
 
     Raises ValueError for an unknown policy, a missing budget, and a group of fewer than `budget` patches a context.
     """
@@ -140,7 +151,7 @@ def pack(
         tokens, unions = padding if isinstance(padding, tuple) else (TOKEN_BITS, UNION_BITS)
         static = budget is not None and len(rows) == contexts * images * budget
         bits = 0 if static else tokens, unions
-    return assemble(rows, np.count_nonzero(context, axis=-1), target, patches, bits, len(sets))
+    return assemble(rows, np.count_nonzero(context, axis=-1), target, patches, bits, len(sets), grid)
 
 
 def _kept(masks: Masks, policy: str, budget: int | None, group: int | None) -> np.ndarray:
@@ -207,6 +218,7 @@ def assemble(
     patches: int,
     bits: tuple[int, int] | None = None,
     sets: int = 1,
+    grid: tuple[int, int] | None = None,
 ) -> MaskDraw:
     """The draw of explicit patches.
 
@@ -217,6 +229,7 @@ def assemble(
         patches: N.
         bits: significant bits (0: all) of the context's and of the union's size; without them nothing is padded.
         sets: S, mask sets of an image; its sequences lie B apart in the arguments, and so do its rows.
+        grid: see `pack`.
     """
     contexts, parts = lengths.shape
     images = parts // sets
@@ -226,7 +239,9 @@ def assemble(
         context_rows = context_rows % (images * patches)
     in_union = np.zeros(images * patches, dtype=bool)
     in_union[target_rows] = True
-    longest, tokens, padding = int(lengths.max()), len(context_rows), np.zeros(0, dtype=int)
+    if grid is not None:
+        in_union[context_rows] = True
+    visible, longest, tokens, padding = context_rows, int(lengths.max()), len(context_rows), np.zeros(0, dtype=int)
     if bits is not None:
         longest = min(_round_up(longest, LENGTHS), patches)
         _widen(in_union, bits[1])
@@ -238,6 +253,9 @@ def assemble(
     position = np.cumsum(in_union, dtype=np.int32) - 1
     predictions = np.broadcast_to(position[target_rows][:, None], (targets, contexts, parts, size))
     queries = np.concatenate([np.full(contexts * parts, size), np.zeros_like(padding)])
+    more = {}
+    if grid is not None:
+        more = visible_tokens(visible, lengths, target, position, int(padding.sum()), grid)
     return MaskDraw(
         images=images,
         contexts=contexts,
@@ -261,6 +279,7 @@ def assemble(
         predictor_cu_seqlens=cu_seqlens(np.tile(np.concatenate([lengths.ravel() + size, padding]), targets)),
         predictor_max_seqlen=longest + size,
         predictor_query_cu_seqlens=cu_seqlens(np.tile(queries, targets)),
+        **more,
     )
 
 

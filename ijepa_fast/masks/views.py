@@ -1,12 +1,14 @@
-"""What a step draws beside several equal views of its images: dropped branches, and directions; on the host."""
+"""What a step draws beside views of its images, all equal or some smaller: dropped branches, and directions."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from ijepa_fast.masks.crops import Grid
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.masks.packing import cu_seqlens
 
@@ -15,13 +17,16 @@ _DIRECTIONS = 1 << 40  # beside a seed and a step: no image has this place
 
 @dataclass(frozen=True)
 class ViewDraw(Draw):
-    """V views of N patches; sequences are ordered (view, image), each a class token and its patches."""
+    """V views of N patches, then L of n; sequences are ordered (view, image), each a class token and its patches."""
 
     views: int  # V
-    patches: int  # N
-    cu_seqlens: torch.Tensor  # (V*B + 1,) int32
+    small: int  # L
+    grid: Grid  # of a view
+    small_grid: Grid  # of a small one
+    cu_seqlens: torch.Tensor  # ((V + L)*B + 1,) int32
+    max_seqlen: int
     directions: torch.Tensor  # (width, K) fp32, see `directions`
-    chance: torch.Tensor  # (depth, 2, V*B) fp32 in 0..1: decides which branches are dropped
+    chance: torch.Tensor  # (depth, 2, (V + L)*B) fp32 in 0..1: decides which branches are dropped
 
     @property
     def union_lengths(self) -> torch.Tensor:
@@ -34,9 +39,15 @@ class ViewDraw(Draw):
         return torch.zeros_like(self.cu_seqlens[: self.images])
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, a class token among them."""
+        large, small = (1 + math.prod(grid) for grid in (self.grid, self.small_grid))
+        return [large] * self.views * self.images + [small] * self.small * self.images
+
+    @property
     def tokens(self) -> int:
         """Tokens that pass through the network."""
-        return self.views * self.images * (1 + self.patches)
+        return sum(self.lengths)
 
 
 def directions(width: int, count: int, seed: int, step: int) -> torch.Tensor:
@@ -47,26 +58,35 @@ def directions(width: int, count: int, seed: int, step: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ViewSampler:
-    """Draws for `views` views of `patches` patches, a network of `depth` blocks and `slices` directions of `width`."""
+    """Draws for `views` views of `grid` patches and `small` ones of `small_grid`.
+
+    depth: blocks of the network. width, slices: of directions, and their number.
+    """
 
     views: int
-    patches: int
+    small: int
+    grid: Grid
+    small_grid: Grid
     depth: int
     width: int
     slices: int
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> ViewDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        chance = np.empty((self.depth, 2, self.views, images), dtype=np.float32)
+        views = self.views + self.small
+        chance = np.empty((self.depth, 2, views, images), dtype=np.float32)
         for image in range(images):
             rng = np.random.default_rng([seed, step, first + image])
             chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
-        sequences, length = self.views * images, 1 + self.patches
+        large, small = (1 + math.prod(grid) for grid in (self.grid, self.small_grid))
         return ViewDraw(
             images=images,
             views=self.views,
-            patches=self.patches,
-            cu_seqlens=cu_seqlens(np.full(sequences, length)),
+            small=self.small,
+            grid=self.grid,
+            small_grid=self.small_grid,
+            cu_seqlens=cu_seqlens(np.repeat([large, small], [self.views * images, self.small * images])),
+            max_seqlen=large,
             directions=directions(self.width, self.slices, seed, step),
             chance=torch.from_numpy(chance.reshape(self.depth, 2, -1)),
         )

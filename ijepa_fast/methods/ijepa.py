@@ -24,16 +24,17 @@ from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import POLICY, hidden_channels, sampler_of
 from ijepa_fast.masks.views import directions
+from ijepa_fast.masks.visible import scale_in
 from ijepa_fast.methods.method import Method, Setup
-from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.initial import init_xavier
+from ijepa_fast.models.prediction_work import step_work
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.regulariser import Regulariser
 from ijepa_fast.models.target_norm import TargetNorm
-from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work
+from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work, whole_targets
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
@@ -58,6 +59,7 @@ class Options:
     )
     teacher: str = key("ema", "the target encoder: the average, or a frozen one", choices=("ema", "frozen"))
     teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder")
+    teacher_cache: str | None = key(None, "a folder for its targets, which are then computed once, before training")
     regulariser: str = key("none", "of pooled context features", choices=("none", "vicreg", "sigreg"))
     regulariser_weight: float | None = key(
         None, "null: .001 of vicreg, .02 of sigreg, as published", least=0, most=10**6
@@ -70,6 +72,10 @@ class Options:
         1, "sets of context and targets of an image, for one pass of the target encoder", least=1, most=1000
     )
     init: str = key("published", "of weights; xavier: uniform, as MAE's", choices=("published", "xavier"))
+    visible_weight: float = key(
+        0.0, "of a loss on visible tokens too, each by 1 over the root of its distance to a target", least=0, most=1000
+    )
+    visible_epochs: float = key(0.0, "over which this weight grows from 0", least=0, most=10**6)
 
 
 class IJEPA(Method[MaskDraw]):
@@ -88,7 +94,7 @@ class IJEPA(Method[MaskDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """The predictor has the encoder's heads, the options go together, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
-        check_options(options, setup.model.depth)
+        check_options(options, setup.model.depth, setup.data.crops_per_image)
         check_samples(setup.micro_batch, options.regulariser)
         mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
         if setup.mask.budget is not None and setup.mask.budget > patches:
@@ -130,6 +136,8 @@ class IJEPA(Method[MaskDraw]):
             self.keep_average("encoder")
         else:
             self.wanted = {"teacher": self.options.teacher_from}
+            if path := chosen.teacher_cache:
+                self.kept_in, self.kept_shape = ("teacher_cache", path), (self.encoder.patches, model.dim)
             self.carried["teacher"] = torch.zeros(1, dtype=torch.int64)
         if self.target_norm.by_place:
             width = setup.values if self.options.target == "pixels" else model.dim
@@ -149,8 +157,25 @@ class IJEPA(Method[MaskDraw]):
         self.frozen[name], self.given = encoder, fingerprint(encoder)
         self.carried["teacher"].fill_(self.given)
 
+    def keep(self, images: torch.Tensor) -> torch.Tensor:
+        """The targets of all patches of `images`, (B, N, D), before their norm."""
+        return whole_targets(self.target_encoder, self.patchify(images), len(images), self.options.target_layers)
+
+    def keeps(self) -> dict[str, Any]:
+        """The teacher's weights and the layers."""
+        return {"teacher's weights": self.given, "objective.options.target_layers": self.options.target_layers}
+
+    def recall(self, draw: MaskDraw, kept: torch.Tensor, keys: torch.Tensor) -> MaskDraw:
+        """The draw with the targets of its union."""
+        images = keys[torch.arange(draw.images).repeat_interleave(draw.union_lengths)]
+        return replace(draw, features=kept[images, draw.union_places.long()])
+
     def use_fp8(self) -> None:
         """Run the target encoder in fp8 from now on, but for its last block. Its weights must lie where they will."""
+        if self.kept_in is not None:
+            raise ConfigError(
+                "engine.target_precision=fp8: cached targets are made in engine.precision; set it to null"
+            )
         if self.target_encoder.cls_token is not None:
             raise ConfigError("engine.target_precision=fp8: the frozen teacher has a class token, which it cannot do")
         blocks: Any = self.target_encoder.blocks
@@ -188,7 +213,11 @@ class IJEPA(Method[MaskDraw]):
         else:
             inside = self.inside(step * (batch or last) + np.arange(start, stop))
             masks = [held(sample, place, inside) for place in places]
-        drawn = pack(masks, **self.policy, part=slice(first - start, last - start))
+        visible, part = self.options.visible_weight > 0, slice(first - start, last - start)
+        drawn = pack(masks, **self.policy, part=part, grid=self.encoder.grid if visible else None)
+        if visible:
+            grows = self.options.visible_epochs * self.setup.steps_per_epoch
+            drawn = replace(drawn, visible_scale=scale_in(step, self.options.visible_weight, grows))
         if self.options.regulariser == "sigreg":
             drawn = replace(drawn, directions=directions(self.widths[-1], self.options.slices, seed, step))
         if not self.hidden:
@@ -212,15 +241,25 @@ class IJEPA(Method[MaskDraw]):
             targets = self.targets(patches, draw)
         context = self.encoder.context(self.seen(patches, draw), draw)
         predictions = self.predictor(context, draw.by_set)
+        visible = None
+        if draw.visible_targets is not None:
+            predictions, visible = predictions.split([len(draw.prediction_rows), len(draw.visible_targets)])
         if beside is not None:
             torch.cuda.current_stream().wait_stream(beside)
             targets.record_stream(torch.cuda.current_stream())
         norm = self.target_norm(targets, draw, self.carried.get("target_statistics"))
-        loss = target_loss(predictions, targets, draw.prediction_rows, kind=self.options.loss, **norm)
-        if self.options.regulariser == "none":
-            return loss, {}
-        term, terms = self.regulariser(context, targets, draw, self.projector)
-        return loss + term, {"prediction": loss.detach()} | terms
+        loss = total = target_loss(predictions, targets, draw.prediction_rows, self.options.loss, **norm)
+        terms: dict[str, torch.Tensor] = {}
+        if visible is not None:
+            assert draw.visible_targets is not None
+            assert draw.visible_scale is not None
+            rows, norm["weights"] = draw.visible_targets, draw.visible_weights
+            term = target_loss(visible, targets, rows, self.options.loss, **norm)
+            total, terms = total + draw.visible_scale * term, {"visible": term.detach()}
+        if self.options.regulariser != "none":
+            term, more = self.regulariser(context, targets, draw, self.projector)
+            total, terms = total + term, terms | more
+        return total, {"prediction": loss.detach()} | terms if terms else {}
 
     def seen(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """`patches` (B*N, W) as the contexts see them: hidden channels are at their mean, which is zero."""
@@ -234,7 +273,9 @@ class IJEPA(Method[MaskDraw]):
         """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
         if self.options.target == "pixels":
             return patches[draw.union_index, : self.setup.values]
-        features = self.target_encoder.targets(patches, draw, self.fp8_blocks, self.options.target_layers)
+        features = draw.features
+        if features is None:
+            features = self.target_encoder.targets(patches, draw, self.fp8_blocks, self.options.target_layers)
         if self.watch is not None:
             self.watch(features, draw)
         return features
@@ -254,8 +295,11 @@ class IJEPA(Method[MaskDraw]):
             images=draw.images,
             unions=draw.union_lengths.tolist(),
             pixels=self.options.target == "pixels",
+            visible=self.options.visible_weight > 0,
         )
-        if self.frozen:
+        if self.kept_in is not None:
+            work = replace(work, teacher=0)
+        elif self.frozen:
             work = replace(work, teacher=teacher_work(self.target_encoder, draw.images, draw.union_lengths.tolist()))
         if self.options.regulariser == "none":
             return work
@@ -266,6 +310,8 @@ class IJEPA(Method[MaskDraw]):
         model, context = self.setup.model, draw.context_index.numel()
         rows = draw.targets * draw.sequences * draw.target_size
         tokens = draw.targets * context + rows
+        if self.options.visible_weight:
+            rows = tokens
         encoder = Transformer(model.dim, model.depth, model.mlp_ratio)
         predictor = Transformer(model.predictor_dim, model.predictor_depth)
         stacks = encoder.saved_values(context, context, model.recompute)
@@ -276,71 +322,28 @@ class IJEPA(Method[MaskDraw]):
         return stacks + patches + predictions
 
 
-def check_options(options: Options, depth: int) -> None:
+def check_options(options: Options, depth: int, crops: int = 0) -> None:
     """ConfigError for options that exclude each other."""
     o, prefix = options, "objective.options."
-    pixels = o.target == "pixels"
+    pixels, ema, given = o.target == "pixels", o.teacher == "ema", o.teacher_from is not None
+    alone, idle = o.regulariser == "none", not o.visible_weight
     wrong = {
         f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
         f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
         and o.target_layers > 1,
-        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and o.teacher == "frozen",
+        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and not ema,
         "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
         and o.regulariser == "vicreg",
-        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": o.teacher == "frozen"
-        and o.teacher_from is None,
-        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": o.teacher == "ema"
-        and o.teacher_from is not None,
-        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector
-        and o.regulariser == "none",
-        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": o.regulariser == "none"
+        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": not ema and not given,
+        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": ema and given,
+        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen": ema and o.teacher_cache is not None,
+        f"teacher_cache={o.teacher_cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or "
+        f"more, or teacher_cache=null": o.teacher_cache is not None and not crops,
+        f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
+        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
+        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
         and o.regulariser_weight is not None,
     }
     for words, holds in wrong.items():
         if holds:
             raise ConfigError(prefix + words)
-
-
-def step_work(
-    encoder: Transformer,
-    predictor: Transformer,
-    *,
-    patch: int,
-    patches: int,
-    context: Sequence[int],
-    targets: int,
-    target_size: int,
-    images: int,
-    unions: Sequence[int] | None = None,
-    embed_all: bool = False,
-    pixels: bool = False,
-    channels: int = 3,
-) -> Work:
-    """Work of an I-JEPA step.
-
-    Args:
-        encoder: of both encoders.
-        predictor: the narrow one.
-        patch: side of a patch, pixels.
-        patches: patches per image, N.
-        context: tokens of each context, C*B of them in order (c, b).
-        targets: blocks per image, M.
-        target_size: patches of a block, K.
-        images: B.
-        unions: distinct target patches of each image. Where given, the last blocks of target encoder and predictor
-            compute only the rows that are used, as this engine does; None counts the published computation.
-        embed_all: the context side embeds all patches, as the published code does.
-        pixels: they are predicted, so there is no target encoder.
-        channels: of an image.
-    """
-    row, kept = channels * patch**2, images * patches if embed_all else sum(context)
-    embedding = flops.linear(kept, row, encoder.dim)
-    teacher = flops.linear(images * patches, row, encoder.dim) + encoder.forward([patches] * images, unions)
-    sequences = targets * [length + target_size for length in context]
-    predicted = targets * len(context) * target_size
-    narrow = predictor.forward(sequences, [target_size] * len(sequences) if unions is not None else None)
-    narrow += flops.linear(sum(context), encoder.dim, predictor.dim)
-    narrow += flops.linear(predicted, predictor.dim, row if pixels else encoder.dim)
-    return Work(
-        0 if pixels else teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding
-    )

@@ -2,14 +2,15 @@
 
 There is no average, no predictor and no stopped gradient: against collapse stands SIGReg, which draws the embeddings of
 a batch to an isotropic Gaussian along random directions (kernels/sigreg).
-What makes it fast here, exactly: all views are one packed batch, and the last block, norm and head compute only the
-class tokens.
-Shapes: B images, V views of N patches, D width, E width of an embedding, K directions.
+What makes it fast here, exactly: all views, small ones too, are one packed batch, and the last block, norm and head
+compute only the class tokens.
+Shapes: B images, V views of N patches, L small ones of n, D width, E width of an embedding, K directions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 
 from ijepa_fast.agree import check_samples
 from ijepa_fast.config import ConfigError, key
-from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.sigreg import sigreg
+from ijepa_fast.masks.crops import crops_of, smaller
 from ijepa_fast.masks.views import ViewDraw, ViewSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, projector
@@ -28,14 +29,20 @@ from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 PUBLISHED = 128  # pixels of a view, beside which the blur is given
-SIGMA = (0.1, 2.0)
+SMALL_SCALE = 0.05  # smallest share of an image in a small view, as published
 
 
 @dataclass
 class Options:
-    """LeJEPA's options; the values here are those of the authors' minimal example, whose views are of one size."""
+    """LeJEPA's options; the values here are those of the authors' minimal example, whose views are of one size.
+
+    For ImageNet they publish 2 views, 6 small ones, scale .3 and strengths .4, .4, .2, .1.
+    """
 
     views: int = key(4, "views per image", least=2, most=100)
+    small_views: int = key(
+        0, "smaller views per image beside them, of what is below `scale`; published for ImageNet: 6", least=0, most=100
+    )
     weight: float = key(0.02, "of SIGReg; the agreement of the views has the rest", least=0, most=1)
     slices: int = key(256, "random directions of a step", least=1, most=65536)
     knots: int = key(17, "at which a direction's characteristic function is compared", least=2, most=1000)
@@ -60,10 +67,15 @@ class LeJEPA(Method[ViewDraw]):
 
     @classmethod
     def check(cls, options: Any, setup: Setup) -> None:
-        """Four strengths; a batch that can be compared with a Gaussian."""
+        """Four strengths; a batch that can be compared with a Gaussian; small views that are smaller."""
         check_samples(setup.micro_batch)
         if len(options.strengths) != 4:
             raise ConfigError(f"objective.options.strengths: expected four numbers, got {options.strengths}")
+        if options.small_views and setup.grid == (1, 1):
+            raise ConfigError(
+                f"objective.options.small_views={options.small_views}: a view is one patch, and none is smaller; raise "
+                f"data.crop or lower model.patch"
+            )
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -77,50 +89,46 @@ class LeJEPA(Method[ViewDraw]):
         )
         self.widths = (chosen.bottleneck, chosen.hidden, chosen.hidden, chosen.embedding)
         self.head = nn.Sequential(nn.Linear(model.dim, chosen.bottleneck), Projector(self.widths))
-        self.sampler = ViewSampler(
-            chosen.views, setup.grid[0] * setup.grid[1], model.depth, chosen.embedding, chosen.slices
-        )
+        sizes = (chosen.views, chosen.small_views, setup.grid, smaller(setup.grid))
+        self.sampler = ViewSampler(*sizes, model.depth, chosen.embedding, chosen.slices)
         self.encoder.apply(init_weights)
         for name in ("encoder.cls_token", "encoder.pos_embed"):
             nn.init.trunc_normal_(self.get_parameter(name), std=INIT_STD)
 
     def views(self) -> list[View]:
-        """Views of data.crop pixels, from `scale` to data.scale's upper bound of an image."""
+        """Views of data.crop pixels, from `scale` to data.scale's upper bound of an image; then small ones."""
         data, chosen = self.setup.data, self.options
-        side = min(data.size)
-        sigma = (SIGMA[0] * side / PUBLISHED, SIGMA[1] * side / PUBLISHED)
         brightness, contrast, saturation, hue = chosen.strengths
-        view = View(
-            crop_of(data.size),
-            (min(chosen.scale, data.scale[1]), data.scale[1]),
-            blur=0.5,
-            solarise=0.2,
-            sigma=sigma,
-            strengths=(brightness, contrast, saturation, hue),
-        )
-        return [view] * chosen.views
+        scale = (min(chosen.scale, data.scale[1]), data.scale[1])
+        view = View(0, scale, blur=0.5, solarise=0.2, strengths=(brightness, contrast, saturation, hue))
+        small = replace(view, scale=(SMALL_SCALE, scale[0]))
+        large, patch = [view] * chosen.views, self.setup.model.patch
+        return crops_of(large, small, data.size, patch, scale, chosen.small_views, PUBLISHED)
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> ViewDraw:
         """Dropped branches and directions."""
         return self.sampler(images, seed, step, first)
 
     def forward(self, images: list[torch.Tensor], draw: ViewDraw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`images`: V views of every image, (B, side, side, C) each -> scalar fp32 loss, and its two terms."""
+        """`images`: V views of every image, then L small ones, (B, h, w, C) each -> scalar fp32 loss, its two terms."""
         encoder = self.encoder
         keep = encoder.keep(draw.chance) if self.training else None
-        patches = encoder.embed(self.patchify(torch.cat(images)))
-        tokens = encoder.class_tokens(patches, draw.cu_seqlens, 1 + draw.patches, keep)
+        parts = (images[: draw.views], draw.grid), (images[draw.views :], draw.small_grid)
+        embedded = [encoder.embed(self.patchify(torch.cat(part)), grid) for part, grid in parts if part]
+        tokens = encoder.class_tokens(torch.cat(embedded), draw.cu_seqlens, draw.max_seqlen, keep)
         if self.watch is not None:
             self.watch(tokens[: draw.images].detach(), draw)
-        embeddings = self.head(tokens).float().view(draw.views, draw.images, -1)
+        embeddings = self.head(tokens).float().view(draw.views + draw.small, draw.images, -1)
         gaussian, agreement = self.terms(embeddings, draw.directions)
         loss = self.options.weight * gaussian + (1 - self.options.weight) * agreement
         return loss, {"sigreg": gaussian.detach(), "agreement": agreement.detach()}
 
     def terms(self, embeddings: torch.Tensor, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(V, B, E) fp32, (E, K) -> SIGReg, of the views apart; mean square of what tells an image's views apart."""
+        """(V + L, B, E) fp32, (E, K) -> SIGReg, of the views apart; mean square of what tells a view from the mean of
+        its image's V large ones.
+        """
         gaussian = sigreg(embeddings, directions, self.options.last_knot, self.options.knots)
-        return gaussian, (embeddings - embeddings.mean(0)).square().mean()
+        return gaussian, (embeddings - embeddings[: self.options.views].mean(0)).square().mean()
 
     def work(self, draw: ViewDraw) -> Work:
         """The work of a step on a batch, as executed here."""
@@ -130,8 +138,7 @@ class LeJEPA(Method[ViewDraw]):
             self.widths,
             slices=chosen.slices,
             values=self.setup.values,
-            patches=draw.patches,
-            sequences=draw.views * draw.images,
+            lengths=draw.lengths,
         )
 
 
@@ -141,16 +148,16 @@ def step_work(
     *,
     slices: int,
     values: int,
-    patches: int,
-    sequences: int,
+    lengths: Sequence[int],
     used_rows_only: bool = True,
 ) -> Work:
-    """Work of a LeJEPA step on `sequences` views of `patches` patches of `values` numbers.
+    """Work of a LeJEPA step on views of `lengths` tokens, a class token among them; patches have `values` numbers.
 
     widths: of the projector. used_rows_only: the last block computes the class tokens alone, as here; published: all.
     """
-    embedding = flops.linear(sequences * patches, values, encoder.dim)
-    stack = encoder.forward([1 + patches] * sequences, [1] * sequences if used_rows_only else None)
-    head = flops.linear(sequences, encoder.dim, widths[0]) + projector.work(sequences, widths)
-    seen = flops.linear(sequences, widths[-1], slices)  # along the directions, which have no gradient
+    count = len(lengths)
+    embedding = flops.linear(sum(lengths) - count, values, encoder.dim)
+    stack = encoder.forward(list(lengths), [1] * count if used_rows_only else None)
+    head = flops.linear(count, encoder.dim, widths[0]) + projector.work(count, widths)
+    seen = flops.linear(count, widths[-1], slices)  # along the directions, which have no gradient
     return Work(0, {"encoder": embedding + stack, "head": head + seen}, embedding + seen)

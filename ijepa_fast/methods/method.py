@@ -57,6 +57,10 @@ class Method(nn.Module, Generic[D]):
             they lie in checkpoints. They are on the device of the networks and keep their dtype.
         frozen: networks that stay as they are, outside of the module tree and of checkpoints, by name.
         wanted: paths of encoders that are to be frozen, by the name under which `give` will get them.
+        kept_in: where set, the option that names a folder, and the folder: what `keep` gives of every crop of every
+            image is computed once, before training, kept there, and handed to `recall` in every step.
+            `data.crops_per_image` says how many crops there are.
+        kept_shape: of what is kept of a crop.
         exchanges: whether `forward` adds anything up over ranks, which a graph of several ranks could not.
         watch: where set, a method whose targets are features calls it in every step with them (U, D) and its draw.
         target_stream: where set, a CUDA stream for what needs no gradient.
@@ -79,6 +83,8 @@ class Method(nn.Module, Generic[D]):
         self.carried: dict[str, torch.Tensor] = {}
         self.frozen: dict[str, Any] = {}
         self.wanted: dict[str, str] = {}
+        self.kept_in: tuple[str, str] | None = None
+        self.kept_shape: tuple[int, ...] = ()
         self.exchanges = False
         self.watch: Callable[[torch.Tensor, Draw], object] | None = None
         self.target_stream: torch.cuda.Stream | None = None
@@ -102,6 +108,18 @@ class Method(nn.Module, Generic[D]):
 
         It is to become `frozen[name]`. Raises ConfigError for one that cannot.
         """
+        raise NotImplementedError
+
+    def keep(self, images: torch.Tensor) -> torch.Tensor:
+        """What is kept of images (B, H, W, C), without gradient: (B, *kept_shape); see `kept_in`."""
+        raise NotImplementedError
+
+    def keeps(self) -> dict[str, Any]:
+        """What that depends on beside the images, the network's dtype and `model.patch`, by what messages call it."""
+        raise NotImplementedError
+
+    def recall(self, draw: D, kept: torch.Tensor, keys: torch.Tensor) -> D:
+        """The draw with what it needs of `kept` (crops, ...), whose rows `keys` (B,) are its images; on the host."""
         raise NotImplementedError
 
     def views(self) -> list[View]:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models.layouts import Packed, Rows
@@ -57,14 +58,18 @@ class Predictor(nn.Module):
     def forward(self, context: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """`context` (T, D) in packed order -> predictions (R, out_dim), rows ordered (m, c, b, k).
 
-        The last block computes queries, attention output and MLP for the mask tokens alone.
+        The last block computes queries, attention output and MLP for the mask tokens alone. With a loss on visible
+        tokens it computes all, and behind the predictions there are those of `draw.visible_rows`.
         """
         positions = self.positions.to(context.dtype)
         tokens = predictor_tokens(self.predictor_embed(context), self.mask_token.view(-1), positions, draw)
         sequences = Packed(draw.predictor_cu_seqlens, draw.predictor_max_seqlen)
-        rows = Rows(partial(predictor_readout, draw=draw), draw.predictor_query_cu_seqlens, draw.target_size)
-        last = replace(sequences, rows=rows)
+        pick, last = partial(predictor_readout, draw=draw), None
+        if draw.visible_rows is None:
+            last = replace(sequences, rows=Rows(pick, draw.predictor_query_cu_seqlens, draw.target_size))
         x = run_blocks(
             self.predictor_blocks, self.predictor_norm, tokens, None, sequences, last=last, recompute=self.recompute
         )
+        if draw.visible_rows is not None:
+            x = torch.cat([pick(x), masked_gather(x, draw.visible_rows, unique=True)])
         return self.predictor_proj(x)

@@ -23,7 +23,10 @@ NORMS = ("token", "position", "position_token", "batch", "none")
 def predicted(draw: MaskDraw) -> torch.Tensor:
     """(U,) fp32: how many predictions are compared with each row of the union; 0 of rows that are padding."""
     counts = torch.zeros(len(draw.union_index), device=draw.union_index.device)
-    return counts.index_add_(0, draw.prediction_rows, torch.ones_like(draw.prediction_rows, dtype=torch.float32))
+    counts.index_add_(0, draw.prediction_rows, torch.ones_like(draw.prediction_rows, dtype=torch.float32))
+    if draw.visible_targets is not None and draw.visible_weights is not None:
+        counts.index_add_(0, draw.visible_targets, (draw.visible_weights > 0).float())
+    return counts
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from ijepa_fast.config import ConfigError, Data
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer
-from ijepa_fast.models.vit import Encoder
+from ijepa_fast.models.vit import Encoder, mean_of_normal
 
 
 def check_teacher(
@@ -46,3 +46,12 @@ def teacher_work(teacher: Encoder, images: int, unions: list[int]) -> int:
     sizes = Transformer(teacher.dim, len(teacher.blocks), hidden / teacher.dim)
     embedding = flops.linear(images * teacher.patches, teacher.patch_embed.proj.weight[0].numel(), teacher.dim)
     return embedding + sizes.forward([first + teacher.patches] * images, None if first else unions)
+
+
+def whole_targets(teacher: Encoder, patches: torch.Tensor, images: int, layers: int) -> torch.Tensor:
+    """Targets of all patches, `patches` (B*N, W) -> (B, N, D): what Encoder.targets gives of some, up to rounding."""
+    if layers == 1:
+        features = teacher(patches, images, "patches")
+    else:
+        features = mean_of_normal(teacher.layers(patches, images, layers))
+    return features.view(images, -1, features.shape[1])

@@ -325,7 +325,7 @@ class Encoder(nn.Module):
         if self.cls_token is not None:
             if layers == 1:
                 return pick(self(patches, draw.images, "patches"))
-            return _mean_of_normal([pick(output) for output in self.layers(patches, draw.images, layers)])
+            return mean_of_normal([pick(output) for output in self.layers(patches, draw.images, layers)])
         rows = Rows(pick, draw.union_cu_seqlens, draw.union_max_seqlen)
         last = Packed(draw.dense_cu_seqlens, self.patches, rows)
         blocks: Iterable[Callable] = self.blocks if inner is None else [*inner, self.blocks[-1]]
@@ -336,7 +336,7 @@ class Encoder(nn.Module):
             x, branch = block(x, branch, last if number == depth else Dense(draw.images))
             if number > depth - layers:
                 outputs.append(x + branch if number == depth else pick(x) + pick(branch))
-        return _mean_of_normal(outputs)
+        return mean_of_normal(outputs)
 
     def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
         """Whole images, `patches` (B*N, W) -> the read-out, final norm applied: (B*N, D), of a class token (B, D).
@@ -471,7 +471,7 @@ class Encoder(nn.Module):
         return x[:, 0].contiguous() if readout == "class" else x[:, 1:].reshape(-1, self.dim)
 
 
-def _mean_of_normal(outputs: list[torch.Tensor]) -> torch.Tensor:
+def mean_of_normal(outputs: list[torch.Tensor]) -> torch.Tensor:
     """The mean of outputs (U, D), each normalised without gain and shift."""
     normal = [F.layer_norm(output.float(), output.shape[1:]) for output in outputs]
     return torch.stack(normal).mean(0).to(outputs[0].dtype)

@@ -24,7 +24,7 @@ from ijepa_fast.eval.collapse import LOW_RANK
 from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.interop.load import latest, load
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.report import pictures, sections, several
+from ijepa_fast.report import pictures, predicted, sections, several
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, text
 from ijepa_fast.report.recorded import Recorded, read_run
@@ -53,6 +53,7 @@ def report(run: str | Path, images: str | Path | None = None, count: int = 400) 
             parts += _features(found.config, checkpoint, images, count)
         except (ValueError, OSError) as error:
             parts.append(("Features", text(f"Not shown: {printable(str(error))}", "note")))
+    parts += predicted.sections(found.folder)
     footer = f"{printable(found.folder.name)}, after step {found.steps:,}"
     if checkpoint:
         footer += f", features of {checkpoint.name}"

@@ -144,14 +144,15 @@ def _photo(image: torch.Tensor) -> str:
     picture = Image.fromarray(np.asarray(image))
     if picture.width > SIDE:
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return _tag(picture, "JPEG", "", quality=90)
+    return tag(picture, "JPEG", "", quality=90)
 
 
 def _image(array: np.ndarray, kind: str = "") -> str:
-    return _tag(Image.fromarray(array), "PNG", kind)
+    return tag(Image.fromarray(array), "PNG", kind)
 
 
-def _tag(picture: Image.Image, form: str, kind: str, **options: Any) -> str:
+def tag(picture: Image.Image, form: str, kind: str, **options: Any) -> str:
+    """An <img> that holds the picture, of `form` JPEG or PNG; kind: its class."""
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -166,3 +166,10 @@ def plot_masks(images: torch.Tensor, packed: MaskDraw, patch: int, path: Path, c
         left = margin + (i % columns) * (width + 2 * margin)
         sheet[top : top + height, left : left + width] = tile
     Image.fromarray(sheet).save(path)
+
+
+def outlined(image: np.ndarray, mask: np.ndarray, colour: str, width: int) -> np.ndarray:
+    """A copy of uint8 (h, w, 3) with the rim of a mask, bool (h, w), in a colour, "#rrggbb", `width` pixels."""
+    framed = image.copy()
+    framed[_border(mask, width)] = _rgb(colour).astype(np.uint8)
+    return framed

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.eval.collapse import LEAST_RANK, LOW_RANK, LOW_VARIANCE, Sign, signs
+from ijepa_fast.eval.collapse import HIGH_POSITION, LEAST_RANK, LOW_RANK, LOW_VARIANCE, Sign, signs
 from ijepa_fast.eval.figures import CLEAR, METRICS, Figure, against, change, headline, number, verdict
 from ijepa_fast.report.charts import COLOURS, dots, line_chart
 from ijepa_fast.report.page import Markup, table, text
@@ -71,10 +71,10 @@ def training(runs: Sequence[Recorded]) -> str:
     else:
         names = dict.fromkeys(name for run in runs for name in run.terms())
         charts += [
-            _lines(name.capitalize(), runs, lambda run, name=name: run.terms(x).get(name, ([], []))) for name in names
+            _lines(name.capitalize(), runs, [run.terms(x).get(name, ([], [])) for run in runs]) for name in names
         ]
     titles = SCHEDULES | {"tokens_per_image": "Tokens per image", "gradient_norm": "Norm of the gradient"}
-    charts += [_lines(title, runs, lambda run, key=key: run.column(key, x)) for key, title in titles.items()]
+    charts += [_lines(title, runs, [run.column(key, x) for run in runs]) for key, title in titles.items()]
     same = [title[0].lower() + title[1:] for key, title in titles.items() if len(runs) > 1 and _same(runs, key, x)]
     told = text(f"The same in all: {', '.join(same)}.") if same else ""
     return told + f'<div class="charts">{"".join(charts)}</div>'
@@ -88,9 +88,9 @@ def speed(runs: Sequence[Recorded]) -> str:
         if bad := run.training[-1].get("replaced", 0):
             whose = f" in {run.name}" if len(runs) > 1 else ""
             told += text(f"{bad} unreadable images were replaced{whose}.", "note")
-    charts = [_lines("Images per second", runs, lambda run: run.column("images_per_second", x), floor=0)]
+    charts = [_lines("Images per second", runs, [run.column("images_per_second", x) for run in runs], floor=0)]
     title = "Share of the time waiting for data"
-    charts.append(_lines(title, runs, lambda run: run.column("data_wait", x), floor=0, percent=True))
+    charts.append(_lines(title, runs, [run.column("data_wait", x) for run in runs], floor=0, percent=True))
     if not any(charts):
         known = any(run.column("images_per_second", x)[0] for run in runs)
         return told + (
@@ -99,8 +99,8 @@ def speed(runs: Sequence[Recorded]) -> str:
     return told + f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _lines(title: str, runs: Sequence[Recorded], column: Callable[[Recorded], Column], **options: Any) -> str:
-    columns = [column(run) for run in runs]
+def _lines(title: str, runs: Sequence[Recorded], columns: Sequence[Column], **options: Any) -> str:
+    """A chart with a line per run; "" where all runs have the same."""
     if len(runs) > 1 and all(_equal(columns[0], other) for other in columns[1:]):
         return ""
     return line_chart(title, dict(zip(labels(runs) if len(runs) > 1 else [""], columns)), x_label=axis(runs), **options)
@@ -244,7 +244,7 @@ def _signs(run: Recorded, several: bool) -> str:
             sign.name,
             sign.expected,
             "" if sign.untrained is None else f"{sign.untrained:.4g}",
-            Markup(f'<span class="low">{sign.now:.4g}, low</span>') if sign.low else f"{sign.now:.4g}",
+            Markup(f'<span class="low">{sign.now:.4g}, {sign.beyond}</span>') if sign.beyond else f"{sign.now:.4g}",
         ]
         for sign in found
     ]
@@ -267,14 +267,19 @@ def _online(runs: Sequence[Recorded], wanted: Callable[[str], bool]) -> str:
 
 
 def _levels(run: Recorded, metric: str) -> dict[str, float]:
-    """What a curve is to be seen beside: the untrained encoder's value, and the least that is expected."""
+    """What a curve is to be seen beside: the untrained encoder's value, and the bound that is expected."""
     _, untrained = run.doctor()
     first = (untrained or {}).get(metric)
     levels = {} if first is None else {"untrained": first}
+    if metric == "lidar":
+        found = {name: value for name, value in (untrained or {}).items() if isinstance(value, dict)}
+        levels = {f"untrained {name}": value["lidar"] for name, value in found.items() if "lidar" in value}
     if metric == "rankme":
         levels["expected above"] = LEAST_RANK if first is None else max(LEAST_RANK, LOW_RANK * first)
     if metric == "target_variance" and (first is None or first >= LOW_VARIANCE):
         levels["expected above"] = LOW_VARIANCE
+    if metric == "position_share":
+        levels["expected below"] = HIGH_POSITION
     return levels
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ijepa_fast.agree import check_capabilities
@@ -148,11 +149,21 @@ def build_draw(config: Config, method: Method, device: torch.device, rank: int, 
 
 
 def build_loader(
-    config: Config, method: Method, source: Source | None, device: torch.device, rank: int, ranks: int, first: int = 0
+    config: Config,
+    method: Method,
+    source: Source | None,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+    first: int = 0,
+    *,
+    draws: bool = True,
+    beside: Callable[[Any, np.ndarray], object] | None = None,
 ) -> TrainLoader | SyntheticLoader:
     """The endless loader of this rank's micro-batches, from micro-step `first` on; Batch.draw is their draw.
 
     Draws are made ahead of the step, in the loader's threads. Without `source`, the images are random.
+    draws: whether any are made. beside: see TrainLoader.
     """
     data, views = config.data, method.views()
     if views and data.memory == IN_PLACE:
@@ -162,7 +173,8 @@ def build_loader(
         )
     if source is not None and data.where is not None and not views:
         scale, ratio = (data.scale[0], data.scale[1]), (data.ratio[0], data.ratio[1])
-        method.inside = Inside(source, config.seed, scale, ratio, data.flip, method.setup.grid)
+        more = (data.flip, method.setup.grid, data.crops_per_image)
+        method.inside = Inside(source, config.seed, scale, ratio, *more)
     common: dict[str, Any] = {
         "batch_size": micro_batch(config, ranks),
         "seed": config.seed,
@@ -170,7 +182,7 @@ def build_loader(
         "world_size": ranks,
         "device": device,
         "start_step": first,
-        "draw": build_draw(config, method, device, rank, ranks),
+        "draw": build_draw(config, method, device, rank, ranks) if draws else None,
     }
     if source is None:
         sides: Any = [view.crop for view in views] if views else data.size
@@ -184,6 +196,7 @@ def build_loader(
         ratio=(data.ratio[0], data.ratio[1]),
         interpolation=data.interpolation,
         flip=data.flip,
+        crops_per_image=data.crops_per_image,
         threads=data.threads or max(1, share),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
@@ -191,5 +204,6 @@ def build_loader(
         max_bad_share=data.max_bad_share,
         max_pixels=data.max_pixels,
         memory=data.memory,
+        beside=beside,
         **common,
     )

@@ -21,13 +21,19 @@ def target_loss_fwd(
     table: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
     token: bool = True,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, a scalar, and its gradient (R, D) of `gradient_dtype`."""
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     targets = reference.normalised(features, eps, dtype, table, places, token)
     error = predictions.to(dtype) - targets.index_select(0, index)
-    loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
     gradient = 2 * error if kind == "l2" else error.clamp(-1, 1)
+    if weights is None:
+        loss = reference.KINDS[kind](error, torch.zeros_like(error)).float()
+    else:
+        weights = weights.to(dtype)[:, None]
+        loss = (reference.KINDS[kind](error, torch.zeros_like(error), reduction="none") * weights).mean().float()
+        gradient = gradient * weights
     return loss, (gradient / error.numel()).to(gradient_dtype(predictions.dtype))
 
 

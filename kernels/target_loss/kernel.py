@@ -2,7 +2,7 @@
 
 Per row r, with f = features[index[r]], first (f - mean[place]) * factor[place] where there is a table:
     t = (f - mean(f)) * rstd(f), or f  e = predictions[r] - t
-    loss += l(e)                       gradient[r] = l'(e) / (R*D)
+    loss += w[r] l(e)                  gradient[r] = w[r] l'(e) / (R*D)      w[r] is 1 where there are no weights
 The normalised and the gathered features never reach memory. Programs loop over their share of the rows and write one
 partial sum each; column_sum adds them in a fixed order, so the result is deterministic.
 
@@ -35,6 +35,7 @@ def _target_loss_fwd_kernel(
     partial_ptr,  # (programs,) fp32
     table_ptr,  # (2, P, D) fp32, or None
     places_ptr,  # (V,) int32, or None: row 0
+    weights_ptr,  # (R,) fp32, or None
     R,
     P,
     eps,
@@ -82,6 +83,10 @@ def _target_loss_fwd_kernel(
         else:
             loss = e * e
             gradient = 2.0 * e
+        if weights_ptr is not None:
+            weight = tl.load(weights_ptr + first + rows, mask=in_rows, other=0.0)[:, None]
+            loss = loss * weight
+            gradient = gradient * weight
         total += loss
         tl.store(gradient_ptr + offsets, (gradient * inverse_count).to(gradient_ptr.dtype.element_ty), mask=mask)
 
@@ -105,7 +110,7 @@ def _target_loss_scale_kernel(
     tl.store(gradient_ptr + offsets, (gradient * upstream).to(gradient_ptr.dtype.element_ty), mask=mask)
 
 
-def target_loss_fwd(predictions, features, index, kind, eps, table=None, places=None, token=True):
+def target_loss_fwd(predictions, features, index, kind, eps, table=None, places=None, token=True, weights=None):
     """(loss () fp32, its gradient (R, D) in predictions' dtype, or in fp32, whose range fp16 lacks)."""
     rows, width = predictions.shape
     dtype = torch.float32 if predictions.dtype == torch.float16 else predictions.dtype
@@ -120,6 +125,7 @@ def target_loss_fwd(predictions, features, index, kind, eps, table=None, places=
         partial,
         None if table is None else table.float(),
         places,
+        weights,
         rows,
         1 if table is None else table.shape[1],
         eps,
@@ -143,18 +149,26 @@ def target_loss_scale_(gradient, upstream):
 
 def aot_cases(capability: int = 9) -> list[Case]:
     """The encoders' widths, both losses; other norms at one width."""
-    cases, types = [], {"inverse_count": "fp32", "table_ptr": "*fp32", "places_ptr": "*i32"}
+    cases, types = [], {"inverse_count": "fp32", "table_ptr": "*fp32", "places_ptr": "*i32", "weights_ptr": "*fp32"}
     without = {"table_ptr": None, "places_ptr": None, "TOKEN": True, "STAGES": STAGES}
     norms = {"": without, " places": {"TOKEN": False}, " places, then tokens": {"TOKEN": True}}
     norms |= {" batch": {"places_ptr": None, "TOKEN": False}}
     norms = {norm: {"STAGES": TABLE_STAGES} | more for norm, more in norms.items()}
+    kinds = {"": {"weights_ptr": None}, " weighted": {}}
+    norms = {norm + kind: more | given for kind, given in kinds.items() for norm, more in norms.items()}
     for width in (384, 768, 1024, 1280, 1408):
         for smooth in (False, True):
             sizes = {"D": width, "SMOOTH_L1": smooth, **row_tile(width, TILE)}
             name = f"target_loss {'smooth_l1' if smooth else 'l2'} D={width}"
-            chosen = norms if width == 1280 else {"": without}
+            chosen = norms if width == 1280 else {"": norms[""]}
             cases += [
-                Case(name + norm, _target_loss_fwd_kernel, sizes | more, TABLE_WARPS if norm else WARPS, types=types)
+                Case(
+                    name + norm,
+                    _target_loss_fwd_kernel,
+                    sizes | more,
+                    WARPS if "table_ptr" in more else TABLE_WARPS,
+                    types=types,
+                )
                 for norm, more in chosen.items()
             ]
     constants, types = {"D": 1280, "BLOCK": SCALE_BLOCK}, {"upstream_ptr": "*fp32"}

@@ -19,6 +19,7 @@ def target_loss(
     table: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
     token: bool = True,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean loss between predictions and the target features they belong to, normalised without gain and shift.
 
@@ -32,6 +33,7 @@ def target_loss(
             multiplied before anything else; None: they are not.
         places: (V,) int32, each feature's row of the table; None: row 0.
         token: whether each feature is then normalised over its channels.
+        weights: (R,) fp32, what the loss of each prediction is multiplied by before the mean; None: by nothing.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 predictions), statistics and sums in fp32. The kernel makes the gradient with the
@@ -59,15 +61,18 @@ def target_loss(
             raise ValueError("target_loss: places: expected a table that they are rows of, got none")
         check_tensor("target_loss", "places", places, (features.shape[0],), torch.int32, predictions.device)
         check_index("target_loss", "places", places, table.shape[1])
+    if weights is not None:
+        check_tensor("target_loss", "weights", weights, (predictions.shape[0],), torch.float32, predictions.device)
+    norm = (eps, table, places, token)
     if not runs_triton("target_loss", predictions):
-        return reference.target_loss(predictions, features, index, kind, eps, table, places, token)
-    return _TargetLoss.apply(predictions, features.detach(), index, kind, eps, table, places, token)
+        return reference.target_loss(predictions, features, index, kind, *norm, weights)
+    return _TargetLoss.apply(predictions, features.detach(), index, kind, *norm, weights)
 
 
 class _TargetLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, predictions, features, index, kind, eps, table, places, token):
-        loss, gradient = _fwd(predictions, features, index, kind, eps, table, places, token)
+    def forward(ctx, predictions, features, index, kind, *norm):
+        loss, gradient = _fwd(predictions, features, index, kind, *norm)
         ctx.save_for_backward(gradient)
         ctx.dtype, ctx.used = predictions.dtype, False
         return loss
@@ -76,17 +81,18 @@ class _TargetLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            return (gradient * upstream).to(ctx.dtype), *[None] * 7
+            return (gradient * upstream).to(ctx.dtype), *[None] * 8
         if ctx.used:
             raise RuntimeError("target_loss: its backward can run only once; call target_loss again for a second one")
         ctx.used = True
         _scale_(gradient, upstream)
-        return gradient.to(ctx.dtype), *[None] * 7
+        return gradient.to(ctx.dtype), *[None] * 8
 
 
 _fwd = register(
     "target_loss_fwd(Tensor predictions, Tensor features, Tensor index, str kind, float eps,"
-    " Tensor? table=None, Tensor? places=None, bool token=True) -> (Tensor loss, Tensor gradient)",
+    " Tensor? table=None, Tensor? places=None, bool token=True, Tensor? weights=None)"
+    " -> (Tensor loss, Tensor gradient)",
     cpu,
     fake=lambda predictions, *_: (
         predictions.new_empty((), dtype=torch.float32),

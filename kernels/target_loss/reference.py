@@ -1,7 +1,7 @@
 """The I-JEPA loss in plain PyTorch: what the op means.
 
 target = (feature - mean) / sqrt(var + eps)        over the last dimension, no weight, no bias
-loss   = mean over rows and columns of l(predictions - target[index])
+loss   = mean over rows and columns of w l(predictions - target[index]), w the row's weight, 1 where there are none
 With a table of means and scales the feature is first (feature - mean[place]) * scale[place], of its place's row and by
 channel; then the LayerNorm may be left out.
 l(x)   = x^2  ("l2", the paper's)   or   x^2/2 for |x| < 1, |x| - 1/2 beyond  ("smooth_l1", the published code's)
@@ -24,14 +24,18 @@ def target_loss(
     table: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
     token: bool = True,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """predictions (R, D), features (V, D), index (R,) rows of features -> scalar in fp32 (fp64 for fp64 predictions).
 
-    table (2, P, D), places (V,), token: see `normalised`. No gradient flows to the features.
+    table (2, P, D), places (V,), token: see `normalised`. weights (R,): of the rows. No gradient flows to the features.
     """
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     targets = normalised(features.detach(), eps, dtype, table, places, token)
-    return KINDS[kind](predictions.to(dtype), targets.index_select(0, index))
+    predictions, targets = predictions.to(dtype), targets.index_select(0, index)
+    if weights is None:
+        return KINDS[kind](predictions, targets)
+    return (KINDS[kind](predictions, targets, reduction="none") * weights.to(dtype)[:, None]).mean()
 
 
 def normalised(

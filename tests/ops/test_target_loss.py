@@ -97,10 +97,32 @@ def test_other_norms_are_the_formula(name):
         targets = (features - norm["table"][0].double()[rows]) * norm["table"][1].double()[rows]
     if norm["token"]:
         targets = torch.nn.functional.layer_norm(targets, (32,))
-    expected = (predictions - targets[index.long()]).square().mean()
-    torch.testing.assert_close(reference.target_loss(predictions, features, index, "l2", **norm), expected)
-    loss, _ = cpu.target_loss_fwd(predictions.float(), features.float(), index, "l2", 1e-5, **norm)
-    torch.testing.assert_close(loss, expected.float())
+    squares = (predictions - targets[index.long()]).square()
+    for weights in (None, torch.rand(6)):
+        expected = (squares if weights is None else squares * weights[:, None].double()).mean()
+        norm["weights"] = weights
+        torch.testing.assert_close(reference.target_loss(predictions, features, index, "l2", **norm), expected)
+        loss, _ = cpu.target_loss_fwd(predictions.float(), features.float(), index, "l2", 1e-5, **norm)
+        torch.testing.assert_close(loss, expected.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["position", "none"])
+def test_rows_have_weights(triton_everywhere, poisoned, name, dtype, kind):
+    """Some of them zero, as those of padding are."""
+    predictions, features, index = make(45, 17, 192, dtype, triton_everywhere)
+    norm = norm_of(name, 17, 192, triton_everywhere)
+    norm["weights"] = (torch.rand(45) * (torch.arange(45) % 4 > 0)).to(triton_everywhere)
+
+    def of(function):
+        return lambda x: function(x, features.double() if x.dtype == torch.float64 else features, index, kind, **norm)
+
+    one = (torch.ones((), device=predictions.device),)  # see `check`
+    exact = oracle.differentiate(of(reference.target_loss), (predictions.double(),), one)
+    eager, actual = (oracle.differentiate(of(f), (predictions,), one) for f in (reference.target_loss, target_loss))
+    for results in zip(actual, eager, exact, strict=True):
+        oracle.assert_within_budget(*(x for (x,) in results))
 
 
 def test_fp32_features_with_bf16_predictions(triton_everywhere, poisoned):
@@ -193,6 +215,8 @@ def test_reference_is_the_formula():
 def test_gradcheck_of_reference(kind):
     predictions, features, index = make(4, 3, 6, torch.float64, "cpu")
     oracle.gradcheck(of_predictions(reference.target_loss, features, index, kind), predictions.requires_grad_())
+    weights = torch.rand(4, dtype=torch.float64)
+    oracle.gradcheck(lambda x: reference.target_loss(x, features, index, kind, weights=weights), predictions)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,6 +237,10 @@ def test_opcheck(triton_everywhere):
     oracle.opcheck(torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5)
     norm = norm_of("position", 4, 24, predictions.device)
     oracle.opcheck(torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5, *norm.values())
+    weights = torch.rand(5, device=predictions.device)
+    oracle.opcheck(
+        torch.ops.ijepa_fast.target_loss_fwd, predictions, features, index, "l2", 1e-5, *norm.values(), weights
+    )
     oracle.opcheck(torch.ops.ijepa_fast.target_loss_scale_, predictions, torch.ones((), device=predictions.device))
 
 
@@ -235,6 +263,8 @@ def test_compiles_once(triton_everywhere):
         ("kind", lambda x: "l1", "kind: expected one of l2, smooth_l1, got 'l1'"),
         ("table", lambda x: torch.zeros(2, 3, 5), "table: expected shape"),
         ("places", lambda x: torch.zeros(3, dtype=torch.int32), "places: expected a table"),
+        ("weights", lambda x: torch.zeros(3), "weights: expected shape"),
+        ("weights", lambda x: torch.zeros(4).double(), "weights: expected dtype"),
     ],
 )
 def test_bad_input_is_named(argument, change, message):
