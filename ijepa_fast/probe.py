@@ -31,7 +31,7 @@ from ijepa_fast.eval.figures import Figure, against, figures_of, overview, table
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
 from ijepa_fast.eval.lowshot import PAPER_TUNING, SMALL_TUNING
-from ijepa_fast.eval.options import OF_PLACES, Options
+from ijepa_fast.eval.options import FEATURES, OF_PLACES, Options
 from ijepa_fast.eval.sweep import PROTOCOLS
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.report.summary import read_summary
@@ -216,9 +216,9 @@ def add_options(p: argparse.ArgumentParser, probes: tuple[str, ...]) -> None:
     add("--untrained", action="store_true", help="measure a run's encoder before training too, which takes as long")
     add(
         "--features",
-        type=_among(("last", "last4")),
+        type=_among(FEATURES),
         default=("last",),
-        help="last, last4 (concatenated), or last,last4",
+        help="of last, last4 (concatenated) and blocks (each by itself), with commas; of several the best is named",
     )
     add("--heads", type=_among(HEADS), default=HEADS, help=f"of {','.join(HEADS)}; the best on held-out images is kept")
     add("--protocol", choices=PROTOCOLS, default="fast", help="paper: LARS, batch 16,384, 50 epochs; exact: converged")

@@ -1,232 +1,412 @@
-"""Several encoders on the same images: differences with intervals, the command, its page, and bad input."""
+"""What the comparison is made of: runs and their settings, images, the search, tables and plots."""
 
-import json
+import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+pytest.importorskip("omegaconf")
 pytest.importorskip("nvidia.dali")
+pytest.importorskip("PIL")
 
-from ijepa_fast.__main__ import main
-from ijepa_fast.compare import named
-from ijepa_fast.eval.differences import difference, differences
+from PIL import Image
+
+from bench.compare import plots, tables
+from bench.compare.images import Images, texture
+from bench.compare.presets import PRESETS, Preset, settings
+from bench.compare.runs import GROUPS, OPTIONS, SWEEPS, find
+from bench.compare.search import MOST, search, searched
+from bench.compare.train import Job, halves, work_per_image
+from bench.learning import names_of
+from ijepa_fast.config import load_config
+from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.figures import Figure
-from ijepa_fast.interop.weights import save_weights
-from ijepa_fast.report.comparison import comparison_cells
-from tests.test_eval_dense import write as write_maps
-from tests.test_probe import ARCH, random_weights, write_images
+from ijepa_fast.eval.labels import open_labelled
+from ijepa_fast.methods.method import METHODS
+from ijepa_fast.run.build import Length, build_method
+from tests.documented import PAGES, lines
+from tests.launch import ROOT
+
+SMALL = ("model.dim=48", "model.depth=3", "model.heads=3", "model.predictor_dim=48", "model.predictor_depth=1")
+SHORT = Preset(steps=300, batch=64, probes=3, images=100, seeds=(0,), overrides=SMALL)
 
 
-def of(value, terms=None, error=0.03, metric="accuracy", probe="linear"):
-    return Figure("kind", probe, metric, value, None, (value,), 0.25, None, 40, (), error, None, terms)
+def config_of(name, preset, images=50_000, more=(), base=None):
+    base = base or find(name).config
+    teacher = ["objective.options.teacher_from=."] if "salt" in name else []
+    return load_config(base, [*settings(name, preset, images, base, more, []), *teacher])
 
 
-def test_differences_on_the_same_images_are_paired():
-    """Two encoders that fail on the same images differ surely, though each is uncertain."""
-    rng = np.random.default_rng(0)
-    a = rng.random(400) < 0.5
-    b = a | (rng.random(400) < 0.1)
-    one, other = (of(float(x.mean()), x.astype(float), float(x.std()) / 20) for x in (a, b))
-    found = difference("b", other, "a", one)
-    assert found.value == pytest.approx(b.mean() - a.mean())
-    drawn = rng.integers(0, 400, (3000, 400))
-    assert found.error == pytest.approx((b[drawn].mean(1) - a[drawn].mean(1)).std(), rel=0.05)
-    assert found.interval == pytest.approx(1.96 * found.error)
-    assert found.paired
-    assert found.clear
-    assert found.better
-    apart = difference("b", replace(other, terms=None), "a", one)
-    assert (apart.paired, apart.clear) == (False, False)
-    assert apart.error == pytest.approx(math.hypot(one.error, other.error))
-    assert difference("b", replace(other, terms=None, error=None), "a", one) is None
+# Runs.
 
 
-def test_a_smaller_error_is_better():
-    worse, better = (of(v, np.full(4, v), 0.0, "mean_absolute_error") for v in (2.0, 1.0))
-    assert difference("b", better, "a", worse).better
-    assert not difference("b", worse, "a", better).better
-    assert not difference("b", better, "a", better).clear
+@pytest.mark.parametrize("name", METHODS)
+def test_schedules_span_the_run(name):
+    assert_spans(config_of(name, SHORT), SHORT)
 
 
-def test_every_encoder_is_compared_with_the_first():
-    figures = {"a": [of(0.1), of(0.2, probe="20-NN")], "b": [of(0.4)], "c": [of(0.2, probe="20-NN"), of(0.5)]}
-    found = {(d.encoder, d.probe): d.value for d in differences(figures)}
-    assert found == pytest.approx({("b", "linear"): 0.3, ("c", "20-NN"): 0.0, ("c", "linear"): 0.4})
-    head, rows, better = comparison_cells(figures)
-    assert head[4:] == ["a", "b", "c", "b - a", "c - a"]
-    assert rows[1][3:] == ["0.2500", "0.2000 ±0.0588", "", "0.2000 ±0.0588", "", "+0.0000 ±0.0832 "]
-    assert better == {(0, 7), (0, 8)}
+def assert_spans(config, preset):
+    length = Length.of(config, 50_000)
+    schedule, total = Schedule(config.optim, length.steps_per_epoch), length.steps
+    assert total == preset.steps
+    rates = [schedule.learning_rate(step) for step in range(0, total, max(1, total // 300))]
+    every = total / len(rates)
+    assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
+    assert np.argmax(rates) * every == pytest.approx(0.1 * total, abs=2 * every)
+    assert schedule.learning_rate(total - 1) == pytest.approx(config.optim.final_lr, abs=1e-6)
+    if build_method(config).averaged:
+        kept = np.prod([schedule.ema_momentum(step) for step in range(total)])
+        assert kept < 0.01  # of the first weights in the average
 
 
-def test_names_are_the_ends_that_tell_paths_apart():
-    assert named(["runs/a", "runs/b"], None) == ["a", "b"]
-    assert named(["x/run", "y/run"], None) == ["x/run", "y/run"]
-    assert named(["x/run", "y/run"], "one,two") == ["one", "two"]
-    for names in ("one", "one,one"):
-        with pytest.raises(ValueError, match="--names: expected 2 different names"):
-            named(["x/run", "y/run"], names)
-    with pytest.raises(ValueError, match="one twice"):
-        named(["x", "x"], None)
+def test_all_methods_have_the_same_encoder_and_batch():
+    plain = replace(SHORT, overrides=())
+    configs = [config_of(name, plain) for name in METHODS]
+    assert {(*sizes(config), config.batch_size) for config in configs} == {(192, 6, 3, 4, 32, 64)}
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two encoders, one of another resolution, labelled images, and images with maps."""
-    root = tmp_path_factory.mktemp("compare")
-    for name in ("a", "again"):
-        save_weights(root / f"{name}.safetensors", random_weights())
-    save_weights(root / "b.safetensors", random_weights(replace(ARCH, image_size=64, depth=5), seed=7))
-    save_weights(root / "four.safetensors", random_weights(replace(ARCH, mean=(0.5,) * 4, std=(0.2,) * 4)))
-    save_weights(root / "wide.safetensors", random_weights(replace(ARCH, image_size=(32, 64))))
-    write_images(root / "train", 40, 0)
-    write_images(root / "test", 20, 1)
-    write_maps(root, 12, 0, "dense")
-    return root
+def sizes(config):
+    return config.model.dim, config.model.depth, config.model.heads, config.model.patch, config.data.crop
 
 
-def command(files, *options, encoders=("a", "b")):
-    paths = [str(files / f"{name}.safetensors") for name in encoders]
-    return [
-        "compare",
-        *paths,
-        "--data",
-        str(files / "train"),
-        "--test",
-        str(files / "test"),
-        "--device",
-        "cpu",
-        *options,
+def test_the_gpu_preset_is_200_epochs_of_vit_t_in_memory():
+    preset = PRESETS["gpu"]
+    assert preset.steps * preset.batch == pytest.approx(200 * 50_000, rel=0.01)
+    for name, memory in (("ijepa", "device"), ("mae", "device"), ("dino", True)):  # several views are made on the host
+        config = config_of(name, preset)
+        assert (*sizes(config), config.batch_size) == (192, 12, 3, 4, 32, 512)
+        assert (config.data.memory, config.engine.precision) == (memory, "bf16")
+    assert_spans(config_of("ijepa", preset), preset)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_run_of_every_group_can_be(group):
+    """Its settings are a configuration, and what a run changes is in it, whatever encoder the preset has."""
+    for name in GROUPS[group]:
+        run, more = find(name), ()
+        base = run.config
+        if group == "tasks":
+            more, base = ("data.crop=64", "model.patch=8"), {"cifar10": "quickstart"}.get(base, base)
+        config = config_of(name, SHORT, more=more, base=base)
+        model = config.model
+        assert (config.data.crop // model.patch) == 8
+        if group == "sizes":
+            assert (model.dim, model.depth) == tuple(map(int, name.split("x")))
+        elif group == "predictor-width":
+            assert model.predictor_dim == int(name.removeprefix("predictor-width"))
+        elif group == "targets":
+            assert build_method(config).sampler.targets == int(name.removeprefix("targets").replace("multiblock", "4"))
+        else:
+            assert (model.dim, model.depth) == (48, 3)
+
+
+def test_groups_of_the_paper_are_there():
+    assert [len(sweep.runs) for sweep in SWEEPS.values()] == [4, 6, 4, 2, 4, 4, 8, 4, 4, 12]
+    assert GROUPS["noise"][:4] == ("ijepa", "ijepa@noise16", "ijepa@noise32", "ijepa@noise64")
+    assert set(GROUPS["fair"]) >= {
+        "ijepa",
+        "salt+xavier+flip+crop",
+        "mae",
+        "data2vec",
+        "dino",
+        "ibot",
+        "lejepa",
+        "pixels",
+    }
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "xavier+deep+flip"])
+def test_every_option_is_a_run_of_i_jepas(name):
+    found = load_config("cifar10", find(name).changes)
+    assert found.objective.method == "ijepa"
+    if "salt" not in name:
+        options = build_method(found).options
+        plain = load_config("cifar10")
+        assert options != build_method(plain).options or found.data != plain.data
+    assert find(f"{name}+nothing") is None
+
+
+def test_a_run_without_a_rate_has_that_of_the_run_it_is_like():
+    preset = Preset(1, 1, 1, 1, (0,), rates={"ijepa": 1.0, "mae": 2.0, "salt": 3.0})
+    expected = {
+        "ijepa": 1,
+        "xavier": 1,
+        "targets2": 1,
+        "salt": 3,
+        "salt@noise16": 3,
+        "mae@share4": 2,
+        "xavier@noise16": 1,
+    }
+    assert {name: preset.rate(name) for name in expected} == expected
+    assert preset.rate("dino") is None
+    assert searched(["targets2", "mae@noise16", "salt@noise16", "64x3", "pixels"]) == [
+        "ijepa",
+        "mae",
+        "salt",
+        "64x3",
+        "pixels",
     ]
 
 
-def test_the_command(files, tmp_path, capsys):
-    out, page = tmp_path / "compare.json", tmp_path / "compare.html"
-    options = ["--probes", "linear,knn,retrieval,fewshot,blocks,corruption", "--heads", "bn_linear", "--episodes", "50"]
-    assert main(command(files, *options, "--names", "one,<two>", "--out", str(out), "--page", str(page))) == 0
-    results = json.loads(out.read_text())
-    one, two = results["encoders"]
-    assert [item["name"] for item in results["encoders"]] == ["one", "<two>"]
-    assert [item["options"]["crop"] for item in (one, two)] == [32, 64]
-    probes = [figure["probe"] for figure in one["figures"]]
-    assert {"linear", "10-NN", "retrieval", "2-way 1-shot", "2-way 5-shot", "linear, block 4", "linear, blur 5"} <= set(
-        probes
+def test_work_by_method():
+    """Pixels need no target encoder; MAE sees a quarter of the patches, iBOT two large crops and small ones."""
+    work = {name: work_per_image(config_of(name, SHORT)) for name in ("ijepa", "mae", "pixels", "ibot")}
+    assert max(work["mae"], work["pixels"]) < work["ijepa"] < work["ibot"]
+
+
+# Images.
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """Eight flat grey images of each of two classes to train on, two to test on."""
+    folder = tmp_path_factory.mktemp("grey")
+    for part, count in (("train", 8), ("test", 2)):
+        for kind in ("a", "b"):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (128, 128, 128)).save(folder / part / kind / f"{i}.png")
+    return folder
+
+
+def pixels(labelled, i):
+    return np.asarray(Image.open(io.BytesIO(labelled.source.read(i))), np.float64)
+
+
+def test_the_nuisance_is_of_one_image_and_only_its_strength_changes(grey, tmp_path):
+    images = Images(grey / "train", grey / "test", tmp_path)
+    found = {}
+    for sigma in (16, 32):
+        train, probed, test = images.of(find(f"mae@noise{sigma}"))
+        assert train == probed
+        parts = open_labelled(train), open_labelled(test)
+        assert [part.labels["class"].tolist() for part in parts] == [[0] * 8 + [1] * 8, [0, 0, 1, 1]]
+        found[sigma] = [pixels(part, i) - 128 for part in parts for i in range(4)]
+    for weak, strong in zip(found[16], found[32]):
+        assert weak.std() == pytest.approx(16, rel=0.05)
+        np.testing.assert_allclose(strong, (2 * weak).clip(-128, 127), atol=1.01)  # of whole levels
+    flat = [image.ravel() for image in found[16]]
+    assert abs(np.corrcoef(flat) - np.eye(8)).max() < 0.2  # no image has another's
+    before = (tmp_path / "noise16" / "train.tar").stat().st_mtime_ns
+    images.of(find("ijepa@noise16"))
+    assert (tmp_path / "noise16" / "train.tar").stat().st_mtime_ns == before
+
+
+def test_the_nuisance_is_coarse_but_ends_within_a_patch():
+    """Neighbours are alike, so that a patch's mean keeps most of it; four pixels away nothing is."""
+    drawn = np.stack([texture((32, 32, 3), np.random.default_rng(i)) for i in range(100)])
+
+    def alike(distance):
+        return np.corrcoef(drawn[:, :, distance:].ravel(), drawn[:, :, : 32 - distance].ravel())[0, 1]
+
+    assert alike(1) > 0.6
+    assert abs(alike(4)) < 0.05
+    assert texture((48, 80, 1), np.random.default_rng(0)).shape == (48, 80, 1)
+
+
+def test_a_share_is_of_every_class_and_probes_have_all(grey, tmp_path):
+    images = Images(grey / "train", grey / "test", tmp_path)
+    run = find("ijepa@share4")
+    assert images.count(run) == 4
+    source, train, test = images.of(run)
+    assert (train, test) == (grey / "train", grey / "test")
+    names = source.read_text().splitlines()
+    assert [name.split("/")[-2] for name in names] == ["a", "a", "b", "b"]
+    assert images.of(run)[0].read_text() == source.read_text()
+    assert images.count(find("ijepa@share64")) == 2  # one of each at least
+
+
+def test_a_nuisance_wants_classes_by_folder(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / part / "0.png")
+    with pytest.raises(ValueError, match="@noise: expected images of 8 bits in a folder per class"):
+        Images(tmp_path / "train", tmp_path / "test", tmp_path).count(find("ijepa@noise16"))
+
+
+def test_halves_share_no_image(grey):
+    one, other = halves(open_labelled(grey / "train"), 5)
+    assert len(one.source) == len(other.source) == 5
+    assert not set(one.source.rows) & set(other.source.rows)
+
+
+# The search.
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Trials that are not run: their accuracy by the learning rate, and None fails. Gives the rates that were tried."""
+    tried = []
+
+    def use(accuracy):
+        def done(job):
+            rate = float(job.extra[-1].removeprefix("optim.lr="))
+            tried.append(rate)
+            assert (job.seed, job.ends, job.held) == (1000, (), True)
+            if accuracy(rate) is None:
+                raise RuntimeError("the loss is not finite")
+            return record("ijepa", [(0, 0.1), (1, accuracy(rate))])
+
+        monkeypatch.setattr("bench.compare.search.do", done)
+        return tried
+
+    return use
+
+
+def job(tmp_path, **rates):
+    preset = Preset(1, 1, 1, 20, (0,), rates=rates)
+    return Job("ijepa", 1000, preset, Images(tmp_path, tmp_path, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("power", [-2, -1, 0, 1, 3])
+def test_the_best_rate_has_worse_ones_on_both_sides(tmp_path, trained, power):
+    best = 1e-3 * 2.0**power
+    tried = trained(lambda rate: 0.5 - 0.01 * abs(math.log2(rate / best)))
+    found = search(job(tmp_path, ijepa=1e-3), {})
+    assert found["rate"] == pytest.approx(best)
+    assert found["inside"]
+    rates = [trial["lr"] for trial in found["trials"]]
+    assert sorted(tried) == rates
+    assert rates[0] < best < rates[-1]
+    assert len(rates) == 3 + max(0, abs(power))
+    assert found["trials"][0]["figures"].keys() == {"class, linear", "class, 20-NN"}
+
+
+def test_a_search_that_finds_no_end_says_so(tmp_path, trained):
+    trained(lambda rate: min(1.0, rate))
+    found = search(job(tmp_path, ijepa=1e-6), {})
+    assert (len(found["trials"]), found["inside"]) == (MOST, False)
+
+
+def test_a_rate_that_diverges_is_the_worst_but_the_first_must_train(tmp_path, trained):
+    trained(lambda rate: None if rate > 1e-3 else 0.5)
+    found = search(job(tmp_path, ijepa=1e-3), {})
+    assert found["trials"][-1] == {"lr": 2e-3, "failed": True}
+    assert found["rate"] <= 1e-3
+    assert "0.002: failed" in tables.trials({"ijepa": found})
+    trained(lambda rate: None)
+    with pytest.raises(RuntimeError, match="not finite"):
+        search(job(tmp_path, ijepa=1e-3), {})
+
+
+# Tables and plots.
+
+
+def record(run, curve, seed=0, teacher=None, tasks=("class",), n=100, **more):
+    """A record whose linear accuracies are those of `curve`, (step, accuracy), and whose 20-NN are half of them."""
+    first = curve[0][1]
+
+    def figures(value):
+        for task in tasks:
+            for probe, factor in (("linear", 1.0), ("20-NN", 0.5)):
+                values = factor * value, None, (factor * value,), 0.1, factor * first
+                yield Figure(task, probe, "accuracy", *values, n, error=0.03, untrained_error=0.04).to_json()
+
+    points = [
+        {"step": step, "petaflop": step / 10, "seconds": 2.0 * step, "figures": list(figures(value))}
+        for step, value in curve
+    ]
+    return {"run": run, "seed": seed, "lr": 1e-3, "settings": [], "teacher": teacher, "points": points} | more
+
+
+MAE = [record("mae", [(0, 0.1), (100, 0.3), (200, 0.5)])]
+
+
+def rows(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def test_how_soon_a_run_is_where_mae_ends_with_and_without_its_teacher():
+    teacher = {"run": "mae", "step": 200, "petaflop": 20.0, "seconds": 400.0}
+    runs = [
+        record("ijepa", [(0, 0.2), (100, 0.4), (200, 0.49)]),
+        record("salt", [(0, 0.1), (100, 0.3), (150, 0.7)], teacher=teacher),
+    ]
+    found = {row[0]: row[2:] for row in rows(tables.soon([*MAE, *runs])) if row[1] == "linear probe"}
+    assert found == {
+        "mae": ["50.0%", "200", "1.00", "20", "1.00", "400", "1.00"],
+        "ijepa": ["50.0%", *["not reached", "-"] * 3],
+        "salt": ["50.0%", "125", "0.62", "12.5", "0.62", "250", "0.62"],
+        "salt, with its teacher's": ["50.0%", "325", "1.62", "32.5", "1.62", "650", "1.62"],
+    }
+    assert tables.soon(runs) == ""
+    noisy = [record("mae@noise16", [(0, 0.1), (100, 0.2)]), record("ijepa@noise16", [(0, 0.1), (100, 0.3)])]
+    assert [row[:4] for row in rows(tables.soon([*MAE, *noisy]))][:3] == [
+        ["mae", "linear probe", "50.0%", "200"],
+        ["mae@noise16", "linear probe", "20.0%", "100"],  # of the same images
+        ["ijepa@noise16", "linear probe", "20.0%", "50"],
+    ]
+
+
+def test_the_first_time_counts_and_seeds_are_averaged():
+    curves = [[(0, 0.1), (100, 0.8), (200, 0.2)], [(0, 0.1), (100, 0.4), (200, 0.2)]]
+    runs = [record("ijepa", curve, seed) for seed, curve in enumerate(curves)]
+    assert rows(tables.soon([*MAE, *runs]))[1][3:5] == ["80", "0.40"]
+    assert tables.reach([((0.0,), 0.6), ((10.0,), 0.7)], 0.5) == (0.0,)
+
+
+def test_the_gain_has_the_error_of_the_images_and_of_the_seeds():
+    one = [Figure("class", "linear", "accuracy", 0.5, None, (0.5,), 0.1, 0.3, 100, error=0.03, untrained_error=0.04)]
+    better, error = tables.gain(one)
+    assert (better, error) == (pytest.approx(0.2), pytest.approx(0.05))
+    two = [*one, Figure("class", "linear", "accuracy", 0.7, None, (), 0.1, 0.3, 100, error=0.03, untrained_error=0.04)]
+    better, error = tables.gain(two)
+    between = np.std([0.2, 0.4], ddof=1) / 2**0.5
+    assert (better, error) == (pytest.approx(0.3), pytest.approx(math.hypot(0.05, between)))
+    unknown = [Figure("class", "linear", "accuracy", 0.5, None, (0.5,), 0.1, 0.2, 100)]  # of an earlier version
+    assert tables.gain(unknown)[1] == pytest.approx(math.sqrt(0.5 * 0.5 / 100 + 0.2 * 0.8 / 100))
+    assert tables.gain([Figure("m", "linear", "r2", 0.5, None, (0.5,), 0.0, 0.2, 100)]) == (pytest.approx(0.3), None)
+
+
+def test_ends_have_the_gain_and_the_best_block():
+    run = record("mae", [(0, 0.1), (200, 0.5)])
+    best = Figure(
+        "class", "linear, best", "accuracy", 0.6, None, (0.6,), 0.1, 0.2, 100, ({"features": "block 2"},), 0.03
     )
-    values = [{(f["probe"], f["metric"]): f["value"] for f in item["figures"]} for item in (one, two)]
-    assert len(results["differences"]) == len(one["figures"])  # the second has a block more
-    for row in results["differences"]:
-        key = row["probe"], row["metric"]
-        assert row["value"] == pytest.approx(values[1][key] - values[0][key])
-        assert (row["encoder"], row["against"], row["paired"]) == ("<two>", "one", True)
-        assert row["interval"] >= 0
-    text = page.read_text()
-    assert "&lt;two&gt; - one" in text
-    assert "<two>" not in text.replace("&lt;two&gt;", "")
-    assert text.count("<svg") == 2 * 3 + 1  # accuracy and calibration under three corruptions, and the blocks
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split()[:4] == ["task", "probe", "metric", "chance"]
-    assert any(line.startswith("class  linear, blur ") for line in table)
-    assert not any("blur 5" in line for line in table)
-    assert "95 % interval" in table[-1]
+    run["points"][-1]["figures"].append(best.to_json() | {"untrained_error": 0.04})
+    text = tables.ends([run])
+    assert text.splitlines()[0] == "| run | learning rate | linear | best block | 20-NN |"
+    assert rows(text) == [
+        ["mae", "0.001", "50.0% (+40.0 ± 5.0)", "60.0% (+40.0 ± 5.0; block 2)", "25.0% (+20.0 ± 5.0)"]
+    ]
 
 
-def test_an_encoder_is_no_better_than_itself(files, tmp_path):
-    out = tmp_path / "compare.json"
-    options = ["--probes", "knn,retrieval,fewshot", "--episodes", "20", "--out", str(out)]
-    assert main(command(files, *options, encoders=("a", "again"))) == 0
-    for row in json.loads(out.read_text())["differences"]:
-        assert (row["value"], row["error"]) == (0, 0)
-
-
-def test_folders_of_other_libraries_and_published_files_are_encoders(files, tmp_path):
-    """An encoder beside its exports: the same weights, read from four formats."""
-    out, made = tmp_path / "compare.json", {"hf": "hf", "timm": "timm", "reference": "published.pth.tar"}
-    for form, name in made.items():
-        export = [
-            "export",
-            "--checkpoint",
-            str(files / "a.safetensors"),
-            "--format",
-            form,
-            "--out",
-            str(tmp_path / name),
-        ]
-        assert main(export) == 0
-    given = command(files, "--probes", "knn", "--attention-heads", "2", "--out", str(out), encoders=("a",))
-    given[2:2] = [str(tmp_path / name) for name in made.values()]
-    assert main(given) == 0
-    results = json.loads(out.read_text())
-    assert [item["name"] for item in results["encoders"]] == ["a.safetensors", *made.values()]
-    assert {row["encoder"] for row in results["differences"]} == set(made.values())
-    assert max(abs(row["value"]) for row in results["differences"]) < 0.03  # features differ by rounding
-
-
-def test_dense_probes_of_encoders_of_two_resolutions(files, tmp_path):
-    out, dense = tmp_path / "compare.json", files / "dense"
-    options = ["--data", str(dense / "images"), "--test", str(dense / "images"), "--probes", "segmentation,depth"]
-    options += ["--label-map", str(dense / "classes"), "--depth-map", str(dense / "metres"), "--out", str(out)]
-    assert main(command(files, *options)) == 0
-    found = {(d["task"], d["probe"], d["metric"]): d for d in json.loads(out.read_text())["differences"]}
-    assert ("segmentation", "linear", "mean_iou") in found
-    assert all(row["paired"] for row in found.values())
-
-
-BAD = {
-    "another number of channels": (("a", "four"), [], "four.safetensors reads images of 4 channels"),
-    "another shape": (("a", "wide"), [], "wide.safetensors takes images of 32 x 64 pixels"),
-    "resize below a crop": (
-        ("a", "b"),
-        ["--resize", "32"],
-        "b.safetensors: crop: expected at most resize = 32, got 64",
-    ),
-    "no maps": (("a", "b"), ["--probes", "segmentation"], "a.safetensors: --probes segmentation: expected a map"),
-    "one encoder": (("a",), [], "expected two encoders or more"),
-    "nothing of a run": (("a", "b"), ["--untrained"], "--untrained: expected a run's folder"),
-    "no such label": (("a", "b"), ["--labels", "kind"], "--labels kind"),
-    "no folder for the page": (
-        ("a", "b"),
-        ["--page", "/nowhere/at/all.html"],
-        "expected a file in a folder that is there",
-    ),
-    "an encoder that is missing": (("a", "gone"), [], "gone.safetensors does not exist"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_before_any_encoder_runs(files, capsys, monkeypatch, case):
-    encoders, options, words = BAD[case]
-    monkeypatch.setattr("ijepa_fast.compare.evaluate", lambda *given: pytest.fail("an encoder was evaluated"))
-    assert main(command(files, *options, encoders=encoders)) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in line
-
-
-def test_a_single_class_is_said(files, tmp_path, capsys):
-    for name, count in (("train", 40), ("test", 20)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dots").symlink_to(files / name / "dots")
-        (tmp_path / name / "labels.csv").write_text(
-            "file,kind\n" + "".join(f"dots/{i}.png,dot\n" for i in range(count))
-        )
-    options = ["--data", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
-    assert main(command(files, *options)) == 1
-    assert "all images have the same kind" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_run_beside_what_it_was(finished_run, tmp_path):
-    """The encoder before training is the one that the run itself was compared with at its end."""
-    out = tmp_path / "compare.json"
+def test_labels_stand_side_by_side():
+    runs = [
+        record(name, [(0, 0.1), (200, end)], tasks=("kind", "count")) for name, end in (("ijepa", 0.5), ("mae", 0.3))
+    ]
+    assert rows(tables.tasks(runs)) == [
+        ["ijepa", "50.0% (+40.0 ± 5.0)", "50.0% (+40.0 ± 5.0)"],
+        ["mae", "30.0% (+20.0 ± 5.0)", "30.0% (+20.0 ± 5.0)"],
+    ]
     assert (
-        main(["compare", str(finished_run), "--untrained", "--device", "cpu", "--probes", "knn", "--out", str(out)])
-        == 0
+        tables.table(runs).splitlines()[0] == "| run | seeds | step | PFLOP | seconds | kind, linear | count, linear |"
     )
-    trained, before = json.loads(out.read_text())["encoders"]
-    assert before["name"] == f"{trained['name']}, untrained"
-    summary = json.loads((finished_run / "summary.json").read_text())
-    of_run = {(f["task"], f["probe"]): f for f in summary["figures"]}
-    for figure, untrained in zip(trained["figures"], before["figures"]):
-        there = of_run[figure["task"], figure["probe"]]
-        assert figure["value"] == pytest.approx(there["value"])
-        assert figure["untrained"] == untrained["value"] == pytest.approx(there["untrained"])
+    assert [row[1] for row in rows(tables.ends(runs))] == ["kind", "count"] * 2
+    assert tables.tasks(MAE) == ""
+    words = tables.tables({"records": runs})
+    assert "Labels side by side" in words
+    assert "search" not in words
+
+
+def test_a_plot_is_drawn_of_a_group_that_is_whole(tmp_path):
+    for name, sweep in SWEEPS.items():
+        runs = [record(run, [(0, 0.1), (200, 0.5)], seed) for run in sweep.runs for seed in (0, 1)]
+        assert plots.ends(runs, sweep, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert not plots.ends(runs[2:], sweep, tmp_path / "part.png")
+    plots.curves(runs, tmp_path / "curves.png")
+    assert not (tmp_path / "part.png").exists()
+
+
+def test_the_documents_name_runs_that_there_are():
+    commands = [line for page in PAGES for line in lines(page) if line.startswith("python bench/learning.py")]
+    tables_ = re.findall(r"`--(?:data scenes --)?runs ([\w-]+)`", (ROOT / "docs" / "learning.md").read_text())
+    found = [re.search(r"--runs (\S+)", command) for command in commands]
+    named = {run for match in found if match for run in names_of(match[1])} | {*tables_}
+    assert set(SWEEPS) <= {*tables_, "noise"}
+    assert {"salt", "mae@noise64", "ijepa", "lejepa"} <= named
+    assert set(tables_) <= set(GROUPS)

@@ -15,7 +15,7 @@ from PIL import Image
 from ijepa_fast.__main__ import main
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.eval.attentive import AttentiveProtocol
-from ijepa_fast.eval.evaluate import OF_IMAGES, Options, read_split
+from ijepa_fast.eval.evaluate import OF_IMAGES, Options, evaluate, read_split
 from ijepa_fast.eval.figures import ERRORS, figures_of, overview, table
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
@@ -71,7 +71,7 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     short = partial(AttentiveProtocol, epochs=2, least_steps=10)
     monkeypatch.setattr("ijepa_fast.eval.attentive.AttentiveProtocol", short)
     tuning = ["--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
-    names = "linear,knn,retrieval,fewshot,blocks,corruption,attentive,lowshot,finetune"
+    names = "linear,knn,retrieval,fewshot,corruption,attentive,lowshot,finetune"
     probes = ["--probes", names, "--features", "last,last4", "--heads", "bn_linear", "--episodes", "30"]
     out = tmp_path / "probes.json"
     assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
@@ -89,7 +89,6 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
         "retrieval",
         "2-way 1-shot",
         "2-way 5-shot",
-        *(f"linear, block {n}" for n in range(1, 5)),
     ]
     others += ["linear, clean", "linear, noise", "linear, blur", "linear, jpeg", "attentive"]
     assert list(figures) == [*names, *others, low + "linear", low + "fine-tuned"]
@@ -152,6 +151,37 @@ def test_networks_and_layers_are_the_ones_asked_for(files, network):
     torch.testing.assert_close(split.features["last4"][:3], layers, atol=1e-4, rtol=1e-4)
     alone = read_split(encoder, part, options)
     torch.testing.assert_close(alone.features["last"], split.features["last"], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_are_probed_one_by_one_and_the_best_is_chosen_on_held_out_images(files, tmp_path):
+    part, encoder = open_labelled(files / "test"), load(files / "weights.safetensors")
+    images = torch.from_numpy(np.stack([np.array(Image.open(part.source.name(i))) for i in range(3)]))
+    split = read_split(encoder, part, Options(crop=32, batch_size=8, features=("last", "last4", "blocks")))
+    blocks = [f"block {number + 1}" for number in range(ARCH.depth)]
+    assert list(split.features) == ["last", "last4", *blocks]
+    for name, layer in zip(blocks, encoder.layers(images, ARCH.depth)):
+        torch.testing.assert_close(split.features[name][:3], layer.mean(1), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "probes.json"
+    assert main(command(files, "--probes", "linear,knn", "--features", "last,blocks", "--out", str(out))) == 0
+    figures = {figure.probe: figure for figure in figures_of(json.loads(out.read_text()))}
+    tried = {name: figures[name].chosen[0] for name in ("linear", *(f"linear, {block}" for block in blocks))}
+    assert list(figures) == [*tried, "linear, best", "10-NN", "20-NN"]
+    best = max(tried, key=lambda name: tried[name]["held_out"])
+    assert figures["linear, best"].chosen[0] == tried[best]
+    assert figures["linear, best"].value == figures[best].value
+
+
+def test_the_attentive_probe_reads_patches_of_a_method_read_by_its_class_token(monkeypatch, tmp_path, files):
+    arch = replace(ARCH, class_token=True, readout="class")
+    encoder = PretrainedEncoder(Encoder(**arch.encoder_options()), arch)
+    read = []
+    monkeypatch.setattr(
+        "ijepa_fast.eval.evaluate.fit_attentive",
+        lambda dense, rows, *_, **__: read.append(next(dense.read(rows, 4))[0].shape) or (lambda x: x[:, 0, :2], {}),
+    )
+    part = open_labelled(files / "test")
+    evaluate(encoder, part, part, Options(crop=32, probes=("attentive",)))
+    assert read == [(4, 16, 32)]
 
 
 def test_a_share_of_every_class():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -32,8 +32,8 @@ from ijepa_fast.eval.sweep import fit_head
 class Split:
     """The training or the test images of an evaluation, without those that cannot be decoded.
 
-    rows: int64 (n,) of `part.source`. features: {a name of Layers: fp32 (n, D)} and labels: {name: (n,)}, both on the
-    device.
+    rows: int64 (n,) of `part.source`. features: {"last", "last4" or "block 1" and so on: fp32 (n, D)} and labels:
+    {name: (n,)}, both on the device.
     """
 
     part: Labelled
@@ -46,8 +46,8 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     """Train heads on the features of `train`, measure them on `test`: a figure per label, probe and metric.
 
     encoder: images uint8 (b, H, W, 3) on `options.device` -> features (b, N, D) of N patches or one class token; for
-    "last4", some probes and another dtype a features.Network, in fp32. A test image whose label no training image has
-    counts as wrong. Raises ValueError for what options.check finds.
+    "last4", "blocks", some probes and another dtype a features.Network, in fp32. A test image whose label no training
+    image has counts as wrong. Raises ValueError for what options.check finds.
     """
     test, places = check(encoder, train, test, options)
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
@@ -56,44 +56,42 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     return Evaluation(encoder, frozen, train, test, options, places).figures()
 
 
-class Layers:
-    """Which pooled features are read of an image, one layer beside the other.
-
-    "last": the last layer, normalised. "last4": outputs of the last four blocks. "block 1", "block 2", ...: of each,
-    where the probe "blocks" is asked for.
-    """
-
-    def __init__(self, encoder: Encode, options: Options):
-        self.encoder = encoder
-        self.blocks = len(network(encoder, "blocks").encoder.blocks) if "blocks" in options.probes else 0
-        self.last4 = "last4" in options.features
-        self.count = max(self.blocks, LAST if self.last4 else 0)
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """images -> (b, N, D) of the last layer, or a list: that, and outputs of the last `count` blocks."""
-        if not self.count:
-            return self.encoder(images)
-        whole = network(self.encoder, "last4")
-        layers = whole.layers(images, self.count)
-        return [whole.encoder.norm(layers[-1].flatten(0, 1)).view_as(layers[-1]), *layers]
-
-    def split(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pooled features of what `encode` gives, (n, (1 + count) * D) -> {name: (n, D), of "last4" (n, 4 * D)}."""
-        width = features.shape[1] // (1 + self.count)
-        names = ["last", *(f"block {1 + number}" for number in range(self.blocks))]
-        found = {name: features[:, i * width : (i + 1) * width] for i, name in enumerate(names)}
-        return found | ({"last4": features[:, -LAST * width :]} if self.last4 else {})
-
-
 def read_split(encoder: Encode, part: Labelled, options: Options) -> Split:
     """Encode `part`, or `options.images` of it."""
-    wanted, layers = options.rows(part), Layers(encoder, options)
+    wanted = options.rows(part)
     batches = options.batches(part, wanted, options.batch_size)
     bar = _bar(batches, f"encoding {part.source.root}", len(wanted), options)
-    features, rows = pooled_features(layers.encode, bar, options.device)
+    encode, slices = encode_layers(encoder, options.features)
+    features, rows = pooled_features(encode, bar, options.device)
+    sets = {name: values.to(options.device) for name, values in parts_of(features, slices).items()}
     labels = {name: values.to(options.device) for name, values in part.at(rows).items()}
-    sets = {name: values.to(options.device) for name, values in layers.split(features).items()}
     return Split(part, rows.numpy(), sets, labels)
+
+
+def parts_of(features: torch.Tensor, slices: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Pooled features of layers side by side (n, layers * D) -> those of each set."""
+    parts = features.chunk(max(stop for _, stop in slices.values()), dim=1)
+    return {name: torch.cat(parts[slice(*ends)], dim=1) for name, ends in slices.items()}
+
+
+def encode_layers(encoder: Encode, sets: tuple[str, ...]) -> tuple[Callable, dict[str, tuple[int, int]]]:
+    """A function of images, and which of its layers (b, N, D) are which set's: {name: (first, end)}.
+
+    It is `encoder` where `sets` is "last" alone; else it gives a list, the last layer and the outputs of blocks.
+    """
+    if sets == ("last",):
+        return encoder, {"last": (0, 1)}
+    whole = network(encoder, next(name for name in sets if name != "last"))
+    depth = len(whole.encoder.blocks)
+    count = depth if "blocks" in sets else LAST
+    known = {"last": {"last": (0, 1)}, "last4": {"last4": (1 + count - LAST, 1 + count)}}
+    known["blocks"] = {f"block {number}": (number, number + 1) for number in range(1, count + 1)}
+
+    def encode(images: torch.Tensor) -> list[torch.Tensor]:
+        layers = whole.layers(images, count)
+        return [whole.encoder.norm(layers[-1].flatten(0, 1)).view_as(layers[-1]), *layers]
+
+    return encode, {name: ends for chosen in sets for name, ends in known[chosen].items()}
 
 
 def _bar(batches: Iterable, what: str, images: int, options: Options) -> tqdm:
@@ -141,17 +139,12 @@ class Evaluation:
         runs: Runs = {}
         for seed in range(self.options.seeds):
             tried = []
-            for features in self.options.features:
+            for features in self.train.features:
                 tried.append(self._linear(name, outputs, features, seed) | {"features": features})
                 runs.setdefault("linear" if features == "last" else f"linear, {features}", []).append(tried[-1])
             if len(tried) > 1:
                 runs.setdefault("linear, best", []).append(max(tried, key=lambda run: run["held_out"]))
         return runs
-
-    def blocks(self, name: str, outputs: Outputs) -> Runs:
-        """A linear head on the output of each block."""
-        seeds, blocks = range(self.options.seeds), [key for key in self.train.features if key.startswith("block ")]
-        return {f"linear, {block}": [self._linear(name, outputs, block, seed) for seed in seeds] for block in blocks}
 
     def knn(self, name: str, outputs: Outputs) -> Runs:
         """k nearest neighbours, for every k that there are training images for, on standardised features."""
@@ -192,7 +185,7 @@ class Evaluation:
         """The linear head on test images made worse, with its calibration error where it tells classes."""
         runs: Runs = {}
         for seed in range(self.options.seeds):
-            head = self._head(name, outputs, self.options.features[0], seed)
+            head = self._head(name, outputs, next(iter(self.train.features)), seed)
             clean = self._confident(name, outputs, head(self._first[1]))
             runs.setdefault("linear, clean", []).append(clean)
             levels: dict[str, list[dict[str, Any]]] = {}
@@ -208,8 +201,8 @@ class Evaluation:
     def attentive(self, name: str, outputs: Outputs) -> Runs:
         """An attentive head on the patch features."""
         runs = []
-        dense, dense_test = self._dense
         heads = network(self.encoder, "attentive").arch.heads
+        dense, dense_test = self._dense
         outputs = Outputs(outputs.task, outputs.labels.cpu())
         for seed in range(self.options.seeds):
             head, chosen = fit_attentive(dense, self.train.rows, outputs, heads, seed=seed)
@@ -242,7 +235,7 @@ class Evaluation:
         """Linear heads and k-NN on single patches, measured at the pixels of the test images' maps."""
         options = self.options
         fit = partial(fit_head, protocol=options.protocol, heads=options.heads)
-        train, test = self._patches
+        train, test = self._dense
         return probe_places(train, test, self.places[probe], fit, options.seeds, options.draw_seed)
 
     def _linear(self, name: str, outputs: Outputs, features: str, seed: int) -> dict[str, Any]:
@@ -292,7 +285,7 @@ class Evaluation:
 
     @property
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.options.features[0]
+        features = next(iter(self.train.features))
         return self.train.features[features], self.test.features[features]
 
     @property
@@ -307,21 +300,19 @@ class Evaluation:
 
     @cached_property
     def _dense(self) -> list[DenseFeatures]:
-        return [self._features(self.frozen, split.part, split.rows) for split in (self.train, self.test)]
-
-    @cached_property
-    def _patches(self) -> list[DenseFeatures]:
-        """Those of the patches, also of an encoder that is read by its class token."""
-        encode = network(self.frozen, "segmentation").dense
-        return [self._features(encode, part, self.options.rows(part)) for part in (self.train_part, self.test_part)]
-
-    def _features(self, encode: Encode, part: Labelled, rows: np.ndarray) -> DenseFeatures:
-        return DenseFeatures(encode, partial(self.options.batches, part), rows, self.options.device)
+        """Features of the patches, also of an encoder that is read by its class token."""
+        encode, options = network(self.frozen, "attentive").dense, self.options
+        return [
+            DenseFeatures(encode, partial(options.batches, part), options.rows(part), options.device)
+            for part in (self.train_part, self.test_part)
+        ]
 
     @cached_property
     def _corrupted(self) -> dict[tuple[str, int], torch.Tensor]:
         """Features (n, D) of the test images by kind and level of what was done to them."""
-        options, reading, layers = self.options, self.test_part.source.reading, Layers(self.frozen, self.options)
+        options, reading = self.options, self.test_part.source.reading
+        encode, slices = encode_layers(self.frozen, options.features)
+        first = next(iter(self.train.features))
         found: dict[tuple[str, int], list[torch.Tensor]] = {}
         batches = options.batches(self.test_part, self.test.rows, options.batch_size)
         for images, rows in _bar(batches, "encoding corrupted images", len(self.test.rows), options):
@@ -329,7 +320,7 @@ class Evaluation:
                 for level in range(1, 1 + len(LEVELS[kind])):
                     worse = corrupt(images.to(options.device), kind, level, rows.tolist())
                     with torch.no_grad():
-                        features = layers.split(pool(layers.encode(worse)))[options.features[0]]
+                        features = parts_of(pool(encode(worse)), slices)[first]
                     found.setdefault((kind, level), []).append(features)
         return {key: torch.cat(parts) for key, parts in found.items()}
 
@@ -339,7 +330,6 @@ OF_IMAGES = {
     "knn": Evaluation.knn,
     "retrieval": Evaluation.retrieval,
     "fewshot": Evaluation.fewshot,
-    "blocks": Evaluation.blocks,
     "corruption": Evaluation.corruption,
     "attentive": Evaluation.attentive,
     "lowshot": Evaluation.lowshot,

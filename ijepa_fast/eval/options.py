@@ -17,8 +17,9 @@ from ijepa_fast.eval.labels import Labelled, Samples, match
 from ijepa_fast.eval.lowshot import PAPER_TUNING, FineTuning
 
 LAST = 4  # layers that "last4" concatenates
+FEATURES = ("last", "last4", "blocks")
 OF_PLACES = {"segmentation": "--label-map", "depth": "--depth-map"}  # probes of every place, and what names their maps
-OF_A_NETWORK = ("attentive", "blocks", "finetune", *OF_PLACES)  # probes that want more than a function
+OF_A_NETWORK = ("attentive", "finetune", *OF_PLACES)  # probes that want more than a function
 
 
 def covering(crop: int | Size, resize: int | None) -> int | Size:
@@ -42,8 +43,8 @@ class Options:
         dtype: of the encoder while its features are taken; None: as it is.
         images: at most, of the training and of the test images, drawn by `draw_seed`; None: all.
         probes: of evaluate.PROBES.
-        features: of "last" (the last layer) and "last4" (the last four, side by side). Probes other than "linear" read
-            the first.
+        features: of "last" (the last layer), "last4" (the last four, side by side) and "blocks" (the output of each
+            block by itself). Probes other than "linear" read the first.
         heads, protocol: of linear heads, see sweep.fit_head.
         seeds: how often heads are trained, each time with other held-out images and other first weights.
         share: of the labels of each class, for "lowshot" and "finetune".
@@ -140,6 +141,8 @@ def check(encoder: Encode, train: Labelled, test: Labelled, options: Options) ->
     for probe in options.probes:
         if probe in OF_A_NETWORK:
             network(encoder, probe)
+    if "blocks" in options.features:
+        network(encoder, "blocks")
     if "last4" in options.features and (depth := len(network(encoder, "last4").encoder.blocks)) < LAST:
         raise ValueError(f"--features last4: the encoder has {depth} layers; use --features last")
     if not 0 < options.share <= 1 and {"lowshot", "finetune"} & set(options.probes):
