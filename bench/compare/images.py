@@ -26,9 +26,9 @@ from tqdm import tqdm
 from bench.compare.runs import Run
 from ijepa_fast.config import load_config
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.evaluate import Options, matched
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import draw_share
+from ijepa_fast.eval.options import Options, matched
 from ijepa_fast.files import publish
 from ijepa_fast.run.sources import probe_folders
 

@@ -133,7 +133,7 @@ def check(encoder: Encode, train: Labelled, test: Labelled, options: Options) ->
             )
         for part in (train, test):
             found, wanted = part.source.reading, (len(arch.mean), arch.reading.depth)
-            if (found.channels, found.depth) != wanted:
+            if found.channels != wanted[0] or wanted[1] not in (found.depth, "auto"):
                 raise ValueError(
                     f"{part.source.root}: expected images of {wanted[0]} channels of {wanted[1]}, which the encoder "
                     f"takes, found {found.channels} of {found.depth}"
