@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 import torch
 
 from bench.baselines.steps import DTYPES
-from bench.learning import OPTIONS
+from bench.compare.runs import OPTIONS
 from bench.timing import synchronise
 from ijepa_fast.config import ARCHITECTURES, load_config
 from ijepa_fast.masks.draw import Draw

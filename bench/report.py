@@ -10,8 +10,9 @@ A table stands between two comments of a Markdown file, the first of which says 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
 --breakdown), data, formats, claims, learning, host, parity (of the JSON of the program of that name), history (of
-bench/history.py's), answers and brief (bench/answers.py, of a whole folder). A file that is not there makes a table
-which says so, and so does one that was measured in a tree with changes: it is refused.
+bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that bench/learning.py
+prints). A file that is not there makes a table which says so, and so does one that was measured in a tree with
+changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -246,10 +247,20 @@ def claims(path: Path) -> list[str]:
 
 
 def learning(path: Path) -> list[str]:
-    """The table that bench/learning.py prints."""
-    from bench.learning import table
+    """Accuracies along the runs of bench/learning.py."""
+    from bench.compare.tables import table
 
     return table(load(path)["records"]).splitlines()
+
+
+def compared(path: Path) -> list[str]:
+    """The tables that bench/learning.py prints, and how they were come by."""
+    from bench.compare.tables import tables
+
+    result = load(path)
+    preset, seeds = result["preset"], ", ".join(map(str, result["preset"]["seeds"]))
+    facts = f"{result['device']}; {preset['steps']:,} steps of {preset['batch']} images; seeds {seeds}."
+    return [facts, "", *tables(result).splitlines()]
 
 
 def host(path: Path) -> list[str]:
@@ -279,6 +290,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "stages": stages,
     "claims": claims,
     "learning": learning,
+    "compared": compared,
     "data": data,
     "formats": formats,
     "host": host,
@@ -290,9 +302,9 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def _curves(source: Path, picture: Path) -> None:
-    from bench.learning import plot
+    from bench.compare.plots import curves
 
-    plot(load(source)["records"], picture, drawn_from(source))
+    curves(load(source)["records"], picture, drawn_from(source))
 
 
 # The documents' pictures that are drawn of results: of which file, and by what.

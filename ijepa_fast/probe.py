@@ -24,7 +24,7 @@ import torch
 from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
 from ijepa_fast.data.importing import is_code
-from ijepa_fast.eval.evaluate import LAST, PROBES, Options, evaluate
+from ijepa_fast.eval.evaluate import FEATURES, LAST, PROBES, Options, evaluate
 from ijepa_fast.eval.figures import Figure, against, figures_of, table, verdict
 from ijepa_fast.eval.labels import Labelled, open_labelled
 from ijepa_fast.eval.linear import HEADS
@@ -188,9 +188,9 @@ def parser() -> argparse.ArgumentParser:
     add("--network", choices=("target_encoder", "encoder"), help="default: the average, where there is one")
     add(
         "--features",
-        type=_among(("last", "last4")),
+        type=_among(FEATURES),
         default=("last",),
-        help="last, last4 (concatenated), or last,last4",
+        help="of last, last4 (concatenated) and blocks (each by itself), with commas; of several the best is named",
     )
     add("--heads", type=_among(HEADS), default=HEADS, help=f"of {','.join(HEADS)}; the best on held-out images is kept")
     add("--protocol", choices=PROTOCOLS, default="fast", help="paper: LARS, batch 16,384, 50 epochs; exact: converged")

@@ -178,7 +178,9 @@ def save(
     config: Config, engine: Engine, data: dict[str, Any] | None, more: int, taken: checkpoint.Snapshot, group: Any
 ) -> None:
     """Write a checkpoint of the run. Called by every rank, in a thread. more: see Length.of."""
-    arch = checkpoint.architecture(engine, config.model, config.data, config.objective.method, taken.step)
+    arch = checkpoint.architecture(
+        engine.method.encoder, config.model, config.data, config.objective.method, taken.step
+    )
     keep, keep_every = config.log.keep, config.log.keep_every
     images = (taken.step - more) * config.batch_size
     checkpoint.write(config.folder, taken, images, flatten(config), arch, keep, keep_every, data, group)

@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_graphs_and_without_from_the_same_checkpoint(tmp_path
     engine, method = engine_of(config, EmulatedRecorder())
     steps(engine, method, config, last=2)
     flat = flatten(config)
-    arch = checkpoint.architecture(engine, config.model, config.data, "ijepa", 2)
+    arch = checkpoint.architecture(engine.method.encoder, config.model, config.data, "ijepa", 2)
     checkpoint.write(tmp_path, checkpoint.snapshot(engine, 2), 2 * config.batch_size, flat, arch, keep=2)
     steps(engine, method, config, first=2)
     assert_same(states(engine, method), expected)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ijepa_fast.__main__ import main
 from ijepa_fast.eval.attentive import AttentiveProtocol
-from ijepa_fast.eval.evaluate import PROBES, Options, read_split
+from ijepa_fast.eval.evaluate import PROBES, Options, evaluate, read_split
 from ijepa_fast.eval.figures import figures_of, table
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
@@ -115,6 +115,37 @@ def test_networks_and_layers_are_the_ones_asked_for(files, network):
     torch.testing.assert_close(split.features["last4"][:3], layers, atol=1e-4, rtol=1e-4)
     alone = read_split(encoder, part, options)
     torch.testing.assert_close(alone.features["last"], split.features["last"], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_are_probed_one_by_one_and_the_best_is_chosen_on_held_out_images(files, tmp_path):
+    part, encoder = open_labelled(files / "test"), load(files / "weights.safetensors")
+    images = torch.from_numpy(np.stack([np.array(Image.open(part.source.name(i))) for i in range(3)]))
+    split = read_split(encoder, part, Options(crop=32, batch_size=8, features=("last", "last4", "blocks")))
+    blocks = [f"block {number + 1}" for number in range(ARCH.depth)]
+    assert list(split.features) == ["last", "last4", *blocks]
+    for name, layer in zip(blocks, encoder.layers(images, ARCH.depth)):
+        torch.testing.assert_close(split.features[name][:3], layer.mean(1), atol=1e-4, rtol=1e-4)
+    out = tmp_path / "probes.json"
+    assert main(command(files, "--probes", "linear,knn", "--features", "last,blocks", "--out", str(out))) == 0
+    figures = {figure.probe: figure for figure in figures_of(json.loads(out.read_text()))}
+    tried = {name: figures[name].chosen[0] for name in ("linear", *(f"linear, {block}" for block in blocks))}
+    assert list(figures) == [*tried, "linear, best", "10-NN", "20-NN"]
+    best = max(tried, key=lambda name: tried[name]["held_out"])
+    assert figures["linear, best"].chosen[0] == tried[best]
+    assert figures["linear, best"].value == figures[best].value
+
+
+def test_the_attentive_probe_reads_patches_of_a_method_read_by_its_class_token(monkeypatch, tmp_path, files):
+    arch = replace(ARCH, class_token=True, readout="class")
+    encoder = PretrainedEncoder(Encoder(**arch.encoder_options()), arch)
+    read = []
+    monkeypatch.setattr(
+        "ijepa_fast.eval.evaluate.fit_attentive",
+        lambda dense, rows, *_, **__: read.append(next(dense.read(rows, 4))[0].shape) or (lambda x: x[:, 0, :2], {}),
+    )
+    part = open_labelled(files / "test")
+    evaluate(encoder, part, part, Options(crop=32, probes=("attentive",)))
+    assert read == [(4, 16, 32)]
 
 
 def test_a_share_of_every_class():

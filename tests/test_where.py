@@ -59,11 +59,17 @@ def by_patch(images):
 
 
 @pytest.mark.parametrize(
-    ("map_", "crop", "error"), [("map.png", "32", 0.05), ("coarse.png", "32", 0.08), ("map.png", "[32,56]", 0.05)]
+    ("map_", "crop", "few", "error"),
+    [
+        ("map.png", "32", 0, 0.05),
+        ("map.png", "32", 2, 0.05),
+        ("coarse.png", "32", 0, 0.08),
+        ("map.png", "[32,56]", 0, 0.05),
+    ],
 )
-def test_the_shares_are_what_the_crops_show(folder, map_, crop, error):
+def test_the_shares_are_what_the_crops_show(folder, map_, crop, few, error):
     """The image is its map, so what is white of a patch is what lies inside: windows, crops and mirroring agree."""
-    loader, method = loader_of(folder, map_, f"data.crop={crop}")
+    loader, method = loader_of(folder, map_, f"data.crop={crop}", f"data.crops_per_image={few}")
     for step, batch in enumerate(batches(loader, 3)):
         inside = method.inside(np.arange(8 * step, 8 * step + 8))
         seen = by_patch(batch.images[..., 0]).numpy()

@@ -24,6 +24,7 @@ from ijepa_fast.eval.outputs import Outputs, measure, standard_errors
 from ijepa_fast.eval.sweep import fit_head
 
 LAST = 4  # layers that "last4" concatenates
+FEATURES = ("last", "last4", "blocks")
 
 
 def covering(crop: int | Size, resize: int | None) -> int | Size:
@@ -47,8 +48,8 @@ class Options:
         dtype: of the encoder while its features are taken; None: as it is.
         images: at most, of the training and of the test images, drawn by `draw_seed`; None: all.
         probes: of PROBES.
-        features: of "last" (the last layer) and "last4" (the last four, side by side). Probes other than "linear" read
-            the first.
+        features: of "last" (the last layer), "last4" (the last four, side by side) and "blocks" (the output of each
+            block by itself). Probes other than "linear" read the first.
         heads, protocol: of linear heads, see sweep.fit_head.
         seeds: how often heads are trained, each time with other held-out images and other first weights.
         share: of the labels of each class, for "lowshot" and "finetune".
@@ -87,8 +88,8 @@ class Options:
 class Split:
     """The training or the test images of an evaluation, without those that cannot be decoded.
 
-    rows: int64 (n,) of `part.source`. features: {"last" or "last4": fp32 (n, D)} and labels: {name: (n,)}, both on the
-    device.
+    rows: int64 (n,) of `part.source`. features: {"last", "last4" or "block 1" and so on: fp32 (n, D)} and labels:
+    {name: (n,)}, both on the device.
     """
 
     part: Labelled
@@ -101,8 +102,8 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     """Train heads on the features of `train`, measure them on `test`: a figure per label, probe and metric.
 
     encoder: images uint8 (b, H, W, 3) on `options.device` -> features (b, N, D) of N patches or one class token; for
-    "last4", "attentive", "finetune" and another dtype a features.Network, in fp32. A test image whose label no training
-    image has counts as wrong. Raises ValueError as `matched` does, before anything is encoded.
+    "last4", "blocks", "attentive", "finetune" and another dtype a features.Network, in fp32. A test image whose label
+    no training image has counts as wrong. Raises ValueError as `matched` does, before anything is encoded.
     """
     test = matched(train, test, options)
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
@@ -139,24 +140,32 @@ def read_split(encoder: Encode, part: Labelled, options: Options) -> Split:
     batches = options.batches(part, wanted, options.batch_size)
     total = -(-len(wanted) // options.batch_size)
     bar = tqdm(batches, f"encoding {part.source.root}", total, unit="batch", mininterval=1, disable=None, delay=2)
-    features, rows = pooled_features(encode_layers(encoder, options.features), bar, options.device)
-    width = features.shape[1] // (1 if options.features == ("last",) else 1 + LAST)
-    sets = {"last": features[:, :width], "last4": features[:, -LAST * width :]}
+    encode, slices = encode_layers(encoder, options.features)
+    features, rows = pooled_features(encode, bar, options.device)
+    parts = features.chunk(max(stop for _, stop in slices.values()), dim=1)
+    sets = {name: torch.cat(parts[slice(*ends)], dim=1).to(options.device) for name, ends in slices.items()}
     labels = {name: values.to(options.device) for name, values in part.at(rows).items()}
-    return Split(part, rows.numpy(), {name: sets[name].to(options.device) for name in options.features}, labels)
+    return Split(part, rows.numpy(), sets, labels)
 
 
-def encode_layers(encoder: Encode, sets: tuple[str, ...]) -> Callable:
-    """images -> (b, N, D) of the last layer, or where `sets` has "last4" a list: that, and the last four blocks'."""
+def encode_layers(encoder: Encode, sets: tuple[str, ...]) -> tuple[Callable, dict[str, tuple[int, int]]]:
+    """A function of images, and which of its layers (b, N, D) are which set's: {name: (first, end)}.
+
+    It is `encoder` where `sets` is "last" alone; else it gives a list, the last layer and the outputs of blocks.
+    """
     if sets == ("last",):
-        return encoder
-    whole = network(encoder, "last4")
+        return encoder, {"last": (0, 1)}
+    whole = network(encoder, next(name for name in sets if name != "last"))
+    depth = len(whole.encoder.blocks)
+    count = depth if "blocks" in sets else LAST
+    known = {"last": {"last": (0, 1)}, "last4": {"last4": (1 + count - LAST, 1 + count)}}
+    known["blocks"] = {f"block {number}": (number, number + 1) for number in range(1, count + 1)}
 
     def encode(images: torch.Tensor) -> list[torch.Tensor]:
-        layers = whole.layers(images, LAST)
+        layers = whole.layers(images, count)
         return [whole.encoder.norm(layers[-1].flatten(0, 1)).view_as(layers[-1]), *layers]
 
-    return encode
+    return encode, {name: ends for chosen in sets for name, ends in known[chosen].items()}
 
 
 Runs = dict[str, list[dict[str, Any]]]  # {probe's name in the figures: what each seed measured and chose}
@@ -192,7 +201,7 @@ class Evaluation:
         runs: Runs = {}
         for seed in range(options.seeds):
             tried = []
-            for features in options.features:
+            for features in self.train.features:
                 head = fit_head(
                     self.train.features[features], outputs.targets, outputs.task, options.protocol, options.heads, seed
                 )
@@ -213,8 +222,8 @@ class Evaluation:
     def attentive(self, name: str, outputs: Outputs) -> Runs:
         """An attentive head on the patch features."""
         runs = []
-        dense, dense_test = self._dense
         heads = network(self.encoder, "attentive").arch.heads
+        dense, dense_test = self._dense
         outputs = Outputs(outputs.task, outputs.labels.cpu())
         for seed in range(self.options.seeds):
             head, chosen = fit_attentive(dense, self.train.rows, outputs, heads, seed=seed)
@@ -248,7 +257,7 @@ class Evaluation:
         return measure(*found) | {"errors": standard_errors(*found)}
 
     def _first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.options.features[0]
+        features = next(iter(self.train.features))
         return self.train.features[features], self.test.features[features]
 
     def _shares(self, outputs: Outputs) -> Iterable[tuple[int, np.ndarray]]:
@@ -260,8 +269,9 @@ class Evaluation:
 
     @cached_property
     def _dense(self) -> list[DenseFeatures]:
+        encode = network(self.frozen, "attentive").dense
         return [
-            DenseFeatures(self.frozen, partial(self.options.batches, split.part), split.rows, self.options.device)
+            DenseFeatures(encode, partial(self.options.batches, split.part), split.rows, self.options.device)
             for split in (self.train, self.test)
         ]
 

@@ -26,6 +26,9 @@ class Network(Protocol):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Images uint8 (b, H, W, 3) -> features (b, N, D)."""
 
+    def dense(self, images: torch.Tensor) -> torch.Tensor:
+        """As a call, but always the features of patches, also where a class token is read."""
+
     def layers(self, images: torch.Tensor, count: int) -> list[torch.Tensor]:
         """Outputs of the last `count` blocks, without the final LayerNorm, each (b, N, D)."""
 

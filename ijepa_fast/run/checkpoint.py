@@ -44,6 +44,7 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
+from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
 
@@ -383,9 +384,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def architecture(engine: Engine, model: config.Model, data: config.Data, method: str, step: int) -> Arch:
+def architecture(encoder: Encoder, model: config.Model, data: config.Data, method: str, step: int) -> Arch:
     """What is needed to rebuild the encoders of a run from weights.safetensors. method: objective.method."""
-    encoder = engine.method.encoder
     return Arch(
         image_size=data.crop if isinstance(data.crop, int) else data.size,
         patch=model.patch,

@@ -20,8 +20,10 @@ from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.evaluate import Options, matched
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
+from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
+from ijepa_fast.run.checkpoint import architecture
 
 HELD_OUT = 1000  # scenes to test on
 # Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
@@ -150,11 +152,11 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     return train, test, replace(run_options(config, device), probes=("knn",))
 
 
-def untrained(config: Config, device: torch.device, foreign: bool = True) -> Encode:
+def untrained(config: Config, device: torch.device, foreign: bool = True) -> PretrainedEncoder:
     """The encoder of the run before training, on `device`. foreign: see method_class. Raises ConfigError."""
     method = build_method(config, foreign=foreign)
-    method.probed.to(device)
-    return encode_with(method)
+    arch = architecture(method.encoder, config.model, config.data, config.objective.method, 0)
+    return PretrainedEncoder(method.probed, arch).to(device)
 
 
 def encode_with(method: Method) -> Encode:

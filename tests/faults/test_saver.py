@@ -27,7 +27,7 @@ def test_the_copy_is_of_its_step(tmp_path, zero):
         engine.step(1e-3, 0.1, 0.9)
 
     go = threading.Event()
-    arch = checkpoint.architecture(engine, method.setup.model, method.setup.data, "ijepa", 1)
+    arch = checkpoint.architecture(engine.method.encoder, method.setup.model, method.setup.data, "ijepa", 1)
 
     def write(taken, group):
         assert go.wait(60)
