@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,10 @@ class Trial:
             return "parsed"
         if program == "python" and arguments[0].startswith(("bench/", "tests/")):
             self.script(arguments[0], arguments[1:])
+            return "parsed"
+        if extras := re.fullmatch(r"pip install (?:ijepa_fast|\.)\[([\w,]+)\]", command):
+            there = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert set(extras[1].split(",")) <= there.keys(), command
             return "parsed"
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command

@@ -61,6 +61,7 @@ def test_what_is_not_taken_is_found(monkeypatch, capsys):
         "python bench/nowhere.py",
         "torchrun --nnode=2 --rank=3 ijepa_fast/train.py --config quickstart",
         "make nothing",
+        "pip install ijepa_fast[nothing]",
     ):
         with pytest.raises((AssertionError, SystemExit, OSError)):
             trial(wrong)
