@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("ijepa_fast.front", "train on a folder of images"),
     "plan": ("ijepa_fast.plan", "memory, work and hours of a run, before anything runs"),
     "probe": ("ijepa_fast.probe", "evaluate frozen features on labelled images"),
+    "compare": ("ijepa_fast.compare", "evaluate several encoders on the same images, in one table"),
     "embed": ("ijepa_fast.api", "turn images into vectors"),
     "export": ("ijepa_fast.interop.export", "write the weights for Hugging Face, timm or the published code"),
     "visualise": ("ijepa_fast.visualise", "draw what a predictor predicts, by a decoder"),

@@ -13,9 +13,10 @@ pytest.importorskip("nvidia.dali")
 from PIL import Image
 
 from ijepa_fast.__main__ import main
+from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.eval.attentive import AttentiveProtocol
-from ijepa_fast.eval.evaluate import PROBES, Options, evaluate, read_split
-from ijepa_fast.eval.figures import figures_of, table
+from ijepa_fast.eval.evaluate import OF_IMAGES, Options, evaluate, read_split
+from ijepa_fast.eval.figures import ERRORS, figures_of, overview, table
 from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
 from ijepa_fast.interop.load import PretrainedEncoder, load
@@ -70,7 +71,8 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     short = partial(AttentiveProtocol, epochs=2, least_steps=10)
     monkeypatch.setattr("ijepa_fast.eval.attentive.AttentiveProtocol", short)
     tuning = ["--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
-    probes = ["--probes", "linear,knn,attentive,lowshot,finetune", "--features", "last,last4", "--heads", "bn_linear"]
+    names = "linear,knn,retrieval,fewshot,corruption,attentive,lowshot,finetune"
+    probes = ["--probes", names, "--features", "last,last4", "--heads", "bn_linear", "--episodes", "30"]
     out = tmp_path / "probes.json"
     assert main(command(files, *probes, *tuning, "--seeds", "2", "--out", str(out))) == 0
     results = json.loads(out.read_text())
@@ -78,16 +80,50 @@ def test_every_probe(files, tmp_path, capsys, monkeypatch):
     assert results["network"] is None
     assert results["arch"]["dim"] == 32
     assert results["options"]["share"] == 0.2
-    figures = {figure.probe: figure for figure in figures_of(results)}
+    figures = {figure.probe: figure for figure in overview(figures_of(results)) if figure.metric not in ERRORS}
     low = "low-shot 0.2 of labels, "
-    names = ["linear", "linear, last4", "linear, best", "10-NN", "20-NN", "attentive"]
-    assert list(figures) == [*names, low + "linear", low + "fine-tuned"]
+    names = ["linear", "linear, last4", "linear, best"]
+    others = [
+        "10-NN",
+        "20-NN",
+        "retrieval",
+        "2-way 1-shot",
+        "2-way 5-shot",
+    ]
+    others += ["linear, clean", "linear, noise", "linear, blur", "linear, jpeg", "attentive"]
+    assert list(figures) == [*names, *others, low + "linear", low + "fine-tuned"]
     for name, figure in figures.items():
-        assert (figure.task, figure.metric, figure.chance, figure.n) == ("class", "accuracy", 0.5, 40)
-        assert len(figure.seeds) == (1 if name.endswith("-NN") else 2)
-    for last, last4, best in zip(*(figures[name].chosen for name in names[:3])):
+        ranked = name == "retrieval"
+        assert (figure.task, figure.metric) == ("class", "mean_average_precision" if ranked else "accuracy")
+        assert figure.chance == pytest.approx(0.5, abs=0.05 if ranked else 0)
+        assert figure.n == 40
+        assert figure.error > 0
+        assert len(figure.seeds) == (1 if name.endswith(("-NN", "-shot", "retrieval")) else 2)
+    for last, last4, best in zip(*(figures[name].chosen for name in names)):
         assert best == max(last, last4, key=lambda run: run["held_out"])
-    assert capsys.readouterr().out == table(figures_of(results)) + "\n"
+    assert capsys.readouterr().out == table(overview(figures_of(results))) + "\n"
+
+
+def test_scenes_know_their_maps(files, tmp_path):
+    """Dense probes of the embedded scenes need no maps, which are drawn; they may be named all the same."""
+    out = tmp_path / "probes.json"
+    scenes = [str(ensure_scenes(tmp_path, count, 32, seed, processes=1)) for count, seed in ((24, 0), (8, 1))]
+    options = ["--data", scenes[0], "--test", scenes[1], "--probes", "segmentation,depth", "--out", str(out)]
+    assert main(command(files, *options)) == 0
+    found = {figure.key: figure for figure in figures_of(json.loads(out.read_text()))}
+    assert {key[1:] for key in found if key[0] == "segmentation"} == {
+        (probe, metric) for probe in ("linear", "20-NN") for metric in ("mean_iou", "accuracy")
+    }
+    assert found["depth", "linear", "r2"].value > 0  # the ground is near below and far above
+    assert all(figure.n == 8 and figure.error > 0 for figure in found.values())
+    same = ["--depth-map", f"{scenes[0]}-maps/depth", "--test-depth-map", f"{scenes[1]}-maps/depth"]
+    assert main(command(files, *options, *same)) == 0
+    assert {figure.key: figure for figure in figures_of(json.loads(out.read_text()))} == found
+
+
+def test_an_untrained_encoder_is_a_runs(files, capsys):
+    assert main(command(files, "--untrained")) == 1
+    assert "--untrained: expected a run's folder" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -96,7 +132,7 @@ def test_every_probe_on_a_gpu(files, tmp_path):
     found = {}
     for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16")):
         out = tmp_path / f"{device}-{precision}.json"
-        options = ["--probes", ",".join(PROBES), "--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
+        options = ["--probes", ",".join(OF_IMAGES), "--finetune", "small", "--finetune-epochs", "2", "--share", "0.2"]
         assert main(command(files, *options, "--device", device, "--precision", precision, "--out", str(out))) == 0
         found[device, precision] = {f.probe: f.value for f in figures_of(json.loads(out.read_text()))}
     assert len({tuple(probes) for probes in found.values()}) == 1
@@ -225,6 +261,7 @@ BAD = {
     "label": (lambda f, t: ["--labels", "kind"], ["--labels kind", "class"]),
     "share": (lambda f, t: ["--probes", "lowshot", "--share", "0"], ["--share", "got 0"]),
     "resize": (lambda f, t: ["--resize", "16"], ["crop", "resize = 16", "32"]),
+    "no maps": (lambda f, t: ["--probes", "depth"], ["--probes depth", "--depth-map"]),
 }
 
 

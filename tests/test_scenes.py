@@ -13,11 +13,15 @@ from PIL import Image
 from ijepa_fast.data.scenes import (
     DISTANCES,
     KINDS,
+    MAP_CLASSES,
     MAX_OBJECTS,
     NEAREST,
     _cast,
+    draw_maps,
     draw_scene,
+    ensure_maps,
     ensure_scenes,
+    is_scenes,
     render,
     write_scenes,
 )
@@ -148,3 +152,34 @@ def test_colour_statistics_do_not_give_the_labels_away(colours, column):
     values = np.array([labels[column] for labels in table])
     probe = linear_model.LogisticRegression(max_iter=500).fit(features[:600], values[:600])
     assert probe.score(features[600:], values[600:]) < 1 / len(LABELS[column]) + 0.12
+
+
+def test_maps_say_what_the_picture_shows(scenes):
+    """The largest solid's class is the label's kind, the sky has no depth, and the nearest solid the least of all."""
+    for scene, labels in scenes[:40]:
+        classes, depth = draw_maps(scene, 64)
+        assert classes.dtype == np.uint8
+        assert 1 <= classes.min() <= classes.max() <= len(MAP_CLASSES)
+        areas = np.bincount(classes.ravel(), minlength=1 + len(MAP_CLASSES))
+        present = {solid.kind for solid in scene.solids}
+        assert {MAP_CLASSES[value - 1] for value in np.unique(classes)} - {"sky", "ground"} == present
+        if len(present) == labels["count"]:  # of a kind no second solid
+            assert MAP_CLASSES[2 + areas[3:].argmax()] == labels["kind"]
+        assert (depth[classes == 1] == 0).all()
+        solids = depth[classes > 2].astype(float)
+        assert labels["metres"] - 2.5 < solids.min() < labels["metres"]
+        assert depth.max() <= 20
+
+
+def test_maps_of_a_folder_of_scenes(tmp_path):
+    scenes = ensure_scenes(tmp_path, 3, 32, 5, processes=2)
+    assert is_scenes(scenes)
+    folders = ensure_maps(scenes, processes=2)
+    for i in range(3):
+        classes, depth = draw_maps(draw_scene(5, i)[0], 32)
+        assert np.array_equal(np.array(Image.open(f"{folders['segmentation']}/{i:06d}.png")), classes)
+        assert np.array_equal(np.load(f"{folders['depth']}/{i:06d}.npz")["metres"], depth)
+    assert ensure_maps(scenes) == folders
+    assert not is_scenes(tmp_path / "photos")
+    with pytest.raises(ValueError, match="expected a folder of the embedded scenes"):
+        ensure_maps(tmp_path / "photos")

@@ -98,7 +98,7 @@ def test_the_command_measures_the_untrained_encoder(summary, finished_run, tmp_p
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("--image-size", "64", "--untrained"), "--untrained: does not go with --image-size"),
+        (("--image-size", "33", "--untrained"), "image_size: expected a multiple of the patch"),
         (("--checkpoint", "x"), "name one RUN, or --checkpoint PATH"),
     ],
 )

@@ -216,7 +216,8 @@ INTERFACE = (
     ("ijepa_fast/masks/foreign.py", ("",)),
     ("ijepa_fast/models/vit.py", ("Encoder",)),
     ("ijepa_fast/models/flops.py", ("Work",)),
-    ("ijepa_fast/eval/evaluate.py", ("Options", "evaluate")),
+    ("ijepa_fast/eval/evaluate.py", ("evaluate",)),
+    ("ijepa_fast/eval/options.py", ("Options",)),
     ("ijepa_fast/eval/labels.py", ("open_labelled",)),
     ("ijepa_fast/eval/figures.py", ("Figure",)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -145,19 +146,28 @@ def read_map(where: str, name: str) -> np.ndarray:
     return inside
 
 
+@functools.lru_cache(4)
+def _by_stem(folder: str, _changed: int) -> dict[str, str]:
+    """The files of a folder by stem, of several the first by name."""
+    return {os.path.splitext(file)[0]: file for file in sorted(os.listdir(folder), reverse=True)}
+
+
 def read_values(where: str, name: str, key: str = "data.where") -> np.ndarray:
     """The map of the image `name`, float32 (H, W, C); `where` is as in read_map. Raises ValueError, naming `key`."""
     path = where
     if os.path.isdir(path) and extension(path) not in STACKS:
         stem = os.path.splitext(os.path.basename(name))[0]
-        found = sorted(file for file in os.listdir(path) if os.path.splitext(file)[0] == stem)
-        if not found:
+        found = _by_stem(path, os.stat(path).st_mtime_ns).get(stem)
+        if found is None:
             raise ValueError(f"{key}={path}: expected a map named {stem}.*, found none; add one, empty or full")
-        path = os.path.join(path, found[0])
+        path = os.path.join(path, found)
     if not os.path.exists(path):
         raise ValueError(f"{key}={path}: there is no such file or folder")
     try:
-        opened = open_image(path, path, Reading(channels=1, depth="float32"))
+        reading = Reading(channels=1, depth="float32")
+        if extension(path) in STACKS and (number := count(path, reading)) > 1:
+            raise ValueError(f"{key}={path}: expected one map, found {number} in an array")
+        opened = open_image(path, path, reading)
         return np.asarray(opened.read(0, 0, opened.height, opened.width), np.float32)
     except BadImage as error:
         raise ValueError(f"{key}={path}: {error}") from None

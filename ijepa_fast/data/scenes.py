@@ -4,7 +4,7 @@ One to six lit solids (spheres, cubes, cylinders, cones) of random size, colour,
 ground, cast shadows and hide parts of each other. There are labels of two sorts, as in the paper's probes (I-JEPA,
 section 6). One is semantic: the `kind` of the object with the largest visible area. Two are local: the `count` of
 objects, and the `distance` of the nearest, a class of its distance in `metres`. Colours, textures, light and camera are
-drawn independently of the labels.
+drawn independently of the labels. Where they are asked for there are maps too: the class and the depth of every pixel.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,12 @@ MAX_OBJECTS = 6
 NEAREST, FARTHEST = (3.0, 9.0), 13.0  # metres from the camera: range of the nearest object, bound of the others
 DISTANCES = 6  # classes of equal width over NEAREST
 VERSION = 1  # of the images: raise it when they change, so that cached folders are written anew
+MAP_CLASSES = ("sky", "ground", *KINDS)  # of the maps, numbered from 1
+MAP_DEPTH = 20.0  # metres: what is farther, and the sky, has no depth in the maps
 
 # Half extents by kind. They give all kinds about the same visible area, so that the size does not tell the kind.
 _EXTENT = {"cone": 1.2, "cube": 0.85, "cylinder": 0.9, "sphere": 1.05}
+_NAME = re.compile(rf"scenes-v{VERSION}-(\d+)x(\d+)-seed(\d+)")  # of a folder
 _SUPERSAMPLE = 2
 _LOOK = 48  # side in pixels of the small image by which a scene is accepted or rejected
 _EPSILON = 1e-3
@@ -333,11 +337,22 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
         raise ValueError(f"scenes: expected count >= 1 and size >= 16, got count={count}, size={size}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    rows = _render(folder, count, size, seed, processes)
+    with open(folder / "labels.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, _LABELS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def _render(folder: Path, count: int, size: int, seed: int, processes: int | None, maps: bool = False) -> list[dict]:
+    """Write images, or their maps, in several processes; what each says of its scenes."""
     processes = max(1, min(processes or cores(), count))
     # Plain child processes: to fork is unsafe beside the caller's threads, and multiprocessing's spawn would import the
     # caller's main module.
     bounds = np.linspace(0, count, processes + 1).astype(int)
     command = [sys.executable, "-m", "ijepa_fast.data.scenes", str(folder), "--size", str(size), "--seed", str(seed)]
+    command += ["--maps"] if maps else []
     checkout = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -347,20 +362,16 @@ def write_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0, 
         for a, b in itertools.pairwise(bounds)
     ]
     try:
+        what = "maps of scenes" if maps else "rendering scenes"
         with (
-            tqdm(total=count, desc="rendering scenes", unit="image", mininterval=1, disable=None) as bar,
+            tqdm(total=count, desc=what, unit="image", mininterval=1, disable=None) as bar,
             ThreadPoolExecutor(processes) as readers,  # one per child: a full pipe would stop its writer
         ):
-            rows = [row for part in readers.map(lambda child: _rows(child, bar), children) for row in part]
+            return [row for part in readers.map(lambda child: _rows(child, bar), children) for row in part]
     finally:
         for child in children:
             child.kill()
             child.wait()
-    with open(folder / "labels.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, _LABELS)
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
 
 
 def _rows(child: subprocess.Popen, bar: tqdm) -> list[dict]:
@@ -387,17 +398,60 @@ def ensure_scenes(folder: str | Path, count: int, size: int = 96, seed: int = 0,
     return final
 
 
+def draw_maps(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The class of every pixel, uint8 (size, size), 1 + its place in MAP_CLASSES; and its depth, float16, metres along
+    the ray, 0 for none.
+    """
+    _, depth, which = _cast(scene, size)
+    classes = np.where(np.isfinite(depth), 2, 1)
+    for number, solid in enumerate(scene.solids):
+        classes[which == number] = 1 + MAP_CLASSES.index(solid.kind)
+    depth = np.where(depth <= MAP_DEPTH, depth, 0)
+    return classes.reshape(size, size).astype(np.uint8), depth.reshape(size, size).astype(np.float16)
+
+
+def is_scenes(folder: str | Path) -> bool:
+    """Whether a folder is one that ensure_scenes gave."""
+    return _NAME.fullmatch(Path(folder).name) is not None
+
+
+def ensure_maps(scenes: str | Path, processes: int | None = None) -> dict[str, str]:
+    """The maps of the scenes in a folder that ensure_scenes gave: {"segmentation": a folder, "depth": a folder}.
+
+    There is a file of the stem of each image in them. They are drawn, beside the scenes, if they are not there yet.
+    Raises ValueError for another folder.
+    """
+    scenes = Path(scenes)
+    if (found := _NAME.fullmatch(scenes.name)) is None:
+        raise ValueError(f"{scenes}: expected a folder of the embedded scenes, named scenes-v{VERSION}-...")
+    final = scenes.with_name(f"{scenes.name}-maps")
+    if not final.is_dir():
+        with publish(final, lock=True) as draft:
+            if not final.is_dir():
+                for name in ("segmentation", "depth"):
+                    (draft / name).mkdir(parents=True)
+                count, size, seed = map(int, found.groups())
+                _render(draft, count, size, seed, processes, maps=True)
+    return {name: str(final / name) for name in ("segmentation", "depth")}
+
+
 def _main() -> None:
-    """Render scenes start to stop into a folder and print the labels of each as one line of JSON."""
+    """Render scenes start to stop, or draw their maps, into a folder and print the labels of each as a line of JSON."""
     parser = argparse.ArgumentParser(description=_main.__doc__)
     parser.add_argument("folder", type=Path)
     for name in ("start", "stop", "size", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--maps", action="store_true")
     args = parser.parse_args()
     for index in range(args.start, args.stop):
         scene, labels = draw_scene(args.seed, index)
         file = f"{index:06d}.jpg"
-        Image.fromarray(render(scene, args.size)).save(args.folder / file, quality=92)
+        if args.maps:
+            classes, depth = draw_maps(scene, args.size)
+            Image.fromarray(classes).save(args.folder / "segmentation" / f"{index:06d}.png")
+            np.savez_compressed(args.folder / "depth" / f"{index:06d}.npz", metres=depth)
+        else:
+            Image.fromarray(render(scene, args.size)).save(args.folder / file, quality=92)
         print(json.dumps({"file": file, **labels}), flush=True)
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-METRICS = {"accuracy": "accuracy", "r2": "R^2", "mean_absolute_error": "mean abs. error"}
+import numpy as np
+
+METRICS = {
+    "mean_iou": "mean IoU",
+    "accuracy": "accuracy",
+    "calibration_error": "calibration error",
+    "r2": "R^2",
+    "mean_average_precision": "mean avg. precision",
+    "mean_absolute_error": "mean abs. error",
+}
+ERRORS = ("calibration_error", "mean_absolute_error")  # metrics that are better when they are smaller
 NORMAL = 1.96  # standard errors that 95 % of a normal distribution lie within
 CLEAR = 2  # standard errors that a difference must exceed to be called one
 
@@ -24,14 +35,18 @@ class Figure:
         probe: what was trained on the features: "linear", "20-NN", "attentive", ...
         metric: a key of METRICS.
         value: the mean over seeds.
-        interval: half of the value's 95 % confidence interval (Student's t); None for one seed.
+        interval: half of the value's 95 % confidence interval, over seeds (Student's t), or over episodes of the same
+            test images; None for one seed.
         seeds: the value of each seed.
-        chance: the same metric of always answering the training images' commonest class, or their mean.
+        chance: the same metric of always answering the training images' commonest class, or their mean; of segmentation
+            and depth, theirs at the same place of the image; of retrieval and few-shot, of guessing.
         untrained: the value of the same probe on the encoder before training; None where it is not known.
         n: number of test images.
         chosen: what the sweep of each seed chose on held-out training images; () for a probe without a sweep.
         error: standard error of the value over test images, the mean over seeds; None where it is not known.
         untrained_error: that of `untrained`.
+        terms: fp64, a number for each test image (or episode), whose mean is the value and whose spread is its error's;
+            encoders are compared by their differences. Not in JSON.
     """
 
     task: str
@@ -46,6 +61,7 @@ class Figure:
     chosen: tuple[dict[str, Any], ...] = ()
     error: float | None = None
     untrained_error: float | None = None
+    terms: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -57,7 +73,7 @@ class Figure:
         if self.untrained is None or self.error is None or self.untrained_error is None:
             return None
         better = self.value - self.untrained
-        if self.metric == "mean_absolute_error":
+        if self.metric in ERRORS:
             better = -better
         error = math.hypot(self.error, self.untrained_error)
         return better, better / error if error else math.copysign(math.inf, better) if better else 0.0
@@ -65,7 +81,7 @@ class Figure:
     @property
     def half(self) -> float | None:
         """Half of the value's 95 % interval, over test images and, of several seeds, over these; None: not known."""
-        if self.error is None:
+        if self.error is None or (self.interval is not None and len(self.seeds) == 1):  # over episodes
             return self.interval
         return math.hypot(NORMAL * self.error, self.interval or 0.0)
 
@@ -74,9 +90,16 @@ class Figure:
         """Whether the value is better than the untrained encoder's by more than chance: `CLEAR` standard errors."""
         return self.gain is not None and self.gain[1] > CLEAR
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Task, probe and metric."""
+        return self.task, self.probe, self.metric
+
     def to_json(self) -> dict[str, Any]:
-        """The figure as a dict that json.dumps takes."""
-        return asdict(self)
+        """The figure as a dict that json.dumps takes, without its terms."""
+        values = asdict(replace(self, terms=None))
+        del values["terms"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Figure:
@@ -94,27 +117,52 @@ def interval(values: list[float]) -> tuple[float, float | None]:
     return mean, t * deviation / math.sqrt(n)
 
 
-def over_seeds(task: str, probe: str, runs: list[dict[str, Any]], chance: dict[str, float], n: int) -> list[Figure]:
+_MEASURED = ("errors", "terms", "chance", "n", "interval")  # of a run, beside the metrics
+
+
+def over_seeds(
+    task: str, probe: str, runs: list[dict[str, Any]], chance: dict[str, float] | None = None, n: int = 0
+) -> list[Figure]:
     """The figures of a probe, one for each metric.
 
-    runs: of each seed, the value of each metric, "errors" with their standard errors, and under other keys what its
-    sweep chose. chance: {metric: value}.
+    runs: of each seed, the value of each metric; "errors", {metric: standard error}; where there are such, "terms",
+    {metric: (n,)}, and the probe's own "chance", "n" and "interval"; and under other keys what its sweep chose.
+    chance, n: of probes that have no own ones.
     """
-    chosen = tuple({key: value for key, value in run.items() if key not in (*METRICS, "errors")} for run in runs)
-    figures = []
-    for metric in (key for key in METRICS if key in runs[0]):
+    chosen = tuple({key: value for key, value in run.items() if key not in (*METRICS, *_MEASURED)} for run in runs)
+    figures, first = [], runs[0]
+    for metric in (key for key in METRICS if key in first):
         values = [run[metric] for run in runs]
         mean, half = interval(values)
-        kept = chosen if any(chosen) else ()
-        error = math.fsum(run["errors"][metric] for run in runs) / len(runs)
-        figures.append(Figure(task, probe, metric, mean, half, tuple(values), chance[metric], None, n, kept, error))
+        terms = [run["terms"][metric] for run in runs if "terms" in run]
+        figures.append(
+            Figure(
+                task=task,
+                probe=probe,
+                metric=metric,
+                value=mean,
+                interval=first["interval"][metric] if "interval" in first else half,
+                seeds=tuple(values),
+                chance=(first.get("chance") or chance or {})[metric],
+                untrained=None,
+                n=first.get("n", n),
+                chosen=chosen if any(chosen) else (),
+                error=math.fsum(run["errors"][metric] for run in runs) / len(runs),
+                terms=np.mean(terms, axis=0) if terms else None,
+            )
+        )
     return figures
+
+
+def overview(figures: Iterable[Figure]) -> list[Figure]:
+    """The figures without single levels of corruptions, whose means are among them."""
+    return [figure for figure in figures if not re.search(r", (?!block)[a-z]+ [1-5]$", figure.probe)]
 
 
 def against(figures: Iterable[Figure], before: Iterable[Figure]) -> list[Figure]:
     """`figures` with the values of the same probes in `before`, those of the untrained encoder."""
-    known = {(f.task, f.probe, f.metric): (f.value, f.error) for f in before}
-    pairs = [(f, known.get((f.task, f.probe, f.metric), (None, None))) for f in figures]
+    known = {f.key: (f.value, f.error) for f in before}
+    pairs = [(f, known.get(f.key, (None, None))) for f in figures]
     return [replace(f, untrained=value, untrained_error=error) for f, (value, error) in pairs]
 
 
@@ -128,7 +176,11 @@ def figures_of(results: dict[str, Any]) -> list[Figure]:
 
 def headline(figures: Iterable[Figure]) -> list[Figure]:
     """What to look at first: the accuracy or R^2 of each task and probe, and of k-NN one k, 20 where there is that."""
-    figures = [f for f in figures if f.metric != "mean_absolute_error"]
+    return [f for f in of_one_k(overview(figures)) if f.metric not in ERRORS]
+
+
+def of_one_k(figures: list[Figure]) -> list[Figure]:
+    """The figures with those of k-NN for one k alone, 20 where there is that."""
     neighbours = [f.probe for f in figures if f.probe.endswith("-NN")]
     shown = "20-NN" if "20-NN" in neighbours else next(iter(neighbours), None)
     return [f for f in figures if f.probe == shown or f.probe not in neighbours]
@@ -182,8 +234,12 @@ def change(f: Figure) -> str:
 
 
 def table(figures: list[Figure]) -> str:
-    """The figures as lines of text in columns; the first three, which are words, start at the left."""
-    head, rows = cells(figures)
+    """The figures as lines of text in columns."""
+    return columns(*cells(figures))
+
+
+def columns(head: list[str], rows: list[list[str]]) -> str:
+    """A table as lines of text; the first three columns, which are words, start at the left."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     return "\n".join(
         "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))

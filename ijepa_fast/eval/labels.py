@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_fast.data.label_map import with_label_map
+from ijepa_fast.data.label_map import LabelMap, with_label_map
 from ijepa_fast.data.reading import Raster, Reading
 from ijepa_fast.data.sources import AS_THEY_ARE, Source, open_source
 
@@ -31,12 +31,14 @@ class Labelled:
     """A collection and its labels.
 
     labels: {column: (n,)}: int64 ids into `classes[column]`, int64 counts, or float64 numbers. tasks: {column: task}.
+    maps: {dense probe: its map over each image}.
     """
 
     source: Source
     labels: dict[str, torch.Tensor]
     tasks: dict[str, str]
     classes: dict[str, list[str]] = field(default_factory=dict)
+    maps: dict[str, LabelMap] = field(default_factory=dict)
 
     def rows(self, most: int | None = None, seed: int = 0) -> np.ndarray:
         """Sample ids in order, int64: all, or `most` of them drawn by `seed` (samples lie in class order)."""
@@ -47,9 +49,9 @@ class Labelled:
         return {name: values[rows] for name, values in self.labels.items()}
 
     def take(self, rows: np.ndarray) -> Labelled:
-        """The samples `rows` alone, int64."""
+        """The samples `rows` alone, int64, without maps."""
         labels = self.at(torch.from_numpy(rows))
-        return replace(self, source=Samples(self.source, rows), labels=labels)
+        return replace(self, source=Samples(self.source, rows), labels=labels, maps={})
 
 
 class Samples(Source):
@@ -82,15 +84,22 @@ def open_labelled(
     tasks: dict[str, str] | None = None,
     reading: Reading = AS_THEY_ARE,
     label_map: str | None = None,
+    maps: dict[str, str] | None = None,
 ) -> Labelled:
     """The images and labels at `path`, in a layout named above.
 
     Numbers that are no integers are regressed, a column named count is counted, all else is classified; `tasks`,
     {column: task}, says otherwise. `cache`, `reading`: see open_source. label_map: where labels are those of a map, see
-    with_label_map. Raises ValueError where there are no labels.
+    with_label_map. maps: {dense probe: file or folder} of those that are to be read at every place; of "depth" they are
+    numbers. Raises ValueError where there are neither labels nor maps.
     """
     source = open_source(path, cache=cache, reading=reading)
-    return labelled(source if label_map is None else with_label_map(source, label_map), path, tasks)
+    if label_map is not None:
+        source = with_label_map(source, label_map)
+    found = {probe: LabelMap(source, where, numbers=probe == "depth") for probe, where in (maps or {}).items()}
+    if found and not source.columns and _clevr_scenes(path) is None:
+        return Labelled(source, {}, {}, maps=found)
+    return replace(labelled(source, path, tasks), maps=found)
 
 
 def labelled(source: Source, path: str | Path, tasks: dict[str, str] | None = None) -> Labelled:

@@ -120,13 +120,23 @@ def score_heads(scores: torch.Tensor, targets: torch.Tensor, task: str) -> float
     return float((scores.argmax(1) == targets).float().mean())
 
 
-def split(n: int, holdout: float, seed: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the images that fit and of those, a share `holdout`, that choose; drawn by `seed`."""
+def split(
+    n: int, holdout: float, seed: int, device: torch.device | str = "cpu", groups: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the images that fit and of those, a share `holdout`, that choose; drawn by `seed`.
+
+    groups int64 (n,): what belongs together, such as patches of an image, is on one side.
+    """
+    if groups is not None:
+        members = groups.unique(return_inverse=True)[1]
+        parts = split(int(members.max()) + 1, holdout, seed, device)
+        kept, held = (torch.isin(members, part).nonzero()[:, 0] for part in parts)
+        return kept, held
     if n < 2:
         raise ValueError(f"features: expected at least two images to fit a head, got {n}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
-    held = max(1, int(n * holdout))
-    return order[held:], order[:held]
+    count = max(1, int(n * holdout))
+    return order[count:], order[:count]
 
 
 def choose(
@@ -138,17 +148,19 @@ def choose(
     refit: Callable[[torch.Tensor, Any, float, Fit], Fit],
     holdout: float,
     seed: int,
+    groups: torch.Tensor | None = None,
 ) -> LinearHead:
     """The best linear head of a sweep, fitted again on all images.
 
     features fp32 (n, D), targets (n,). heads: of HEADS, "linear" (features centred and divided by one number) and
-    "bn_linear" (each feature standardised). holdout: share of the images, drawn by `seed`, that chooses.
+    "bn_linear" (each feature standardised). holdout: share of the images, drawn by `seed`, that chooses. groups: see
+    split.
     sweep(x, targets) yields (rate, decay, fit) for standardised features of the other images;
     refit(x, rate, decay, fit) is the fit of what was chosen to all images.
     """
     if len(features) != len(targets):
         raise ValueError(f"targets: expected one for each of {len(features)} images, got {len(targets)}")
-    kept, held = split(len(features), holdout, seed, features.device)
+    kept, held = split(len(features), holdout, seed, features.device, groups)
     best: tuple[str, Candidate] | None = None
     held_out = -math.inf
     for head in heads:
@@ -173,11 +185,12 @@ def fit_linear(
     decays: Sequence[float] = DECAYS,
     holdout: float = 0.1,
     seed: int = 0,
+    groups: torch.Tensor | None = None,
 ) -> LinearHead:
     """The best linear head of a sweep over heads and decays, each fitted to convergence.
 
-    features fp32 (n, D). targets: int64 (n,) classes from 0, or fp32 (n,) for task "regression". heads, holdout, seed:
-    see choose. Returns a LinearHead fitted on all images.
+    features fp32 (n, D). targets: int64 (n,) classes from 0, or fp32 (n,) for task "regression". heads, holdout, seed,
+    groups: see choose. Returns a LinearHead fitted on all images.
     """
     targets = targets.float() if task == "regression" else targets.long()
     classes = None if task == "regression" else int(targets.max()) + 1
@@ -190,4 +203,4 @@ def fit_linear(
             return fit_ridge(x, targets[:, None], [decay])[0]
         return fit_logistic(x, targets, classes, decay, start)
 
-    return choose(features, targets, task, heads, sweep, refit, holdout, seed)
+    return choose(features, targets, task, heads, sweep, refit, holdout, seed, groups)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -55,24 +58,45 @@ def measure(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[s
     return metrics
 
 
-def standard_errors(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, float]:
-    """{metric: standard error} of what `measure` gives: how far another sample of n test images would move it.
+def terms(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, np.ndarray]:
+    """{metric: fp64 (n,)}: a number for each test image; their mean is what `measure` gives, to rounding.
 
-    Of an accuracy it is that of the share with one right and one wrong answer more, so that no few answers are certain.
-    A mean absolute error is a mean over images. R^2 is a ratio of two; to first order it moves as the mean of
-    (1 - R^2) d^2 - e^2 over the mean of d^2, where e is an image's error and d its label less the mean label.
+    Their spread over images is the metric's, so that two encoders are compared by their differences on the same images.
+    Accuracy and mean absolute error are means over images. R^2 is a ratio of two; to first order it moves as the mean
+    of (1 - R^2) d^2 - e^2 over the mean of d^2, where e is an image's error and d its label less the mean label.
     """
     predictions, truth = predictions.double(), truth.double()
     error = predictions - truth
-    terms = {}
+    found = {}
     if task == "regression":
         deviation = (truth - truth.mean()).square()
         spread = deviation.mean().clamp_min(1e-12)
-        terms["r2"] = (error.square().mean() / spread * deviation - error.square()) / spread
+        left = error.square().mean() / spread
+        found["r2"] = 1 - left + (left * deviation - error.square()) / spread
+    else:
+        found["accuracy"] = (error == 0).double()
     if task != "classification":
-        terms["mean_absolute_error"] = error.abs()
-    errors = {name: float(x.std(correction=0)) / len(x) ** 0.5 for name, x in terms.items()}
-    if task != "regression":
-        share = (int((error == 0).sum()) + 1) / (len(error) + 2)
-        errors["accuracy"] = (share * (1 - share) / len(error)) ** 0.5
+        found["mean_absolute_error"] = error.abs()
+    return {name: x.cpu().numpy() for name, x in found.items()}
+
+
+def errors_of(terms: dict[str, np.ndarray]) -> dict[str, float]:
+    """{metric: standard error} of terms (n,): how far another sample of n test images would move their mean."""
+    return {name: float(x.std()) / len(x) ** 0.5 for name, x in terms.items()}
+
+
+def of_terms(terms: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a probe measured, by terms alone: {metric: value}, "terms" and "errors"."""
+    return {name: float(x.mean()) for name, x in terms.items()} | {"terms": terms, "errors": errors_of(terms)}
+
+
+def standard_errors(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, float]:
+    """{metric: standard error} of what `measure` gives.
+
+    Of an accuracy it is that of the share with one right and one wrong answer more, so that no few answers are certain.
+    """
+    errors = errors_of(terms(predictions, truth, task))
+    if "accuracy" in errors:
+        share = (int((predictions.double() == truth.double()).sum()) + 1) / (len(truth) + 2)
+        errors["accuracy"] = (share * (1 - share) / len(truth)) ** 0.5
     return errors

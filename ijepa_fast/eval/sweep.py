@@ -154,6 +154,7 @@ def fit_sweep(
     protocol: Protocol = FAST,
     holdout: float = 0.1,
     seed: int = 0,
+    groups: torch.Tensor | None = None,
 ) -> LinearHead:
     """The best linear head of a protocol's sweep over heads, rates and decays; arguments as in linear.fit_linear.
 
@@ -173,7 +174,7 @@ def fit_sweep(
         _, weights, biases = train_sweep(x, y, outputs, chosen, task, seed)
         return weights[0] * spread, biases[0] * spread + mean
 
-    return choose(features, y, task, heads, sweep, refit, holdout, seed)
+    return choose(features, y, task, heads, sweep, refit, holdout, seed, groups)
 
 
 def fit_head(
@@ -183,17 +184,20 @@ def fit_head(
     protocol: str = "fast",
     heads: Sequence[str] = ("bn_linear",),
     seed: int = 0,
+    groups: torch.Tensor | None = None,
 ) -> LinearHead:
     """The best linear head on features (n, D) for targets (n,), fitted by a protocol.
 
     protocol: "fast" (the sweep FAST; regressions in closed form), "exact" (linear.fit_linear: to convergence, several
     times slower, and kinder to features of low rank) or "paper" (the sweep PAPER). heads: of linear.HEADS. seed: of the
-    held-out images and the first weights. Raises ValueError for another protocol or head.
+    held-out images and the first weights. groups: of features that belong together, see linear.split. Raises ValueError
+    for another protocol or head.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {PROTOCOLS}, got {protocol!r}")
     if unknown := set(heads) - set(HEADS):
         raise ValueError(f"heads: expected of {HEADS}, got {sorted(unknown)}")
     if protocol == "exact" or (protocol == "fast" and task == "regression"):
-        return fit_linear(features, targets, task, heads, seed=seed)
-    return fit_sweep(features, targets, task, heads, PAPER if protocol == "paper" else FAST, seed=seed)
+        return fit_linear(features, targets, task, heads, seed=seed, groups=groups)
+    chosen = PAPER if protocol == "paper" else FAST
+    return fit_sweep(features, targets, task, heads, chosen, seed=seed, groups=groups)

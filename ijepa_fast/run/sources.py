@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_fast.config import Config, ConfigError
+from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
-from ijepa_fast.eval.evaluate import Options, matched
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
+from ijepa_fast.eval.options import Options, matched
 from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
@@ -157,6 +157,20 @@ def untrained(config: Config, device: torch.device, foreign: bool = True) -> Pre
     method = build_method(config, foreign=foreign)
     arch = architecture(method.encoder, config.model, config.data, config.objective.method, 0)
     return PretrainedEncoder(method.probed, arch).to(device)
+
+
+def as_begun(run: str | Path, encoder: PretrainedEncoder) -> PretrainedEncoder:
+    """The encoder of the folder `run` as it was before training; encoder: what it became, whose image size it has.
+
+    Raises ValueError where `run` is no run's folder, ConfigError where its parts do not go together.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"--untrained: expected a run's folder, which says how it began, got {run}")
+    config = load_config(path)
+    if encoder.arch.size != config.data.size:
+        config = replace(config, data=replace(config.data, crop=encoder.crop))
+    return untrained(config, encoder.encoder.norm.weight.device, foreign=False)
 
 
 def encode_with(method: Method) -> Encode:
