@@ -9,6 +9,13 @@ from ijepa_fast import hosts
 from ijepa_fast.front import main
 
 
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch):
+    """A run that another test made in this process leaves it a rank of a job, which reads no hostfile."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_machines_of_a_hostfile(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# two machines\n\nnode-1 slots=8\n  10.0.0.2   slots=4  # the small one\n")
@@ -47,8 +54,6 @@ def programs(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "hosts").write_text("node-1 slots=8\nnodw-2 slots=8\n")
 
     def add(name: str, code: str) -> None:
