@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import kernels
 from ijepa_fast.config import ConfigError
 from ijepa_fast.data.crops import View
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.methods.lejepa import LeJEPA, Options
 from tests.small import setup_of
+from tests.steps import counted_work
 
 BATCH = 9
 
@@ -75,13 +73,7 @@ def test_work_is_what_torch_counts():
     model = model_of(small_views=3)
     images, draw = images_of(model), model.draw(BATCH, 0, 0)
     assert draw.tokens == BATCH * (2 * 65 + 3 * 10)
-    kernels.use("reference")
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(images, draw)[0].backward()
-    finally:
-        kernels.use("auto")
-    assert counter.get_total_flops() == pytest.approx(model.work(draw).total, rel=0.01)
+    assert counted_work(model, images, draw) == pytest.approx(model.work(draw).total, rel=0.01)
 
 
 def test_a_view_of_one_patch_has_no_smaller_one():

@@ -3,12 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_fast import kernels
 from ijepa_fast.config import ConfigError, Data, Mask, Model, load_config
-from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.methods.ijepa import IJEPA, Options
 from ijepa_fast.methods.method import Setup
@@ -17,19 +14,14 @@ from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.target_norm import TargetNorm, sums_by_place
 from ijepa_fast.models.teacher import fingerprint
 from ijepa_fast.models.vit import Encoder
-from tests.emulated_graphs import EmulatedRecorder
 from tests.small import small_ijepa
+from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients
 
 BATCH = 6
 
 
 def images_of(count=BATCH, side=64):
     return torch.randint(256, (count, side, side, 3), dtype=torch.uint8)
-
-
-def loss_and_gradients(model, images, draw):
-    loss, _ = model(images, draw)
-    return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
 
 
 def model_of(**options):
@@ -309,13 +301,7 @@ CHOICES = [
 def test_work_is_what_torch_counts(options):
     model = frozen(teacher_of(class_token=True)) if "teacher" in options else model_of(**options)
     draw, images = model.draw(3, 0, 0), images_of(3)
-    kernels.use("reference")
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(images, draw)[0].backward()
-    finally:
-        kernels.use("auto")
-    assert counter.get_total_flops() == pytest.approx(model.work(draw).total, rel=0.01)
+    assert counted_work(model, images, draw) == pytest.approx(model.work(draw).total, rel=0.01)
 
 
 def test_xavier_is_maes_start():
@@ -443,16 +429,7 @@ def test_graphs_hold_what_does_not_move(ops_as_on_a_gpu, options):
     eager.load_state_dict(model.state_dict())
     if model.frozen:
         eager.target_encoder.load_state_dict(model.target_encoder.state_dict())
-    said, gradients = [], [torch.zeros_like(p) for p in model.parameters()]
-    graphs = Graphs(model, gradients, 1.0, said.append, EmulatedRecorder())
-    model.use_graphs()
-    for step in range(4):
-        draw, images = model.draw(BATCH, 0, step % 2), images_of()
-        found = [graphs(images, draw)[0], *gradients]
-        for a, b in zip(found, loss_and_gradients(eager, images, draw), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert graphs.captured
-    assert not said
+    assert_graphs_hold(model, eager, BATCH, images_of)
 
 
 def test_statistics_that_move_want_no_graphs():

@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import kernels
-from ijepa_fast.engine.graphs import Graphs
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.visible import nearest
 from ijepa_fast.methods.ijepa import Options
 from ijepa_fast.models.layouts import Packed
 from ijepa_fast.models.vit import run_blocks
-from tests.emulated_graphs import EmulatedRecorder
 from tests.small import small_ijepa
+from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients
 
 BATCH, WEIGHT = 6, 0.5
 
@@ -28,11 +24,6 @@ def model_of(**options):
 
 def images_of(count=BATCH):
     return torch.randint(256, (count, 64, 64, 3), dtype=torch.uint8)
-
-
-def loss_and_gradients(model, images, draw):
-    loss, _ = model(images, draw)
-    return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 7), (1, 5)])
@@ -131,26 +122,10 @@ def test_work_is_what_torch_counts():
     model, images = model_of(), images_of(3)
     draw = model.draw(3, 0, 0)
     plain = small_ijepa()
-    kernels.use("reference")
-    try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(images, draw)[0].backward()
-    finally:
-        kernels.use("auto")
-    assert counter.get_total_flops() == pytest.approx(model.work(draw).total, rel=0.01)
+    assert counted_work(model, images, draw) == pytest.approx(model.work(draw).total, rel=0.01)
     assert model.work(draw).total > plain.work(plain.draw(3, 0, 0)).total
     assert model.saved_values(draw) > plain.saved_values(plain.draw(3, 0, 0))
 
 
 def test_graphs_hold_it(ops_as_on_a_gpu):
-    model, eager = model_of(visible_epochs=3.0), model_of(visible_epochs=3.0)
-    said, gradients = [], [torch.zeros_like(p) for p in model.parameters()]
-    graphs = Graphs(model, gradients, 1.0, said.append, EmulatedRecorder())
-    model.use_graphs()
-    for step in range(4):
-        draw, images = model.draw(BATCH, 0, step % 2), images_of()
-        found = [graphs(images, draw)[0], *gradients]
-        for a, b in zip(found, loss_and_gradients(eager, images, draw), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert graphs.captured
-    assert not said
+    assert_graphs_hold(model_of(visible_epochs=3.0), model_of(visible_epochs=3.0), BATCH, images_of)

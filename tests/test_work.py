@@ -3,28 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("deepspeed")
 
-from ijepa_fast import kernels
 from ijepa_fast.config import load_config
 from ijepa_fast.methods.method import METHODS
 from ijepa_fast.run.build import build_method
 from tests.launch import ROOT
+from tests.steps import counted_work
 from tests.test_methods import TRIED
 
 SIZES = ["data.crop=64", "model.dim=64", "model.depth=3", "model.heads=2", "model.patch=8"]
 SIZES += ["model.predictor_dim=32", "model.predictor_depth=2"]
-
-
-@pytest.fixture
-def plain():
-    """Every op as plain PyTorch, which the counter can see into."""
-    kernels.use("reference")
-    yield
-    kernels.use("auto")
 
 
 def random_images(method, images, cells=None):
@@ -41,11 +31,8 @@ def random_images(method, images, cells=None):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_work_agrees_with_the_flop_counter(plain, name):
+def test_work_agrees_with_the_flop_counter(name):
     config, options = TRIED[name]
     method = build_method(load_config(ROOT / "configs" / f"{config}.yaml", [*options, *SIZES]))
     draw, images = method.draw(3, 0, 0), random_images(method, 3)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = method(images, draw)
-        loss.backward()
-    assert counter.get_total_flops() == pytest.approx(method.work(draw).total, rel=0.01)
+    assert counted_work(method, images, draw) == pytest.approx(method.work(draw).total, rel=0.01)
