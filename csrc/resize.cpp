@@ -132,20 +132,11 @@ class Resizer {
   std::vector<uint8_t> narrow_, first_, second_;
 };
 
-template <typename T>
-void resize_all(at::TensorList images, bool bicubic, const at::Tensor& out) {
-  FloatResizer<T> resizer(out.size(1), out.size(2), out.size(3), bicubic);
+template <typename T, typename Each>
+void resize_all(at::TensorList images, Each&& resizer, const at::Tensor& out) {
   for (size_t i = 0; i < images.size(); ++i) {
     resizer.run(images[i].const_data_ptr<T>(), images[i].size(0), images[i].size(1),
                 out.data_ptr<T>() + i * out.stride(0));
-  }
-}
-
-void resize_rgb(at::TensorList images, bool bicubic, const at::Tensor& out) {
-  Resizer resizer(out.size(1), out.size(2), bicubic);
-  for (size_t i = 0; i < images.size(); ++i) {
-    resizer.run(images[i].const_data_ptr<uint8_t>(), images[i].size(0), images[i].size(1),
-                out.data_ptr<uint8_t>() + i * out.stride(0));
   }
 }
 
@@ -159,14 +150,19 @@ void resize_cpu(at::TensorList images, bool bicubic, const at::Tensor& out) {
   for (const at::Tensor& image : images) {
     TORCH_CHECK_VALUE(is_image(image, 3), "resize: expected images (height, width, channels) as out, contiguous");
   }
+  const at::ScalarType depth = out.scalar_type();
+  TORCH_CHECK_VALUE(depth == at::kByte || depth == at::kUInt16 || depth == at::kFloat,
+                    "resize: expected uint8, uint16 or float32");
   if (images.empty()) return;
-  if (out.scalar_type() == at::kFloat) {
-    resize_all<float>(images, bicubic, out);
-  } else if (out.scalar_type() == at::kUInt16) {
-    resize_all<uint16_t>(images, bicubic, out);
+  const int64_t height = out.size(1), width = out.size(2), channels = out.size(3);
+  if (depth == at::kFloat) {
+    resize_all<float>(images, FloatResizer<float>(height, width, channels, bicubic), out);
+  } else if (depth == at::kUInt16) {
+    resize_all<uint16_t>(images, FloatResizer<uint16_t>(height, width, channels, bicubic), out);
+  } else if (channels == kChannels) {
+    resize_all<uint8_t>(images, Resizer(height, width, bicubic), out);
   } else {
-    TORCH_CHECK_VALUE(out.scalar_type() == at::kByte, "resize: expected uint8, uint16 or float32");
-    out.size(3) == kChannels ? resize_rgb(images, bicubic, out) : resize_all<uint8_t>(images, bicubic, out);
+    resize_all<uint8_t>(images, FloatResizer<uint8_t>(height, width, channels, bicubic), out);
   }
 }
 
