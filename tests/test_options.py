@@ -239,6 +239,36 @@ def test_other_weights_of_the_teacher_are_noticed_on_resume():
         model.average_changed()
 
 
+def test_a_random_teacher_is_the_encoder_as_it_begins_and_stays():
+    """At first its targets are the average's; then the encoder moves and the teacher does not."""
+    torch.manual_seed(3)
+    ema = model_of()
+    torch.manual_seed(3)
+    model = model_of(teacher="random", target_layers=2)
+    model.ready()
+    begun = fingerprint(model.encoder)
+    assert (
+        begun == fingerprint(ema.target_encoder) == fingerprint(model.target_encoder) == int(model.carried["teacher"])
+    )
+    assert model.averaged == {}
+    assert model.probed is model.encoder
+    assert len([*model.parameters()]) == len([*ema.parameters()])
+    loss_and_gradients(model, images_of(), model.draw(BATCH, 0, 0))
+    assert all(param.grad is None for param in model.target_encoder.parameters())
+    with torch.no_grad():
+        model.encoder.norm.weight.add_(1)
+    assert fingerprint(model.target_encoder) == begun != fingerprint(model.encoder)
+
+
+def test_other_random_weights_are_noticed_on_resume():
+    model = model_of(teacher="random")
+    model.ready()
+    model.average_changed()
+    model.carried["teacher"].add_(1)
+    with pytest.raises(ConfigError, match=r"teacher=random: seed and model give other weights here"):
+        model.average_changed()
+
+
 # Mask sets
 
 
@@ -324,7 +354,12 @@ def test_xavier_is_maes_start():
         (["options={target_layers: 99}"], "objective.options.target_layers=99: expected at most model.depth"),
         (["options={target_layers: 2, target: pixels}"], "target_layers=2: there are no blocks behind target=pixels"),
         (["options={teacher: frozen}"], "objective.options.teacher_from: expected the folder of a teacher"),
-        (["options={teacher_from: here}"], "objective.options.teacher_from=here: the average is the teacher"),
+        (["options={teacher_from: here}"], "objective.options.teacher_from=here: the teacher is the average"),
+        (
+            ["options={teacher: random, teacher_from: here}"],
+            "the teacher is the encoder as it begins; set teacher=froz",
+        ),
+        (["options={teacher: random, target: pixels}"], "teacher=random: there is no teacher of target=pixels"),
         (["options={teacher: frozen, teacher_from: a, target: pixels}"], "teacher=frozen: there is no teacher"),
         (["options={regulariser: vicreg, target: pixels}"], "regulariser=vicreg: it compares with target features"),
         (["options={projector: [8]}"], "objective.options.projector: it leads to a regulariser"),

@@ -18,6 +18,7 @@ ALL = (
     "target_norm: position, target_layers: 2, regulariser: vicreg, projector: [16, 8], mask_sets: 2, init: xavier, "
     "visible_weight: 0.5, visible_epochs: 0.001"
 )
+RANDOM = "teacher: random, target_norm: position, target_layers: 2"
 SALT = "teacher: frozen, target_norm: batch, regulariser: sigreg, slices: 16"
 
 
@@ -29,7 +30,7 @@ def teacher(tmp_path_factory):
 
 
 def options_of(kind, teacher):
-    chosen = ALL if kind == "all" else f"{SALT}, teacher_from: {teacher}"
+    chosen = {"all": ALL, "random": RANDOM, "salt": f"{SALT}, teacher_from: {teacher}"}[kind]
     return [
         "batch_size=16",
         f"objective.options={{{chosen}}}",
@@ -47,7 +48,7 @@ def tensors_of(folder, step):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("kind", some(["all", "salt"], "all"))
+@pytest.mark.parametrize("kind", some(["all", "random", "salt"], "all"))
 def test_stages_and_ranks_give_one_trajectory(tmp_path, teacher, kind):
     folders = [
         run(
@@ -69,7 +70,7 @@ def test_stages_and_ranks_give_one_trajectory(tmp_path, teacher, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", some(["all", "salt"], "salt"))
+@pytest.mark.parametrize("kind", some(["all", "random", "salt"], "random", "salt"))
 def test_a_resume_is_to_the_bit(tmp_path, teacher, kind):
     """With running statistics, and with a teacher that is read again."""
     options = options_of(kind, teacher)
@@ -81,11 +82,14 @@ def test_a_resume_is_to_the_bit(tmp_path, teacher, kind):
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     carried = {name.partition("|")[0] for name in found if "|carried|" in name}
-    assert carried == ({"target_statistics"} if kind == "all" else {"teacher"})
-    terms = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])["loss_terms"]
-    assert terms.keys() == {"prediction"} | (
-        {"visible", "similarity", "deviation", "covariance"} if kind == "all" else {"sigreg"}
-    )
+    more, expected_terms = {
+        "all": ({"target_statistics"}, {"prediction", "visible", "similarity", "deviation", "covariance"}),
+        "random": ({"target_statistics", "teacher"}, set()),
+        "salt": ({"teacher"}, {"prediction", "sigreg"}),
+    }[kind]
+    assert carried == more
+    last = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])
+    assert last.get("loss_terms", {}).keys() == expected_terms
 
 
 @pytest.mark.slow

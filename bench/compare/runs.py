@@ -79,6 +79,8 @@ OPTIONS = {
     "sets2": ["objective.options.mask_sets=2"],
     "sets4": ["objective.options.mask_sets=4"],
     "salt": ["objective.options.teacher=frozen"],  # the teacher is the run mae of the same seed
+    "random-teacher": ["objective.options.teacher=random"],
+    "small-blocks": [*_BLOCKS, "mask.targets=6", "mask.target_scale=[0.05,0.1]", "mask.context_scale=[0.3,0.5]"],
     "visible": ["objective.options.visible_weight=0.5"],
 }
 for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 2e-2))):

@@ -6,6 +6,7 @@ Shapes: B images, N patches, T context tokens, U target rows, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -57,7 +58,11 @@ class Options:
     target_layers: int = key(
         1, "last blocks whose normalised mean is the target; 1: the encoder's output", least=1, most=1000
     )
-    teacher: str = key("ema", "the target encoder: the average, or a frozen one", choices=("ema", "frozen"))
+    teacher: str = key(
+        "ema",
+        "the target encoder: the average; a frozen one; a frozen one of random weights, those the encoder begins with",
+        choices=("ema", "frozen", "random"),
+    )
     teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder")
     teacher_cache: str | None = key(None, "a folder for its targets, which are then computed once, before training")
     regulariser: str = key("none", "of pooled context features", choices=("none", "vicreg", "sigreg"))
@@ -135,7 +140,10 @@ class IJEPA(Method[MaskDraw]):
         if self.options.teacher == "ema":
             self.keep_average("encoder")
         else:
-            self.wanted = {"teacher": self.options.teacher_from}
+            if chosen.teacher == "frozen":
+                self.wanted = {"teacher": chosen.teacher_from}
+            else:
+                self.frozen["teacher"] = copy.deepcopy(self.encoder).requires_grad_(False).eval()
             if path := chosen.teacher_cache:
                 self.kept_in, self.kept_shape = ("teacher_cache", path), (self.encoder.patches, model.dim)
             self.carried["teacher"] = torch.zeros(1, dtype=torch.int64)
@@ -154,7 +162,17 @@ class IJEPA(Method[MaskDraw]):
         """Take the frozen teacher; see Method. Raises ConfigError for another grid, width or normalisation."""
         check_teacher(self.options.teacher_from, encoder, (mean, std), self.encoder, self.setup.data)
         encoder.readout = "patches"
-        self.frozen[name], self.given = encoder, fingerprint(encoder)
+        self.frozen[name] = encoder
+        self.know_teacher()
+
+    def ready(self) -> None:
+        """Know the random teacher; another one is given later."""
+        if self.frozen:
+            self.know_teacher()
+
+    def know_teacher(self) -> None:
+        """Note the frozen teacher's weights, by which a resume knows them again."""
+        self.given = fingerprint(self.frozen["teacher"])
         self.carried["teacher"].fill_(self.given)
 
     def keep(self, images: torch.Tensor) -> torch.Tensor:
@@ -192,9 +210,13 @@ class IJEPA(Method[MaskDraw]):
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written, and after a resume."""
         if self.frozen and int(self.carried["teacher"]) != self.given:
+            path = self.options.teacher_from
             raise ConfigError(
-                f"objective.options.teacher_from: {self.options.teacher_from} holds other weights than when the run "
-                f"was begun; put them back, or begin a run under another name"
+                f"objective.options.teacher_from: {path} holds other weights than when the run was begun; put them "
+                f"back, or begin a run under another name"
+                if path
+                else "objective.options.teacher=random: seed and model give other weights here than when the run was "
+                "begun, as another version of torch may; begin a run under another name"
             )
         for block in self.fp8_blocks or ():
             block.refresh()
@@ -326,17 +348,20 @@ def check_options(options: Options, depth: int, crops: int = 0) -> None:
     """ConfigError for options that exclude each other."""
     o, prefix = options, "objective.options."
     pixels, ema, given = o.target == "pixels", o.teacher == "ema", o.teacher_from is not None
+    frozen = o.teacher == "frozen"
     alone, idle = o.regulariser == "none", not o.visible_weight
     wrong = {
         f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
         f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
         and o.target_layers > 1,
-        "teacher=frozen: there is no teacher of target=pixels; set target=features": pixels and not ema,
+        f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels and not ema,
         "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
         and o.regulariser == "vicreg",
-        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": not ema and not given,
-        f"teacher_from={o.teacher_from}: the average is the teacher; set teacher=frozen": ema and given,
-        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen": ema and o.teacher_cache is not None,
+        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": frozen and not given,
+        f"teacher_from={o.teacher_from}: the teacher is {'the average' if ema else 'the encoder as it begins'}; set "
+        f"teacher=frozen": given and not frozen,
+        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen or random": ema
+        and o.teacher_cache is not None,
         f"teacher_cache={o.teacher_cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or "
         f"more, or teacher_cache=null": o.teacher_cache is not None and not crops,
         f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
