@@ -105,3 +105,16 @@ def check_samples(batch: int | None, kind: str = "sigreg") -> None:
             f"batch_size: {kind} takes statistics over a batch and wants at least {least} images of a micro-batch over "
             f"all ranks, got {batch}; raise batch_size or lower engine.accumulation"
         )
+
+
+def teacher_faults(teacher: str, path: str | None, cache: str | None, crops: int) -> dict[str, bool]:
+    """Messages, and whether each holds, of a choice of teacher: ema, frozen (from `path`) or random."""
+    ema, frozen = teacher == "ema", teacher == "frozen"
+    return {
+        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": frozen and path is None,
+        f"teacher_from={path}: the teacher is {'the average' if ema else 'the encoder as it begins'}; set "
+        f"teacher=frozen": path is not None and not frozen,
+        f"teacher_cache={cache}: the average moves; set teacher=frozen or random": ema and cache is not None,
+        f"teacher_cache={cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or more, or "
+        f"teacher_cache=null": cache is not None and not crops,
+    }

@@ -178,7 +178,7 @@ def _self_test() -> Iterator[Row]:
     from ijepa_fast.kernels.common import dispatch
     from ijepa_fast.run.build import build_method
 
-    small = ["data.source=synthetic", "data.crop=32", "batch_size=8", "mask.min_keep=1"]
+    small = ["data.source=synthetic", "batch_size=8", "mask.min_keep=1"]
     sizes = [f"model.{name}" for name in ("dim=64", "depth=2", "heads=2", "predictor_depth=1")]
     method = build_method(load_config("quickstart", [*small, *sizes]))
     device = choose_device("auto")
@@ -186,7 +186,7 @@ def _self_test() -> Iterator[Row]:
     draw = method.draw(8, 0, 0)
     for network in method.networks.values():
         network.to(device)
-    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (8, 64, 64, 3), dtype=torch.uint8, device=device)
     before, losses = {op: dispatch.choice(op) for op in dispatch.OPS}, []
     for implementation in ("auto", "reference"):
         kernels.use(implementation)

@@ -14,7 +14,7 @@ from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.crops import LARGE
 from ijepa_fast.masks.views import ViewDraw
 from ijepa_fast.run.build import build_draw, build_method
-from tests.launch import ROOT, TINY
+from tests.launch import PUBLISHED_MASKS, ROOT, TINY
 
 BATCH = 24
 KINDS = {
@@ -45,6 +45,8 @@ KEPT = {"full", "truncated", "truncated by group", "budget", "budget by group"} 
 
 def config_of(kind, accumulation=1):
     tiny = [option for option in TINY if kind in KEPT or not option.startswith("mask.")]
+    if kind not in ("mae", "ibot", *OTHERS):
+        tiny += PUBLISHED_MASKS
     options = [*tiny, f"batch_size={BATCH}", f"engine.accumulation={accumulation}", *KINDS[kind]]
     name = f"{kind}_cifar10" if kind in ("mae", "ibot", *OTHERS) else "quickstart"
     return load_config(ROOT / "configs" / f"{name}.yaml", options)

@@ -28,7 +28,7 @@ def plain_steps(config, method, batches):
     for (lr, weight_decay, ema), micro_batches in zip(RATES, batches, strict=True):
         for images, draw in micro_batches:
             with torch.no_grad():
-                targets = target.targets(model.patchify(images), draw)
+                targets = target.targets(model.patchify(images), draw, layers=method.target_layers)
             model.targets = lambda patches, draw, targets=targets: targets
             (loss_of(model, images, draw) / len(micro_batches)).backward()
         if config.optim.clip:

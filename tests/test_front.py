@@ -36,7 +36,7 @@ HEAVY = ("torch", "deepspeed", "numpy", "matplotlib", "nvidia", "PIL")
         ["objective.options.maskd=1"],
         ["objective.options.loss=l3"],
         ["mask.min_keep=300"],
-        ["model.predictor_dim=100"],
+        ["model.predictor_dim=102"],
         ["engine.cuda_graphs=on", "objective.method=ibot"],
         ["objective.method=mae", "mask.min_keep=null", "objective.options.loss=null"],
         ["--ranks", "3"],
@@ -111,7 +111,7 @@ def test_options_that_are_settings(arguments, words, capsys):
         (["--ranks", "0"], "--ranks: expected at least 1, got 0"),
         (
             ["--ranks", "3"],
-            "--ranks 3: batch_size=64 is not divisible by 3 ranks x engine.accumulation=1; set batch_size=63",
+            "--ranks 3: batch_size=16 is not divisible by 3 ranks x engine.accumulation=1; set batch_size=15",
         ),
         (["objective.method=ijeap"], "did you mean ijepa"),
         (["objective.method=clip"], "there is no method 'clip'"),

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("PIL")
 
 from tests.interop_files import HEADS, published
-from tests.launch import ROOT, command, run
+from tests.launch import PUBLISHED_MASKS, ROOT, command, run
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
@@ -19,7 +19,7 @@ from ijepa_fast.train import main
 MODEL = ["data.crop=64", "model.patch=8", "model.dim=96", "model.depth=3", f"model.heads={HEADS}"]
 MODEL += ["model.predictor_dim=48", "model.predictor_depth=2"]
 # A step that leaves the trained weights as they are, and the average: what is saved is what was begun with.
-STILL = ["optim.steps=1", "optim.start_lr=0", "optim.lr=0", "optim.final_lr=0", "optim.ema=1"]
+STILL = ["optim.steps=1", "optim.start_lr=0", "optim.lr=0", "optim.final_lr=0", "optim.ema=1", "optim.final_ema=1"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,13 @@ def test_a_run_that_trains_on_from_an_encoder_alone(checkpoint, tmp_path):
     """From a Hugging Face folder: both encoders move a little from its weights, and the predictor begins anew."""
     weights = read(checkpoint, HEADS)
     save_hf(tmp_path / "hf", weights.networks["target_encoder"], weights.arch)
-    options = ["optim.steps=2", "optim.start_lr=1e-4", "optim.lr=1e-4", "engine.zero=0"]
+    options = [
+        "optim.steps=2",
+        "optim.start_lr=1e-4",
+        "optim.lr=1e-4",
+        "engine.zero=0",
+        "objective.options.init=published",
+    ]
     folder = run(tmp_path, *MODEL, f"init={tmp_path / 'hf'}", *options)
     found = read(folder)
     for name in ("encoder", "target_encoder"):
@@ -109,7 +115,7 @@ def test_weights_that_do_not_fit_end_with_one_sentence(checkpoint, tmp_path, mon
     known = tmp_path / "heads_in_the_header.safetensors"
     save_weights(known, read(checkpoint, HEADS))
     init = known if "heads" in override else checkpoint
-    assert main(command(tmp_path, *MODEL, f"init={init}", "mask.min_keep=1", override)[2:]) == 1
+    assert main(command(tmp_path, *MODEL, f"init={init}", "mask.min_keep=1", *PUBLISHED_MASKS, override)[2:]) == 1
     errors = capsys.readouterr().err
     assert errors.count("error: ") == 1
     for word in words:

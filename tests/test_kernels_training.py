@@ -15,11 +15,11 @@ from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.run.build import build_method
-from tests.launch import ROOT, TINY
+from tests.launch import PUBLISHED_MASKS, ROOT, TINY
 from tests.small import loss_of, optimizer_of, to
 
 # An odd batch, head dims 16 and 8, patch rows of 75 values padded to 80: every op runs in every step.
-SMALL = ["data.crop=20", "model.patch=5", "batch_size=3", "model.predictor_depth=1"]
+SMALL = ["data.crop=20", "model.patch=5", "batch_size=3", "model.predictor_depth=1", *PUBLISHED_MASKS]
 RATES = [(1e-2, 0.04, 0.9), (2e-2, 0.1, 0.95), (1e-2, 0.4, 0.99)]  # learning rate, weight decay, momentum of each step
 
 

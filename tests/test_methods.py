@@ -29,7 +29,7 @@ from tests.data_images import write_photos
 TOKENS = f"tokenizer: {ROOT / 'tests' / 'data' / 'patch_tokens.safetensors'}, vocabulary: 32, token_patch: 4"
 # The config that each method is tried with, and what makes it small.
 TRIED = {
-    "ijepa": ("quickstart", []),
+    "ijepa": ("quickstart", ["mask.padding=false"]),
     "mae": ("mae_cifar10", ["mask.min_keep=null", "model.predictor_dim=32"]),
     "ibot": (
         "ibot_cifar10",
@@ -307,7 +307,7 @@ def test_a_method_is_found_in_the_working_folder(tmp_path):
         ("mae_cifar10", ["engine.target_stream=true"], ["engine.target_stream=true", "mae"]),
         ("ibot_cifar10", ["objective.options.small_crops=0"], ["objective.options.small_crops", "at least 1"]),
         ("quickstart", ["objective.options={bottleneck: 5}"], ["objective.options.bottleneck", "loss, target"]),
-        ("quickstart", ["model.predictor_dim=100"], ["model.predictor_dim=100", "model.heads=3"]),
+        ("quickstart", ["model.predictor_dim=102"], ["model.predictor_dim=102", "model.heads=4"]),
         ("mae_cifar10", ["objective.options.masked=1"], ["objective.options.masked", "64 patches"]),
         ("mae_cifar10", ["model.predictor_dim=100"], ["model.predictor_dim=100", "multiple of 32"]),
         ("ibot_cifar10", ["objective.options.temperature=0"], ["objective.options.temperature", "more than 0"]),

@@ -15,7 +15,7 @@ from ijepa_fast.models.target_norm import TargetNorm, sums_by_place
 from ijepa_fast.models.teacher import fingerprint
 from ijepa_fast.models.vit import Encoder
 from tests.small import small_ijepa
-from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients
+from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients, unpadded
 
 BATCH = 6
 
@@ -210,6 +210,14 @@ def test_deep_targets_are_the_mean_of_normalised_outputs(layers, class_token):
     torch.testing.assert_close(found, mean[draw.union_index.long()], rtol=1e-4, atol=1e-5)
 
 
+def test_no_number_of_target_layers_is_all_blocks():
+    all_, depth = model_of(target_layers=0), len(model_of().encoder.blocks)
+    assert all_.target_layers == depth > 1
+    patches, draw = all_.patchify(images_of()), all_.draw(BATCH, 0, 0)
+    expected = all_.encoder.targets(patches, draw, layers=depth)
+    torch.testing.assert_close(all_.targets(patches, draw), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_frozen_teacher_of_the_same_weights_gives_the_same_loss():
     ema, images = model_of(), images_of()
     model = frozen(ema.target_encoder)
@@ -330,7 +338,7 @@ CHOICES = [
 @pytest.mark.parametrize("options", [*CHOICES, {"teacher": "frozen"}], ids=str)
 def test_work_is_what_torch_counts(options):
     model = frozen(teacher_of(class_token=True)) if "teacher" in options else model_of(**options)
-    draw, images = model.draw(3, 0, 0), images_of(3)
+    draw, images = unpadded(model, 3), images_of(3)
     assert counted_work(model, images, draw) == pytest.approx(model.work(draw).total, rel=0.01)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.launch import finish, losses, run, some, start
+from tests.launch import PUBLISHED_MASKS, finish, losses, run, some, start
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
@@ -96,7 +96,7 @@ def test_a_resume_is_to_the_bit(tmp_path, teacher, kind):
 def test_what_is_wrong_with_a_teacher_is_said_at_the_start(tmp_path, teacher):
     for changes, words in (
         ([f"objective.options.teacher_from={tmp_path / 'nowhere'}"], "does not exist; expected a run's folder"),
-        (["model.patch=8"], "expected 4 x 4 patches of 8 pixels"),
+        (["model.patch=8", *PUBLISHED_MASKS], "expected 4 x 4 patches of 8 pixels"),
         (["model.dim=64"], "expected features of width model.dim=64, got 32"),
     ):
         statuses, errors = finish(start(tmp_path, *options_of("salt", teacher), *changes))

@@ -13,7 +13,7 @@ from ijepa_fast.methods.ijepa import Options
 from ijepa_fast.models.layouts import Packed
 from ijepa_fast.models.vit import run_blocks
 from tests.small import small_ijepa
-from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients
+from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients, unpadded
 
 BATCH, WEIGHT = 6, 0.5
 
@@ -120,7 +120,7 @@ def test_the_weight_grows():
 
 def test_work_is_what_torch_counts():
     model, images = model_of(), images_of(3)
-    draw = model.draw(3, 0, 0)
+    draw = unpadded(model, 3)
     plain = small_ijepa()
     assert counted_work(model, images, draw) == pytest.approx(model.work(draw).total, rel=0.01)
     assert model.work(draw).total > plain.work(plain.draw(3, 0, 0)).total

@@ -16,7 +16,7 @@ pytest.importorskip("setuptools")
 
 from ijepa_fast import configs
 from ijepa_fast.__main__ import COMMANDS
-from tests.launch import ROOT, unlaunched
+from tests.launch import PUBLISHED_MASKS, ROOT, unlaunched
 
 OPS = sorted(path.parent.name for path in ROOT.glob("kernels/*/ops.py"))
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "ijepa_fast", "kernels", "configs")
@@ -101,7 +101,8 @@ def test_files_that_are_not_python(installed):
 @pytest.mark.parametrize("config", ["quickstart", "mae_cifar10"])
 def test_trains_by_the_name_of_a_config(installed, python, tmp_path, config):
     script = (installed / "bin" / "ijepa-fast",) if config == "quickstart" else ("-m", "ijepa_fast")
-    done = python(*script, "train", "--config", config, *TINY, f"data.cache={tmp_path}", "runs=here")
+    more = PUBLISHED_MASKS if config == "quickstart" else []
+    done = python(*script, "train", "--config", config, *TINY, *more, f"data.cache={tmp_path}", "runs=here")
     assert "csrc is not built: a step takes about twice as long on a CPU; to build it: pip install" in done.stderr
     steps = [json.loads(line) for line in (tmp_path / "here" / config / "log.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps if "loss" in step] == [1, 2]

@@ -1,10 +1,11 @@
 """The embedded data set: small rendered scenes, written as JPEG files with labels.
 
-One to six lit solids (spheres, cubes, cylinders, cones) of random size, colour, texture and place stand on a textured
-ground, cast shadows and hide parts of each other. There are labels of two sorts, as in the paper's probes (I-JEPA,
-section 6). One is semantic: the `kind` of the object with the largest visible area. Two are local: the `count` of
-objects, and the `distance` of the nearest, a class of its distance in `metres`. Colours, textures, light and camera are
-drawn independently of the labels. Where they are asked for there are maps too: the class and the depth of every pixel.
+One to five lit solids (spheres, cubes, cylinders, cones) of random size, colour, texture and place stand on a dull
+ground, cast shadows and hide parts of each other, as in Clevr (Johnson et al. 2017). There are labels of two sorts, as
+in the paper's probes (I-JEPA, section 6). One is semantic: the `kind` of the object with the largest visible area. Two
+are local: the `count` of objects, and the `distance` of the nearest, a class of its distance in `metres`. Colours,
+textures, light and camera are drawn independently of the labels. Where they are asked for there are maps too: the class
+and the depth of every pixel.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from ijepa_fast.cores import cores
 from ijepa_fast.files import publish
 
 KINDS = ("cone", "cube", "cylinder", "sphere")
-MAX_OBJECTS = 6
-NEAREST, FARTHEST = (3.0, 9.0), 13.0  # metres from the camera: range of the nearest object, bound of the others
-DISTANCES = 6  # classes of equal width over NEAREST
-VERSION = 1  # of the images: raise it when they change, so that cached folders are written anew
+MAX_OBJECTS = 5
+NEAREST, FARTHEST = (3.5, 7.0), 9.0  # metres from the camera: range of the nearest object, bound of the others
+DISTANCES = 5  # classes of equal width over NEAREST
+VERSION = 2  # of the images: raise it when they change, so that cached folders are written anew
 MAP_CLASSES = ("sky", "ground", *KINDS)  # of the maps, numbered from 1
 MAP_DEPTH = 20.0  # metres: what is farther, and the sky, has no depth in the maps
 
@@ -246,18 +247,18 @@ def render(scene: Scene, size: int) -> np.ndarray:
 def _draw(rng: np.random.Generator, kind: str, count: int, nearest: float) -> tuple[Scene | None, int]:
     """A random scene, None where its objects do not fit; and which solid, of `kind`, is meant to be the largest."""
     f32 = np.float32
-    camera = np.array([0, 0, rng.uniform(1.6, 3.2)], f32)
-    pitch = -np.arctan2(camera[2] - 0.4, rng.uniform(6.0, 8.0))
+    camera = np.array([0, 0, rng.uniform(2.2, 3.4)], f32)
+    pitch = -np.arctan2(camera[2] - 0.4, rng.uniform(5.0, 6.0))
     forward = np.array([0, np.cos(pitch), np.sin(pitch)], f32)
     right = np.array([1, 0, 0], f32)
     axes = np.stack([right, np.cross(right, forward), forward]).astype(f32)
-    focal = rng.uniform(1.5, 1.9)
+    focal = rng.uniform(1.7, 2.0)
 
     solids: list[Solid] = []
     big = int(rng.integers(count))
     for number in range(count):
         kind_here = kind if number == big else KINDS[rng.integers(len(KINDS))]
-        size = _EXTENT[kind_here] * rng.uniform(0.4, 0.65) * (rng.uniform(1.4, 1.9) if number == big else 1)
+        size = _EXTENT[kind_here] * rng.uniform(0.45, 0.6) * (rng.uniform(1.3, 1.7) if number == big else 1)
         scale = np.full(3, size, f32)
         if kind_here != "sphere":
             scale[2] *= rng.uniform(0.8, 1.3)
@@ -271,35 +272,37 @@ def _draw(rng: np.random.Generator, kind: str, count: int, nearest: float) -> tu
                 break
         else:
             return None, big
+        colour = rng.uniform(0.03, 0.95, 3).astype(f32)
         solids.append(
             Solid(
                 kind=kind_here,
                 centre=centre,
                 scale=scale,
                 yaw=rng.uniform(0, np.pi),
-                colours=rng.uniform(0.03, 0.95, (2, 3)).astype(f32),
+                colours=np.stack([colour, colour * f32(rng.uniform(0.5, 0.9))]),
                 pattern=int(rng.integers(4)),
                 frequency=rng.uniform(1.5, 4),
                 gloss=rng.uniform(0, 0.6) if rng.random() < 0.5 else 0,
             )
         )
-    azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.3)
+    azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.3)
     light = [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
+    floor, sky = rng.uniform(0.3, 0.7) + rng.uniform(-0.1, 0.1, 3), rng.uniform(0.5, 1, 3)
     scene = Scene(
         solids=solids,
         camera=camera,
         axes=axes,
         focal=focal,
         light=np.array(light, f32),
-        ambient=rng.uniform(0.2, 0.5),
-        tint=rng.uniform(0.75, 1.15, 3).astype(f32),
+        ambient=rng.uniform(0.25, 0.45),
+        tint=rng.uniform(0.9, 1.1, 3).astype(f32),
         ground=(
-            rng.uniform(0.05, 0.9, (2, 3)).astype(f32),
+            np.stack([floor, floor * rng.uniform(0.8, 0.95)]).astype(f32),
             int(rng.integers(4)),
             rng.uniform(0.4, 1.5),
             rng.uniform(0, np.pi),
         ),
-        sky=rng.uniform(0.2, 1, (2, 3)).astype(f32),
+        sky=np.stack([sky, 0.9 * sky]).astype(f32),
     )
     return scene, big
 
@@ -308,7 +311,7 @@ def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
     """Scene `index` of `seed`, and its labels: kind, count, distance (a class) and metres.
 
     The labels are drawn first, uniformly. Then scenes are drawn until one shows them: every object covers at least
-    1/250 of the image, and the one that is meant to be the largest has at least 1.2 times the area of any other.
+    1/120 of the image, and the one that is meant to be the largest has at least 1.2 times the area of any other.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     kind = KINDS[rng.integers(len(KINDS))]
@@ -320,7 +323,7 @@ def draw_scene(seed: int, index: int) -> tuple[Scene, dict[str, object]]:
             continue
         _, _, which = _cast(scene, _LOOK)
         areas = np.bincount(which + 1, minlength=count + 1)[1:]
-        if areas.min() >= _LOOK * _LOOK / 250 and areas[big] >= 1.2 * np.delete(areas, big).max(initial=0):
+        if areas.min() >= _LOOK * _LOOK / 120 and areas[big] >= 1.2 * np.delete(areas, big).max(initial=0):
             break
     distance = int(DISTANCES * (metres - NEAREST[0]) / (NEAREST[1] - NEAREST[0]))
     return scene, {"kind": kind, "count": count, "distance": distance, "metres": round(metres, 3)}

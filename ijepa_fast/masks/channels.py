@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ijepa_fast.data.crops import counter_uniform
 
@@ -15,3 +16,10 @@ def seen_channels(images: int, seed: int, step: int, first: int, channels: int, 
     places = (step << 32) + first + np.arange(images)
     order = counter_uniform(seed, places, channels, _CHANNELS).argsort(1).argsort(1)
     return torch.from_numpy(order >= hidden)
+
+
+def hide_channels(patches: torch.Tensor, seen: torch.Tensor, side: int) -> torch.Tensor:
+    """`patches` (B*N, W) with the channels that are not `seen`, (B, C), at their mean, which is zero."""
+    columns = seen.to(patches.dtype).repeat_interleave(side**2, 1)
+    columns = F.pad(columns, (0, patches.shape[1] - columns.shape[1]))
+    return (patches.view(len(seen), -1, patches.shape[1]) * columns[:, None]).view_as(patches)

@@ -15,7 +15,7 @@ SHARE = 0.5  # of every target block must lie inside
 APART = 1 << 26  # between the places that the draws of an image are made for: more than a step has images
 
 
-def held(draw: Callable[[int], Masks], first: int, inside: np.ndarray) -> Masks:
+def held(draw: Callable[[int], Masks], first: int, inside: np.ndarray | None) -> Masks:
     """Masks of the images from place `first` on, whose target blocks lie inside by half at least, where that is found.
 
     Draw t of an image is what the sampler gives for its place + t * APART. It takes the first whose blocks all lie
@@ -23,9 +23,11 @@ def held(draw: Callable[[int], Masks], first: int, inside: np.ndarray) -> Masks:
     its place) and from where its crop lies.
 
     draw: the masks of the same images if the first one had that place; all of a step have blocks of the same size.
-    inside: (B, N) in 0..1, how much of each patch lies inside.
+    inside: (B, N) in 0..1, how much of each patch lies inside; None: all of it.
     """
     masks = draw(first)
+    if inside is None:
+        return masks
     context, target = masks.context.clone(), masks.target.clone()
     worst = _worst(masks, inside)
     for number in range(1, TRIES):

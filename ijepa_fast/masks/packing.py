@@ -121,10 +121,10 @@ def pack(
     group: images that are compared with each other, None: all of `masks`, which begin with a group. part: the images
     that are packed. So a rank's part of a step is the same whatever the number of ranks (see whole_groups).
 
-    With `padding` token counts are rounded up to padding buckets, at most by 0.8 % where they cost much, and greatest
-    lengths to a multiple of LENGTHS. Few different shapes occur then: a caching allocator finds every size again after
-    the first steps, and a CUDA graph is captured once for many batches. No loss and no gradient changes. A pair for
-    `padding` are other buckets than TOKEN_BITS, UNION_BITS.
+    With `padding` token counts are rounded up to padding buckets, at most by 0.8 % where they cost much, or by 15
+    tokens, and greatest lengths to a multiple of LENGTHS. Few different shapes occur then: a caching allocator finds
+    every size again after the first steps, oneDNN every product, and a CUDA graph is captured once for many batches. No
+    loss and no gradient changes. A pair for `padding` are other buckets than TOKEN_BITS, UNION_BITS.
 
     Several masks are as many mask sets of the same images, whose contexts the policy compares set by set.
 
@@ -171,16 +171,17 @@ def _kept(masks: Masks, policy: str, budget: int | None, group: int | None) -> n
 TOKEN_BITS, UNION_BITS = 8, 5
 # Each size is a CUDA graph: of 128 images and full contexts 112 in 3,000 steps, instead of 288, for 1.1 % more context.
 GRAPH_BITS = 6, 4
+LEAST_STEP = 16  # rows of a tile: fewer cost as much
 LENGTHS = 64  # a multiple of the kernels' tiles
 
 
 def bucket_of(tokens: int, bits: int = TOKEN_BITS) -> int:
-    """`tokens` rounded up to that many significant bits: with eight, by less than one in 128."""
+    """`tokens` rounded up to that many significant bits: with eight, by less than one in 128; and to LEAST_STEP."""
     return _round_up(tokens, _step(tokens, bits))
 
 
 def _step(tokens: int, bits: int) -> int:
-    return 1 << max(0, tokens.bit_length() - bits) if bits else 1
+    return max(LEAST_STEP, 1 << max(0, tokens.bit_length() - bits)) if bits else 1
 
 
 def _by_group(rule: Callable[[np.ndarray], np.ndarray], lengths: np.ndarray, group: int | None) -> np.ndarray:

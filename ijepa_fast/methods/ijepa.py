@@ -14,28 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.agree import check_samples
+from ijepa_fast.agree import check_samples, teacher_faults
 from ijepa_fast.config import ConfigError, check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
-from ijepa_fast.masks.channels import seen_channels
+from ijepa_fast.masks.channels import hide_channels, seen_channels
 from ijepa_fast.masks.inside import held
 from ijepa_fast.masks.packing import GRAPH_BITS, MaskDraw, pack, whole_groups
 from ijepa_fast.masks.samplers import POLICY, hidden_channels, sampler_of
 from ijepa_fast.masks.views import directions
 from ijepa_fast.masks.visible import scale_in
 from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.models import teacher as teachers
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.initial import init_xavier
-from ijepa_fast.models.prediction_work import step_work
+from ijepa_fast.models.prediction_work import step_saved, step_work
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.regulariser import Regulariser
 from ijepa_fast.models.target_norm import TargetNorm
-from ijepa_fast.models.teacher import check_teacher, fingerprint, teacher_work, whole_targets
 from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
 
 TRIED = 64  # draws among which the largest is looked for
@@ -52,12 +51,8 @@ class Options:
         "what targets are normalised by; token: published",
         choices=("token", "position", "position_token", "batch", "none"),
     )
-    target_momentum: float = key(
-        0.99, "of a place's running mean and scale, target_norm=position", least=0, most=0.9999
-    )
-    target_layers: int = key(
-        1, "last blocks whose normalised mean is the target; 1: the encoder's output", least=1, most=1000
-    )
+    target_momentum: float = key(0.99, "of a place's running statistics, target_norm=position", least=0, most=0.9999)
+    target_layers: int = key(1, "last blocks whose normalised mean is the target; 0: all blocks", least=0, most=1000)
     teacher: str = key(
         "ema",
         "the target encoder: the average; a frozen one; a frozen one of random weights, those the encoder begins with",
@@ -158,9 +153,14 @@ class IJEPA(Method[MaskDraw]):
         """The encoder's average, or the frozen teacher."""
         return self.averaged["encoder"] if self.averaged else self.frozen["teacher"]
 
+    @property
+    def target_layers(self) -> int:
+        """Last blocks of the target encoder whose mean is the target."""
+        return self.options.target_layers or len(self.target_encoder.blocks)
+
     def give(self, name: str, encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take the frozen teacher; see Method. Raises ConfigError for another grid, width or normalisation."""
-        check_teacher(self.options.teacher_from, encoder, (mean, std), self.encoder, self.setup.data)
+        teachers.check_teacher(self.options.teacher_from, encoder, (mean, std), self.encoder, self.setup.data)
         encoder.readout = "patches"
         self.frozen[name] = encoder
         self.know_teacher()
@@ -172,16 +172,16 @@ class IJEPA(Method[MaskDraw]):
 
     def know_teacher(self) -> None:
         """Note the frozen teacher's weights, by which a resume knows them again."""
-        self.given = fingerprint(self.frozen["teacher"])
+        self.given = teachers.fingerprint(self.frozen["teacher"])
         self.carried["teacher"].fill_(self.given)
 
     def keep(self, images: torch.Tensor) -> torch.Tensor:
         """The targets of all patches of `images`, (B, N, D), before their norm."""
-        return whole_targets(self.target_encoder, self.patchify(images), len(images), self.options.target_layers)
+        return teachers.whole_targets(self.target_encoder, self.patchify(images), len(images), self.target_layers)
 
     def keeps(self) -> dict[str, Any]:
         """The teacher's weights and the layers."""
-        return {"teacher's weights": self.given, "objective.options.target_layers": self.options.target_layers}
+        return {"teacher's weights": self.given, "objective.options.target_layers": self.target_layers}
 
     def recall(self, draw: MaskDraw, kept: torch.Tensor, keys: torch.Tensor) -> MaskDraw:
         """The draw with the targets of its union."""
@@ -209,15 +209,8 @@ class IJEPA(Method[MaskDraw]):
 
     def average_changed(self) -> None:
         """Called whenever the target encoder's weights were written, and after a resume."""
-        if self.frozen and int(self.carried["teacher"]) != self.given:
-            path = self.options.teacher_from
-            raise ConfigError(
-                f"objective.options.teacher_from: {path} holds other weights than when the run was begun; put them "
-                f"back, or begin a run under another name"
-                if path
-                else "objective.options.teacher=random: seed and model give other weights here than when the run was "
-                "begun, as another version of torch may; begin a run under another name"
-            )
+        if self.frozen:
+            teachers.check_same(self.options.teacher_from, self.given, int(self.carried["teacher"]))
         for block in self.fp8_blocks or ():
             block.refresh()
 
@@ -230,11 +223,8 @@ class IJEPA(Method[MaskDraw]):
         sample = partial(self.sampler, stop - start, seed, step)
         # Further mask sets are those of places behind the step's.
         places = [start + number * (batch or last) for number in range(self.options.mask_sets)]
-        if self.inside is None:
-            masks = [sample(place) for place in places]
-        else:
-            inside = self.inside(step * (batch or last) + np.arange(start, stop))
-            masks = [held(sample, place, inside) for place in places]
+        inside = None if self.inside is None else self.inside(step * (batch or last) + np.arange(start, stop))
+        masks = [held(sample, place, inside) for place in places]
         visible, part = self.options.visible_weight > 0, slice(first - start, last - start)
         drawn = pack(masks, **self.policy, part=part, grid=self.encoder.grid if visible else None)
         if visible:
@@ -284,12 +274,8 @@ class IJEPA(Method[MaskDraw]):
         return total, {"prediction": loss.detach()} | terms if terms else {}
 
     def seen(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
-        """`patches` (B*N, W) as the contexts see them: hidden channels are at their mean, which is zero."""
-        if draw.channels is None:
-            return patches
-        columns = draw.channels.to(patches.dtype).repeat_interleave(self.encoder.patch**2, 1)
-        columns = F.pad(columns, (0, patches.shape[1] - columns.shape[1]))
-        return (patches.view(draw.images, -1, patches.shape[1]) * columns[:, None]).view_as(patches)
+        """`patches` (B*N, W) as the contexts see them."""
+        return patches if draw.channels is None else hide_channels(patches, draw.channels, self.encoder.patch)
 
     def targets(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
         """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
@@ -297,17 +283,23 @@ class IJEPA(Method[MaskDraw]):
             return patches[draw.union_index, : self.setup.values]
         features = draw.features
         if features is None:
-            features = self.target_encoder.targets(patches, draw, self.fp8_blocks, self.options.target_layers)
+            features = self.target_encoder.targets(patches, draw, self.fp8_blocks, self.target_layers)
         if self.watch is not None:
             self.watch(features, draw)
         return features
+
+    @property
+    def sizes(self) -> tuple[Transformer, Transformer]:
+        """Of the encoder and of the predictor."""
+        model = self.setup.model
+        encoder = Transformer(model.dim, model.depth, model.mlp_ratio)
+        return encoder, Transformer(model.predictor_dim, model.predictor_depth)
 
     def work(self, draw: MaskDraw) -> Work:
         """The work of a step on a batch, as executed here."""
         model = self.setup.model
         work = step_work(
-            Transformer(model.dim, model.depth, model.mlp_ratio),
-            Transformer(model.predictor_dim, model.predictor_depth),
+            *self.sizes,
             patch=model.patch,
             channels=self.setup.data.channels,
             patches=draw.patches,
@@ -322,53 +314,36 @@ class IJEPA(Method[MaskDraw]):
         if self.kept_in is not None:
             work = replace(work, teacher=0)
         elif self.frozen:
-            work = replace(work, teacher=teacher_work(self.target_encoder, draw.images, draw.union_lengths.tolist()))
+            work = replace(
+                work, teacher=teachers.teacher_work(self.target_encoder, draw.images, draw.union_lengths.tolist())
+            )
         if self.options.regulariser == "none":
             return work
         return replace(work, trained=work.trained | {"regulariser": self.regulariser.work(draw.sequences, self.widths)})
 
     def saved_values(self, draw: MaskDraw) -> int:
         """Values that a step keeps for its backward pass: context encoder, predictor, loss."""
-        model, context = self.setup.model, draw.context_index.numel()
-        rows = draw.targets * draw.sequences * draw.target_size
-        tokens = draw.targets * context + rows
-        if self.options.visible_weight:
-            rows = tokens
-        encoder = Transformer(model.dim, model.depth, model.mlp_ratio)
-        predictor = Transformer(model.predictor_dim, model.predictor_depth)
-        stacks = encoder.saved_values(context, context, model.recompute)
-        stacks += predictor.saved_values(tokens, rows, model.recompute)
-        width = -(-self.setup.values // 8) * 8
-        patches = draw.images * draw.patches * width + context * width  # all patches, and the embedding's input
-        predictions = 2 * rows * model.dim  # and their gradient
-        return stacks + patches + predictions
+        visible = self.options.visible_weight > 0
+        return step_saved(*self.sizes, draw, self.setup.values, recompute=self.setup.model.recompute, visible=visible)
 
 
 def check_options(options: Options, depth: int, crops: int = 0) -> None:
     """ConfigError for options that exclude each other."""
-    o, prefix = options, "objective.options."
-    pixels, ema, given = o.target == "pixels", o.teacher == "ema", o.teacher_from is not None
-    frozen = o.teacher == "frozen"
+    o, pixels = options, options.target == "pixels"
     alone, idle = o.regulariser == "none", not o.visible_weight
     wrong = {
         f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
         f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
         and o.target_layers > 1,
-        f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels and not ema,
+        f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels
+        and o.teacher != "ema",
         "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
         and o.regulariser == "vicreg",
-        "teacher_from: expected the folder of a teacher with teacher=frozen, got null": frozen and not given,
-        f"teacher_from={o.teacher_from}: the teacher is {'the average' if ema else 'the encoder as it begins'}; set "
-        f"teacher=frozen": given and not frozen,
-        f"teacher_cache={o.teacher_cache}: the average moves; set teacher=frozen or random": ema
-        and o.teacher_cache is not None,
-        f"teacher_cache={o.teacher_cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or "
-        f"more, or teacher_cache=null": o.teacher_cache is not None and not crops,
         f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
         "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
         f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
         and o.regulariser_weight is not None,
-    }
+    } | teacher_faults(o.teacher, o.teacher_from, o.teacher_cache, crops)
     for words, holds in wrong.items():
         if holds:
-            raise ConfigError(prefix + words)
+            raise ConfigError("objective.options." + words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models import flops
 from ijepa_fast.models.flops import Transformer, Work
 
@@ -54,3 +55,20 @@ def step_work(
     return Work(
         0 if pixels else teacher, {"context": embedding + encoder.forward(context), "predictor": narrow}, embedding
     )
+
+
+def step_saved(
+    encoder: Transformer, predictor: Transformer, draw: MaskDraw, values: int, *, recompute: bool, visible: bool
+) -> int:
+    """Values that an I-JEPA step keeps for its backward pass: context encoder, predictor, loss.
+
+    values: of a patch. recompute: blocks are run again in the backward pass. visible: visible tokens are predicted
+    too.
+    """
+    context, blocks = draw.context_index.numel(), draw.targets * draw.sequences * draw.target_size
+    tokens = draw.targets * context + blocks
+    rows = tokens if visible else blocks
+    stacks = encoder.saved_values(context, context, recompute) + predictor.saved_values(tokens, rows, recompute)
+    width = -(-values // 8) * 8
+    patches = draw.images * draw.patches * width + context * width  # all patches, and the embedding's input
+    return stacks + patches + 2 * rows * encoder.dim  # predictions and their gradient

@@ -39,6 +39,21 @@ def fingerprint(encoder: Encoder) -> int:
     return total % 2**61
 
 
+def check_same(path: str | None, given: int, begun: int) -> None:
+    """ConfigError unless the teacher of a resumed run has the fingerprint it was begun with.
+
+    path: where it is from; None: it is the encoder's random start.
+    """
+    if given != begun:
+        raise ConfigError(
+            f"objective.options.teacher_from: {path} holds other weights than when the run was begun; put them back, "
+            f"or begin a run under another name"
+            if path
+            else "objective.options.teacher=random: seed and model give other weights here than when the run was "
+            "begun, as another version of torch may; begin a run under another name"
+        )
+
+
 def teacher_work(teacher: Encoder, images: int, unions: list[int]) -> int:
     """Work of a pass of the teacher over whole images, `unions` rows of each wanted; with a class token it does all."""
     first: int = int(teacher.cls_token is not None)

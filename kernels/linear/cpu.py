@@ -10,6 +10,7 @@ of S/16 and of the quickstart).
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -20,6 +21,10 @@ from ijepa_fast.kernels.common.native import unsupported as unsupported_by_csrc
 from ijepa_fast.kernels.linear import native
 
 DTYPES = (torch.float32, torch.bfloat16)
+
+# oneDNN compiles a product for every number of rows, in 1 to 2 ms, and keeps the last 1,024. Token counts vary by step,
+# so that small models want more: the quickstart's step took 110 ms in place of 45. Read at oneDNN's first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
 
 # TorchInductor's op for a linear layer: (x, weight, bias, activation, its scalars, its algorithm). Looked up once and
 # here, as torch.compile cannot trace it.
