@@ -1,5 +1,8 @@
 """linear and linear_gelu: oneDNN's products against PyTorch's, gradients, compilation, bad input."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.kernels.common import native as extension
 from ijepa_fast.kernels.linear import cpu, linear, native, ops, reference
 from tests import oracle
+from tests.launch import ROOT, unlaunched
 
 SHAPES = [(1, 8, 24), (7, 300, 65), (94, 384, 96), (33, 16, 1)]  # T, I, O
 
@@ -19,6 +23,18 @@ def linear_gelu(x, weight, bias):
 def make(tokens, inputs, outputs, dtype=torch.float32):
     weight = torch.randn(outputs, inputs, dtype=dtype) * inputs**-0.5
     return torch.randn(tokens, inputs, dtype=dtype), weight, torch.randn(outputs, dtype=dtype)
+
+
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "4096"), ({CAPACITY: "17"}, "17")])
+def test_onednn_keeps_a_steps_products_of_many_token_counts(given, found):
+    """Whoever sets the variable is heard."""
+    environment = {name: value for name, value in unlaunched().items() if name != CAPACITY} | given
+    code = f"import os, ijepa_fast.kernels.linear; print(os.environ['{CAPACITY}'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == found, done.stderr
 
 
 def test_onednn_is_used_here():
