@@ -113,6 +113,10 @@ def _check_override(item: str) -> None:
         raise ConfigError(f"override {item!r}: expected key=value, for example optim.lr=1e-3")
     try:
         OmegaConf.from_dotlist([item])
+    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
+        raise ConfigError(
+            f"override {item!r}: expected UTF-8; give a path whose name is, such as a link to it"
+        ) from None
     except (YAMLError, OmegaConfBaseException):
         raise ConfigError(f"override {item!r}: {value!r} is no value; expected such as 3, 1e-3, [0.3, 1.0]") from None
 

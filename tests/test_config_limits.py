@@ -131,6 +131,8 @@ def test_strategies_are_those_of_the_samplers():
         ("optim.lr.x=3", "optim.lr: expected a number, got {'x': 3} (override optim.lr.x=3)"),
         ("objective.options=3", "objective.options: expected names with values, got 3"),
         ("kernels=[1]", "kernels: expected one of auto, triton, reference"),
+        ("runs=/tmp/\udcff", r"override 'runs=/tmp/\udcff': expected UTF-8; give a path whose name is"),
+        ("data.source=a\x00b", "override 'data.source=a\\x00b': 'a\\x00b' is no value"),
         ("=5", "override '=5': expected key=value"),
         ("a..b=5", "override 'a..b=5': expected key=value"),
     ],
