@@ -6,14 +6,19 @@ import torch
 pytest.importorskip("PIL")
 
 from tests.interop_files import HEADS, published
-from tests.launch import PUBLISHED_MASKS, ROOT, command, run
+from tests.launch import PUBLISHED_MASKS, ROOT, TINY, command, run
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
 
+from ijepa_fast.config import ConfigError, load_config
+from ijepa_fast.eval.figures import Figure
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.load import load, read
 from ijepa_fast.interop.weights import resample_positions, save_weights
+from ijepa_fast.report import summary
+from ijepa_fast.run.build import build_method
+from ijepa_fast.run.sources import untrained
 from ijepa_fast.train import main
 
 MODEL = ["data.crop=64", "model.patch=8", "model.dim=96", "model.depth=3", f"model.heads={HEADS}"]
@@ -47,6 +52,25 @@ def test_a_run_begins_with_the_published_networks(checkpoint, tmp_path):
         weights.networks["encoder"]["norm.weight"], weights.networks["target_encoder"]["norm.weight"]
     )
     assert_same(read(folder), weights)
+
+
+def test_before_training_is_what_it_begins_with(checkpoint, monkeypatch, capsys):
+    """Not the random weights of its seed; where the file was moved away since, no figures rather than wrong ones."""
+    options = [*TINY, *MODEL, "data.crop=80"]
+    found = untrained(load_config("quickstart", [*options, f"init={checkpoint}"]), torch.device("cpu"))
+    wanted = load(checkpoint, image_size=80, heads=HEADS)
+    for name, tensor in wanted.encoder.state_dict().items():
+        assert torch.equal(found.encoder.state_dict()[name], tensor), name
+    assert torch.equal(found.encoder.positions, wanted.encoder.positions)
+    probed = ["probe.enabled=true", "probe.test=somewhere"]
+    moved = load_config("quickstart", [*options, *probed, "init=/moved.pth.tar"])
+    with pytest.raises(ConfigError, match=r"init: /moved\.pth\.tar does not exist"):
+        untrained(moved, torch.device("cpu"))
+    figure = Figure("kind", "linear", "accuracy", 0.5, None, (), 0.25, None, 1000)
+    monkeypatch.setattr(summary, "evaluate", lambda encoder, *labelled: [figure])
+    figures = summary._evaluate(moved, build_method(moved), (None, None, None), torch.device("cpu"))
+    assert [figure.untrained for figure in figures] == [None]
+    assert "figures before training are left out: init: /moved.pth.tar" in capsys.readouterr().err
 
 
 @pytest.mark.slow

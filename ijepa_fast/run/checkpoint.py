@@ -44,6 +44,7 @@ from ijepa_fast.interop.weights import (
     today,
     with_image_size,
 )
+from ijepa_fast.methods.method import Method
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
@@ -333,13 +334,7 @@ def begin(weights: Weights, engine: Engine, heads: int, crop: int | Size) -> Non
             f"init: the weights are {arch.method}'s, whose encoder has {with_or_without}, and the method's encoder is "
             f"another; begin from weights of the same method"
         )
-    resampled = with_image_size(weights, crop).renamed(engine.method.former_names)
-    if encoder.pos_embed is None:
-        resampled = resampled.with_fixed_positions()
-    states = {name: resampled.networks[name] for name in engine.method.networks if resampled.networks.get(name)}
-    for name in engine.method.averaged:
-        if name in states:
-            states.setdefault(f"target_{name}", states[name])
+    states = beginning(weights, engine.method, crop)
     whole: State = {}
     for name, state in states.items():
         prefix = name.removeprefix("target_") + "."
@@ -359,6 +354,18 @@ def begin(weights: Weights, engine: Engine, heads: int, crop: int | Size) -> Non
                     flat[f.offset : f.offset + f.stop - f.start] = values.to(flat.device)
     engine.place({name: states[name][position_key(name)][0] for name in engine.positions if name in states})
     engine.restored()
+
+
+def beginning(weights: Weights, method: Method, crop: int | Size) -> dict[str, State]:
+    """Of `weights` what the networks of `method` begin with, by their names, positions resampled for `crop`."""
+    resampled = with_image_size(weights, crop).renamed(method.former_names)
+    if method.encoder.pos_embed is None:
+        resampled = resampled.with_fixed_positions()
+    states = {name: resampled.networks[name] for name in method.networks if resampled.networks.get(name)}
+    for name in method.averaged:
+        if name in states:
+            states.setdefault(f"target_{name}", states[name])
+    return states
 
 
 def read_state(path: Path) -> dict[str, Any]:

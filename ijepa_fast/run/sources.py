@@ -20,10 +20,11 @@ from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
 from ijepa_fast.eval.options import Options, matched
-from ijepa_fast.interop.load import PretrainedEncoder
+from ijepa_fast.interop.load import PretrainedEncoder, read
+from ijepa_fast.interop.weights import load_state
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
-from ijepa_fast.run.checkpoint import architecture
+from ijepa_fast.run.checkpoint import architecture, beginning
 
 HELD_OUT = 1000  # scenes to test on
 # Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
@@ -153,8 +154,19 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
 
 
 def untrained(config: Config, device: torch.device, foreign: bool = True) -> PretrainedEncoder:
-    """The encoder of the run before training, on `device`. foreign: see method_class. Raises ConfigError."""
+    """The encoder of the run before training, with the weights of `init` where it begins with some, on `device`.
+
+    foreign: see method_class. Raises ConfigError, where those weights are not there any more too.
+    """
     method = build_method(config, foreign=foreign)
+    if config.init is not None:
+        name = "target_encoder" if "encoder" in method.averaged else "encoder"
+        try:
+            state = beginning(read(config.init, config.model.heads), method, config.data.crop).get(name)
+            if state is not None:
+                load_state(method.probed, state, name)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"init: {error}") from None
     arch = architecture(method.encoder, config.model, config.data, config.objective.method, 0)
     return PretrainedEncoder(method.probed, arch).to(device)
 
