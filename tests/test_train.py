@@ -109,7 +109,8 @@ def test_resumed_is_bitwise_unbroken(tmp_path, photos, how):
 @pytest.mark.multi_rank
 def test_other_ranks_stages_and_micro_batches_are_the_same_run(tmp_path, photos):
     """One rank, then two, then one again, each with its own stage and number of micro-batches, against one rank."""
-    options = (f"data.source={photos}", "optim.epochs=5", "mask.policy=truncate", "log.keep=9")
+    # A bias of keys has no gradient but rounding, which Adam would scale up to whole steps: a larger eps does not.
+    options = (f"data.source={photos}", "optim.epochs=5", "mask.policy=truncate", "log.keep=9", "optim.eps=1e-6")
     unbroken = run(tmp_path, "name=unbroken", "optim.steps=9", *options)
     run(tmp_path, "name=broken", "optim.steps=3", *options)
     run(tmp_path, "name=broken", "optim.steps=6", "engine.zero=3", *options, ranks=2)
