@@ -39,7 +39,7 @@ from ijepa_fast.front import main
 from ijepa_fast.interop.load import read
 from ijepa_fast.methods.method import Method
 from ijepa_fast.report.summary import finish
-from ijepa_fast.run import auto, checkpoint, lock, machines, pulse
+from ijepa_fast.run import auto, checkpoint, initial, lock, machines, pulse
 from ijepa_fast.run.banner import banner
 from ijepa_fast.run.build import (
     Length,
@@ -201,7 +201,7 @@ def resume(
         on_first(lambda: set_newer_aside(last))
     elif config.init is not None:
         weights = read(config.init, config.model.heads)
-        checkpoint.begin(weights, engine, config.model.heads, config.data.crop)
+        initial.begin(weights, engine, config.model.heads, config.data.crop)
         if rank == 0:
             fresh = ", ".join(sorted(engine.method.trained.keys() - weights.networks.keys()))
             anew = f", with a new {fresh}" if fresh else ""

@@ -24,7 +24,8 @@ from ijepa_fast.interop.load import PretrainedEncoder, read
 from ijepa_fast.interop.weights import load_state
 from ijepa_fast.methods.method import Method
 from ijepa_fast.run.build import build_method
-from ijepa_fast.run.checkpoint import architecture, beginning
+from ijepa_fast.run.checkpoint import architecture
+from ijepa_fast.run.initial import beginning
 
 HELD_OUT = 1000  # scenes to test on
 # Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
