@@ -24,8 +24,11 @@ if __name__ == "__main__":
     # command says what is wrong with the configuration before it imports this file again, and with it torch.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     sys.exit(importlib.import_module("ijepa_fast.front").main())
-# On a CPU, decoding shares the cores with the step's threads: one that spins while it waits would starve them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# On a CPU, decoding shares the cores with the step's threads. One that spins for long while it waits would starve it;
+# one that sleeps at once is woken hundreds of times in a small step, which took 1.6 times as long (docs/LOG.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # of other OpenMP libraries than GNU's
 
 import torch
 

@@ -9,6 +9,7 @@ import torch
 from ijepa_fast.config import ConfigError
 from ijepa_fast.masks.blocks import PatchSampler, blocks, lay_out, squares
 from ijepa_fast.methods import simmim
+from ijepa_fast.models import layouts
 from ijepa_fast.models.relative import resample_table
 from ijepa_fast.models.vit import Encoder
 from tests.small import setup_of
@@ -108,3 +109,24 @@ def test_another_grid_keeps_the_bias_of_an_offset():
 def test_squares_that_cannot_be_are_named(options, words):
     with pytest.raises(ConfigError, match=words):
         simmim.SimMIM(setup_of(32, 4, options=options))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_attention_in_bf16_on_a_cpu_is_written_out_within_its_rounding(monkeypatch, with_bias):
+    """Whose scores and probabilities are rounded, so that it is not held to the fused one's error."""
+    torch.manual_seed(0)
+    given = [torch.randn(shape, dtype=torch.bfloat16) for shape in [(2 * 37, 3, 8)] * 3 + [(3, 37, 37)]]
+
+    def outputs(dtype):
+        q, k, v, bias = (x.to(dtype).requires_grad_() for x in given)
+        out = layouts.Biased(2, bias if with_bias else None).attend(q, k, v)
+        wanted = [q, k, v, bias] if with_bias else [q, k, v]
+        return [x.detach().double() for x in (out, *torch.autograd.grad(out.sin().sum(), wanted))]
+
+    exact, written = outputs(torch.float64), outputs(torch.bfloat16)
+    monkeypatch.setattr(layouts, "WRITTEN_OUT", 36)
+    fused = outputs(torch.bfloat16)
+    assert not torch.equal(written[0], fused[0])
+    for expected, *found in zip(exact, written, fused, strict=True):
+        for tensor in found:
+            assert (tensor - expected).norm() < 0.01 * expected.norm()

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.blocks import MaskedRows
 
+# Tokens per sequence up to which attention in bf16 on a CPU is written out, scores in memory: with a bias PyTorch's
+# fused one took three times as long there, forward and backward, at 197 (docs/LOG.md).
+WRITTEN_OUT = 1024
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -76,7 +80,7 @@ class Packed:
 class Biased:
     """`count` sequences of equal length whose scores get `bias` (H, n, n), where there is one (models/relative.py).
 
-    Their attention is PyTorch's scaled_dot_product_attention with a mask, not a kernel of this project.
+    Their attention is PyTorch's, with a mask, not a kernel of this project.
 
     rows: the wanted ones; None: all. keep: (2, count) factors of a block's two branches for each sequence: 0 where
     stochastic depth drops it.
@@ -110,11 +114,24 @@ class Biased:
         if rows is not None and bias is not None:
             bias = bias[:, rows.places].unflatten(1, (self.count, -1)).transpose(0, 1)
         q, k, v = (x.unflatten(0, (self.count, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(0, 1)
+        out = _attention(q, k, v, bias).transpose(1, 2).flatten(0, 1)
         return out if rows is None or rows.kept is None else out[rows.kept]
 
 
 Sequences = Dense | Packed | Biased
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """q (B, H, K, d), k and v (B, H, n, d), bias (H, K, n) or (B, H, K, n) -> (B, H, K, d)."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[2] > WRITTEN_OUT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scale, keys = q.shape[-1] ** -0.5, k.transpose(-2, -1)
+    if bias is None:
+        return ((q * scale) @ keys).softmax(-1) @ v
+    scores = torch.baddbmm(  # rounded once
+        bias.expand(*q.shape[:3], k.shape[2]).flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1), alpha=scale
+    )
+    return scores.view(*q.shape[:3], -1).softmax(-1) @ v
 
 
 def _by_sequence(branch: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,11 @@ def assert_same(folder, alone):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=2e-5, msg=key)
 
 
-def test_two_machines_are_one_run(two, alone, tmp_path):
-    """By torchrun, at ZeRO 1."""
+@pytest.mark.parametrize("zero", [1, 2])
+def test_two_machines_are_one_run(two, alone, tmp_path, zero):
+    """By torchrun."""
     made, _ = two
-    statuses, said = outcome(torchrun(made, tmp_path, *OPTIONS, "engine.zero=1"))
+    statuses, said = outcome(torchrun(made, tmp_path, *OPTIONS, f"engine.zero={zero}"))
     assert statuses == [0, 0], said[-3000:]
     assert_same(tmp_path / "quickstart", alone)
 
