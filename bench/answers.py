@@ -51,8 +51,10 @@ class Steps:
 
     @property
     def model(self) -> str:
-        """The model's name: S/16, or that of its configuration."""
-        return f"{SIZES[self.case['arch']]}/{self.case['patch']}" if self.case["arch"] in SIZES else self.case["arch"]
+        """The model's name: S/16, or that of its configuration with width and depth, as configurations change."""
+        if self.case["arch"] in SIZES:
+            return f"{SIZES[self.case['arch']]}/{self.case['patch']}"
+        return f"{self.case['arch']} {self.case['widths'][0]} x {self.case['widths'][1]}"
 
     @property
     def machine(self) -> tuple[str, str, str]:

@@ -9,8 +9,8 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, host, parity (of the JSON of the program of that name), history (of
-bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that bench/learning.py
+--breakdown), data, formats, claims, learning, gains, host, parity (of the JSON of the program of that name), history
+(of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that bench/learning.py
 prints). A file that is not there makes a table which says so, and so does one that was measured in a tree with
 changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
@@ -263,6 +263,13 @@ def compared(path: Path) -> list[str]:
     return [facts, "", *tables(result).splitlines()]
 
 
+def gains(path: Path) -> list[str]:
+    """The table that bench/gains.py prints."""
+    from bench.gains import table
+
+    return table(load(path))
+
+
 def host(path: Path) -> list[str]:
     """The table that bench/host.py prints."""
     from bench.host import table
@@ -291,6 +298,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "claims": claims,
     "learning": learning,
     "compared": compared,
+    "gains": gains,
     "data": data,
     "formats": formats,
     "host": host,
@@ -307,9 +315,16 @@ def _curves(source: Path, picture: Path) -> None:
     curves(load(source)["records"], picture, drawn_from(source))
 
 
+def _gains(source: Path, picture: Path) -> None:
+    from bench.gains import plot
+
+    plot(load(source), picture, drawn_from(source))
+
+
 # The documents' pictures that are drawn of results: of which file, and by what.
 PICTURES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     changes.PICTURE: (f"{changes.FOLDER}/{changes.HISTORY}", changes.plot),
+    "docs/quickstart.png": ("bench/results/gains-quickstart.json", _gains),
     "docs/learning-cifar10.png": ("bench/results/learning-cifar10-cpu.json", _curves),
 }
 
