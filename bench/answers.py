@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import NoResult, load, origin, rows, when
+from ijepa_fast.eval.figures import CLEAR, Figure
 
 NOT_MEASURED = "not measured"
 SIZES = {"vit_tiny": "Ti", "vit_small": "S", "vit_base": "B", "vit_large": "L", "vit_huge": "H", "vit_giant": "g"}
@@ -237,6 +238,21 @@ def _beside_mae(folder: Path) -> Iterator[Answer]:
             yield Answer(text + f"{100 * d[0]:.1f} %; {_about_runs(result, ours)}", origin(path, result))
 
 
+def _methods(folder: Path) -> Iterator[Answer]:
+    path = folder / "compared-all.json"
+    result, gains = load(path), {}
+    for record in result["records"]:
+        found = [Figure.from_json(f) for f in record["points"][-1]["figures"] if f["metric"] == "accuracy"]
+        gains[record["run"]] = {f.probe: f.gain for f in found if f.gain and f.probe in ("linear", "20-NN")}
+    clear = [run for run, of in gains.items() if all(errors > CLEAR for _, errors in of.values())]
+    ordered = sorted(gains, key=lambda run: -gains[run]["linear"][0])
+    parts = ", ".join(f"{NAMES.get(run, run)} {100 * gains[run]['linear'][0]:+.1f}" for run in ordered)
+    text = (
+        f"{len(clear)} of {len(gains)} by more than two standard errors in both probes; linear probe, points: {parts}"
+    )
+    yield Answer(text, origin(path, result["records"][0]))
+
+
 def _masks(folder: Path) -> Iterator[Answer]:
     for path, result in _learning(folder):
         if curves := {run: _curves(result, run) for run in ("multiblock", "block", "rasterized", "random")}:
@@ -322,6 +338,7 @@ QUESTIONS = (
     Question("Are its kernels faster?", _kernels, "results/kernels.md"),
     Question("Do they compile for A100, H100 and B200, without spills?", _compiled, "results/kernels.md"),
     Question("Does I-JEPA learn?", _learns, "results/learning.md", "Does it learn? CIFAR-10"),
+    Question("Do all methods, in minutes?", _methods, "results/learning.md"),
     Question("Better than MAE at equal steps?", _beside_mae, "results/learning.md", "Better than MAE?"),
     Question("Are multi-block masks the best?", _masks, "results/learning.md"),
     Question("Is the data fast enough?", _data, "results/data.md"),

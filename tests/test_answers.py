@@ -7,6 +7,7 @@ import pytest
 
 from bench import answers, history, record
 from bench.answers import QUESTIONS, table
+from ijepa_fast.eval.figures import Figure
 from tests.launch import ROOT
 
 RESULTS = ROOT / "bench" / "results"
@@ -50,6 +51,23 @@ def test_ratios_are_of_the_newest_measurement_of_a_machine(tmp_path):
     (gpu,) = answer(tmp_path, "compiled PyTorch, on a GPU")
     assert gpu.text == "bf16: S/16 by CUDA graphs 3.00 and 1.50 (times plain and times compiled)"
     assert [found.text for found in answer(tmp_path, "published code, on a GPU")] == ["not measured"]
+
+
+def test_a_method_learns_where_both_probes_rise_by_more_than_two_standard_errors(tmp_path):
+    def of(run, linear, knn):
+        figures = [
+            Figure("class", probe, "accuracy", value, None, (value,), 0.1, 0.3, 1000, (), 0.01, 0.01).to_json()
+            for probe, value in (("linear", linear), ("20-NN", knn))
+        ]
+        facts = {"device": "a CPU", "date": "2027-01-02", "commit": "abc"}
+        return facts | {"run": run, "points": [{"figures": []}, {"figures": figures}]}
+
+    records = [of("dino", 0.34, 0.32), of("mae", 0.4, 0.4)]
+    (tmp_path / "compared-all.json").write_text(json.dumps({"records": records}))
+    (found,) = answer(tmp_path, "Do all methods")
+    assert found.text.startswith("1 of 2 by more than")
+    assert found.text.endswith("points: MAE +10.0, DINO +4.0")
+    assert found.where == "a CPU; 2027-01-02, commit abc"
 
 
 def test_what_was_measured_in_a_tree_with_changes_is_no_answer(tmp_path):
