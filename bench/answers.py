@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import NoResult, load, origin, rows, when
-from ijepa_fast.eval.figures import CLEAR, Figure
 
 NOT_MEASURED = "not measured"
 SIZES = {"vit_tiny": "Ti", "vit_small": "S", "vit_base": "B", "vit_large": "L", "vit_huge": "H", "vit_giant": "g"}
 OURS = ("fast", "fast-graphs")
+CLEARLY = 3  # standard errors
 NAMES = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT", "dino": "DINO", "msn": "MSN", "simmim": "SimMIM"}
 NAMES |= {"beit": "BEiT", "cae": "CAE", "lejepa": "LeJEPA"}
 
@@ -127,8 +127,11 @@ def _by_device(measured: list[Steps], said: Callable[[Steps], str], plain: str) 
         devices.setdefault(device, {}).setdefault(f"{precision}{held}", []).append(found)
     for groups in devices.values():
         parts = [f"{how}: {', '.join(said(found) for found in groups[how])}" for how in sorted(groups)]
-        newest = max((found for group in groups.values() for found in group), key=lambda f: when(f.path, f.facts))
-        yield Answer(f"{'; '.join(parts)} ({plain})", origin(newest.path, newest.facts))
+        by_date = sorted((f for group in groups.values() for f in group), key=lambda f: when(f.path, f.facts))
+        where, oldest = origin(by_date[-1].path, by_date[-1].facts), by_date[0]
+        if origin(oldest.path, oldest.facts) != where:
+            where += f"; some of it older, from {when(oldest.path, oldest.facts)[:10]} on"
+        yield Answer(f"{'; '.join(parts)} ({plain})", where)
 
 
 def _torch(folder: Path, cuda: bool) -> Iterator[Answer]:
@@ -239,18 +242,21 @@ def _beside_mae(folder: Path) -> Iterator[Answer]:
 
 
 def _methods(folder: Path) -> Iterator[Answer]:
+    from bench.compare.tables import by_run, figure_of, gain, panels
+
     path = folder / "compared-all.json"
-    result, gains = load(path), {}
-    for record in result["records"]:
-        found = [Figure.from_json(f) for f in record["points"][-1]["figures"] if f["metric"] == "accuracy"]
-        gains[record["run"]] = {f.probe: f.gain for f in found if f.gain and f.probe in ("linear", "20-NN")}
-    clear = [run for run, of in gains.items() if all(errors > CLEAR for _, errors in of.values())]
-    ordered = sorted(gains, key=lambda run: -gains[run]["linear"][0])
-    parts = ", ".join(f"{NAMES.get(run, run)} {100 * gains[run]['linear'][0]:+.1f}" for run in ordered)
-    text = (
-        f"{len(clear)} of {len(gains)} by more than two standard errors in both probes; linear probe, points: {parts}"
-    )
-    yield Answer(text, origin(path, result["records"][0]))
+    result = load(path)
+    linear, errors = {}, {}
+    for run, records in by_run(result["records"]).items():
+        found = [[figure_of(record["points"][-1], *panel) for record in records] for panel in panels(records)]
+        gains = [gain([figure for figure in of if figure is not None]) for of in found]
+        linear[run], errors[run] = 100 * gains[0][0], min(mean / error for mean, error in gains if error)
+    clear = sum(error > CLEARLY for error in errors.values())
+    ordered = sorted(linear, key=lambda run: -linear[run])
+    parts = ", ".join(f"{NAMES.get(run, run)} {linear[run]:+.1f}" for run in ordered)
+    seeds = len({record["seed"] for record in result["records"]})
+    text = f"{clear} of {len(linear)} by more than {CLEARLY} standard errors in both probes, {seeds} seed(s); "
+    yield Answer(f"{text}linear probe, points: {parts}", origin(path, result["records"][0]))
 
 
 def _masks(folder: Path) -> Iterator[Answer]:

@@ -39,13 +39,13 @@ def record(run: Path) -> dict[str, Any]:
     if not figures:
         raise ConfigError(f"{run}: expected figures of {' and '.join(PROBES)}; was it run with probe.enabled=false?")
     kept = [{key: value for key, value in figure.items() if key != "chosen"} for figure in figures]
-    facts = {key: summary[key] for key in FACTS} | {"commit": summary["commit"][:12] + dirty_of(summary["commit"])}
+    facts = {key: summary[key] for key in FACTS} | {"commit": short(summary["commit"])}
     return facts | {"seed": config["seed"], "config": config, "figures": kept}
 
 
-def dirty_of(commit: str) -> str:
-    """What a commit's name ends with where the tree had changes."""
-    return "-dirty" if commit.endswith("-dirty") else ""
+def short(commit: str | None) -> str | None:
+    """A commit's name in 12 digits, with what says that its tree had changes; None of an installed package."""
+    return commit and commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def gather(runs: list[Path]) -> dict[str, Any]:
@@ -80,10 +80,13 @@ def table(result: dict[str, Any]) -> list[str]:
         known = [gain[0] for gain in gains if gain is not None]
         cells.append(f"{sum(known) / len(known):+.3f}" if known else "-")
         lines.append("| " + " | ".join(cells) + " |")
-    times = ", ".join(f"{found['wall_seconds']:.0f} s" for found in records)
-    rates = ", ".join(f"{found['images_per_second']:.0f}" for found in records)
-    facts = f"{result['device']}, {records[0]['precision']}; {records[0]['steps']:,} steps; {one.n:,} test images; "
-    return [f"{facts}with start and probes {times}; {rates} images/s.", "", *lines]
+    runs = [
+        f"seed {found['seed']} on {found['device']} {found['wall_seconds']:.0f} s with start and probes, "
+        f"{found['images_per_second']:.0f} images/s"
+        for found in records
+    ]
+    facts = f"{records[0]['precision']}; {records[0]['steps']:,} steps; {one.n:,} test images"
+    return [f"{facts}; {'; '.join(runs)}.", "", *lines]
 
 
 def plot(result: dict[str, Any], path: Path, source: str = "") -> None:

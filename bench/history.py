@@ -40,13 +40,16 @@ def _steps(name: str, result: dict[str, Any]) -> Found:
         fast = rows.get(f"fast, {precision}" if precision else "fast", {})
         speed = fast.get(f"speedup_over_plain_{precision}" if precision else "speedup_over_plain")
         if speed is not None:
-            what = f"{case['method']} {case['arch']} {precision or case['precision']}, {device}"
+            model = " ".join([case["arch"], *(f"{width} wide" for width in case.get("widths", [])[:1])])
+            what = f"{case['method']} {model} {precision or case['precision']}, {device}"
             found.append((f"{what}: times plain PyTorch", speed))
     return found
 
 
 def _learning(_: str, result: dict[str, Any]) -> Found:
     gains: dict[str, list[float]] = {}
+    if len({record["points"][-1]["step"] for record in result["records"]}) > 1:  # by time: another on each machine
+        return []
     for record in result["records"]:
         first, last = (_linear(record["points"][place]) for place in (0, -1))
         gains.setdefault(record["run"], []).append(100 * (last - first))

@@ -259,7 +259,9 @@ def compared(path: Path) -> list[str]:
 
     result = load(path)
     preset, seeds = result["preset"], ", ".join(map(str, result["preset"]["seeds"]))
-    facts = f"{result['device']}; {preset['steps']:,} steps of {preset['batch']} images; seeds {seeds}."
+    ends = sorted({record["points"][-1]["step"] for record in result["records"]})
+    steps = " to ".join(f"{step:,}" for step in dict.fromkeys((ends[0], ends[-1])))
+    facts = f"{result['device']}; {steps} steps of {preset['batch']} images; seeds {seeds}."
     return [facts, "", *tables(result).splitlines()]
 
 
