@@ -40,7 +40,7 @@ def _steps(name: str, result: dict[str, Any]) -> Found:
         fast = rows.get(f"fast, {precision}" if precision else "fast", {})
         speed = fast.get(f"speedup_over_plain_{precision}" if precision else "speedup_over_plain")
         if speed is not None:
-            model = " ".join([case["arch"], *(f"{width} wide" for width in case.get("widths", [])[:1])])
+            model = " ".join([case["arch"], *(f"{width} wide" for width in (case.get("widths") or [])[:1])])
             what = f"{case['method']} {model} {precision or case['precision']}, {device}"
             found.append((f"{what}: times plain PyTorch", speed))
     return found
