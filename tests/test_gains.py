@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("omegaconf")
+pytest.importorskip("matplotlib")
+
 from bench import gains
 from bench.record import load
 from ijepa_fast.config import load_config, save_config
