@@ -255,7 +255,7 @@ def _methods(folder: Path) -> Iterator[Answer]:
     ordered = sorted(linear, key=lambda run: -linear[run])
     parts = ", ".join(f"{NAMES.get(run, run)} {linear[run]:+.1f}" for run in ordered)
     seeds = len({record["seed"] for record in result["records"]})
-    text = f"{clear} of {len(linear)} by more than {CLEARLY} standard errors in both probes, {seeds} seed(s); "
+    text = f"{clear} of {len(linear)} by more than {CLEARLY} standard errors in both probes, seeds: {seeds}; "
     yield Answer(f"{text}linear probe, points: {parts}", origin(path, result["records"][0]))
 
 
