@@ -192,3 +192,17 @@ def test_every_alias_is_of_a_key():
     known = {name for name, _ in keys(Config)}
     assert set(spelling.ALIASES.values()) | set(spelling.SECTIONS.values()) <= known
     assert not set(spelling.ALIASES) & known
+
+
+@pytest.mark.parametrize("strategy", ["random", "block", "multiblock"])
+def test_a_range_of_target_scales_is_a_range_for_every_strategy(strategy):
+    sampler = samplers.make_sampler(strategy, (12, 12), target_scale=[0.2, 0.4])
+    shares = [sampler(2, seed=0, step=step).target.shape[2] / 144 for step in range(32)]
+    assert 0.15 < min(shares) < 0.28
+    assert 0.32 < max(shares) < 0.45
+
+
+@pytest.mark.parametrize("scale", [[0.75, 0.5], [0.0, 0.5], [0.001, 0.5], [0.5, 1.0]])
+def test_shares_that_leave_no_target_or_no_context_are_named(scale):
+    with pytest.raises(ValueError, match="mask.target_scale: expected"):
+        samplers.make_sampler("random", (8, 8), target_scale=scale)

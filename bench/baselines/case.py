@@ -108,5 +108,5 @@ class Case:
             sampler = CropSampler(self.grid, published.small_crops, self.sizes["depth"], temperatures)
             return sampler(self.batch, self.seed, i)
         if self.method == "mae":
-            return make_sampler("random", self.grid, target_scale=mae.MASKED_SHARE)(self.batch, self.seed, i)
+            return make_sampler("random", self.grid, target_scale=(mae.MASKED_SHARE,) * 2)(self.batch, self.seed, i)
         return make_sampler(self.mask.strategy, self.grid, min_keep=self.mask.min_keep)(self.batch, self.seed, i)

@@ -229,22 +229,23 @@ class Rasterized:
 
 @dataclass(frozen=True)
 class Random:
-    """A random share `target_scale` of the patches is the target, the context its complement (I-JEPA, table 6)."""
+    """A random share of the patches, of `target_scale`, is the target, the rest the context (I-JEPA, table 6)."""
 
     grid: Size
-    target_scale: float = 0.6
+    target_scale: Range = (0.6, 0.6)
 
     def __post_init__(self) -> None:
         _check_grid(self.grid)
-        if not 0 < self._count < self.grid[0] * self.grid[1]:
+        _check_range("target_scale", self.target_scale, 1.0)
+        if self._count(0) == 0 or self._count(1) == self.grid[0] * self.grid[1]:
             raise ValueError(
-                f"mask.target_scale: expected a share that leaves target and context patches on the "
-                f"{_name(self.grid)} grid, got {self.target_scale}"
+                f"mask.target_scale: expected shares that leave target and context patches on the "
+                f"{_name(self.grid)} grid, got {list(self.target_scale)}"
             )
 
-    @property
-    def _count(self) -> int:
-        return round(self.grid[0] * self.grid[1] * self.target_scale)
+    def _count(self, u: float) -> int:
+        """Target patches per image, the same for all images of a step, for a number in [0, 1]."""
+        return round(self.grid[0] * self.grid[1] * _between(self.target_scale, u))
 
     def __call__(self, batch: int, seed: int, step: int, first: int = 0) -> Masks:
         """Masks of `batch` images: M = C = 1."""
@@ -254,10 +255,10 @@ class Random:
 
         from ijepa_fast.kernels.mask_sampler import random_subset
 
-        patches = self.grid[0] * self.grid[1]
+        patches, count = self.grid[0] * self.grid[1], self._count(_batch_numbers(key)[0])
         everything = torch.ones(batch, patches, dtype=torch.bool)
-        target = random_subset(key, everything, torch.full((batch,), self._count, dtype=torch.int32))
-        numbers = (np.flatnonzero(target.numpy()) % patches).astype(np.int32).reshape(1, batch, self._count)
+        target = random_subset(key, everything, torch.full((batch,), count, dtype=torch.int32))
+        numbers = (np.flatnonzero(target.numpy()) % patches).astype(np.int32).reshape(1, batch, count)
         return Masks(~target[None], torch.from_numpy(numbers), key)
 
 

@@ -106,7 +106,7 @@ class MAE(Method[MAEDraw]):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         model = setup.model
-        self.sampler = make_sampler("random", setup.grid, target_scale=self.options.masked)
+        self.sampler = make_sampler("random", setup.grid, target_scale=(self.options.masked,) * 2)
         self.encoder = Encoder(**setup.encoder_sizes, class_token=True)
         self.decoder = Decoder(
             self.encoder.grid,
