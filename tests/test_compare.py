@@ -17,7 +17,7 @@ from PIL import Image
 from bench.compare import plots, tables
 from bench.compare.images import Images, texture
 from bench.compare.presets import PRESETS, Preset, settings
-from bench.compare.runs import GROUPS, OPTIONS, SWEEPS, find
+from bench.compare.runs import FRAME, GROUPS, OPTIONS, STUDENT, SWEEPS, find
 from bench.compare.search import MOST, search, searched
 from bench.compare.train import Job, halves, work_per_image
 from bench.learning import names_of
@@ -109,6 +109,8 @@ def test_groups_of_the_paper_are_there():
     assert set(GROUPS["fair"]) >= {
         "ijepa",
         "salt+xavier+flip+crop",
+        FRAME,
+        STUDENT,
         "mae",
         "data2vec",
         "dino",
@@ -125,7 +127,11 @@ def test_every_option_is_a_run_of_i_jepas(name):
     if "salt" not in name:
         options = build_method(found).options
         plain = load_config("cifar10")
-        assert options != build_method(plain).options or (found.data, found.mask) != (plain.data, plain.mask)
+        assert options != build_method(plain).options or (found.data, found.mask, found.optim) != (
+            plain.data,
+            plain.mask,
+            plain.optim,
+        )
     assert find(f"{name}+nothing") is None
 
 

@@ -81,6 +81,8 @@ OPTIONS = {
     "salt": ["objective.options.teacher=frozen"],  # the teacher is the run mae of the same seed
     "random-teacher": ["objective.options.teacher=random"],
     "small-blocks": [*_BLOCKS, "mask.targets=6", "mask.target_scale=[0.05,0.1]", "mask.context_scale=[0.3,0.5]"],
+    "random-masks": ["mask.strategy=random", "mask.target_scale=[0.75,0.75]", *_ANY_MASK],  # MAE's
+    "mae-optimiser": ["optim.betas=[0.9,0.95]", "optim.weight_decay=0.05", "optim.final_weight_decay=0.05"],
     "visible": ["objective.options.visible_weight=0.5"],
 }
 for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 2e-2))):
@@ -93,6 +95,8 @@ for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 
     }
 TEACHER = "mae"  # the run that is the frozen teacher of those with salt
 ALIKE = "xavier+flip+crop"  # I-JEPA with MAE's initialisation and augmentation
+FRAME = f"{ALIKE}+random-masks+mae-optimiser"  # and with MAE's kind of masks and optimiser: all but what is predicted
+STUDENT = f"salt+{FRAME}"
 
 _SIGMAS, _SHARES = (16, 32, 64), (64, 16, 4)
 
@@ -126,9 +130,22 @@ SWEEPS = {
     ),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "options": (TEACHER, "ijepa", *OPTIONS),
+    "options": (TEACHER, "ijepa", *OPTIONS, STUDENT),
     "methods": ("ijepa", "mae", "pixels"),
-    "fair": (TEACHER, "ijepa", ALIKE, "salt", f"salt+{ALIKE}", "pixels", "data2vec", "dino", "ibot", "lejepa"),
+    "fair": (
+        TEACHER,
+        "ijepa",
+        ALIKE,
+        "salt",
+        f"salt+{ALIKE}",
+        FRAME,
+        STUDENT,
+        "pixels",
+        "data2vec",
+        "dino",
+        "ibot",
+        "lejepa",
+    ),
     "all": tuple(METHODS),
 }
 GROUPS |= {name: sweep.runs for name, sweep in SWEEPS.items()}
