@@ -204,5 +204,5 @@ def test_a_range_of_target_scales_is_a_range_for_every_strategy(strategy):
 
 @pytest.mark.parametrize("scale", [[0.75, 0.5], [0.0, 0.5], [0.001, 0.5], [0.5, 1.0]])
 def test_shares_that_leave_no_target_or_no_context_are_named(scale):
-    with pytest.raises(ValueError, match="mask.target_scale: expected"):
+    with pytest.raises(ValueError, match=r"mask\.target_scale: expected"):
         samplers.make_sampler("random", (8, 8), target_scale=scale)
