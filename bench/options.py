@@ -37,7 +37,8 @@ from ijepa_fast.run.build import build_method
 from ijepa_fast.run.provenance import provenance
 
 NONE = "none"
-SAME = ("flip", "crop", "mae-optimiser")  # options that are no part of forward and backward
+# Options that are no part of forward and backward, or other masks: a step with such masks is another step.
+SAME = ("flip", "crop", "mae-optimiser", "small-blocks", "random-masks")
 MEASURED = tuple(name for name in OPTIONS if name not in SAME)
 WARM_UP = 2  # rounds that compile
 
