@@ -35,13 +35,9 @@ def test_what_is_measured_has_its_work_and_the_table_says_so(tmp_path, capsys):
 def test_every_measured_option_can_be_measured():
     assert set(options.SAME) < set(options.OPTIONS)
     assert {"salt", "batch", "xavier"} <= set(options.MEASURED)
+    small = ["model.depth=3", "model.dim=48", "model.heads=2", "model.predictor_dim=48"]
     for name in options.MEASURED:
-        options.method_of(
-            name,
-            ["model.depth=3", "model.dim=48", "model.heads=2", "model.predictor_dim=48"],
-            torch.device("cpu"),
-            torch.float32,
-        )
+        options.method_of(name, small, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("runs", ["flip", "salted", "salt,none"])
