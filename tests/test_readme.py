@@ -1,5 +1,6 @@
 """Every command of the README runs, from a folder of its own; what is too large here runs smaller, by overrides."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -108,6 +109,20 @@ def test_the_figure_is_the_measured_one():
     h14 = on_gpu.partition("arch vit_huge, patch 14, crop 224, batch 64")[2].partition("end of table")[0]
     assert re.search(r"^\| fast \|.*\| 1.97 \|$", h14, re.MULTILINE)
     assert "H/14 at batch 64 is 1.97 times as fast as a plain PyTorch step" in " ".join(README.split())
+
+
+def test_the_sample_of_output_is_the_measured_run_of_seed_0():
+    from ijepa_fast.eval.figures import Figure, cells, verdict
+
+    record = json.loads((ROOT / "bench" / "results" / "gains-quickstart.json").read_text())["records"][0]
+    found = [Figure.from_json(figure) for figure in record["figures"]]
+    assert record["seed"] == 0
+    assert verdict(found) in README
+    rows = {" ".join(line.split()) for line in README.splitlines()}
+    shown = [row for row in cells(found)[1] if row[1] == "linear" and row[0] in ("count", "distance")]
+    assert len(shown) == 2
+    assert {" ".join(row) for row in shown} <= rows
+    assert f"/{record['steps']} epoch=" in README
 
 
 def test_every_ready_configuration_is_named():
