@@ -126,11 +126,13 @@ def _evaluate(config: Config, method: Method, labelled: Evaluated, device: torch
     train, test, _ = labelled
     some = "" if probe_folders(config) else f": k-NN of {len(test.source)} among {len(train.source)} training images"
     print(f"evaluating the encoder before and after training{some}", file=sys.stderr)
+    before: list[Figure] = []
     try:
-        before = evaluate(untrained(config, device), *labelled)
+        first = untrained(config, device)
     except ConfigError as error:  # the weights it began with were moved away
         print(f"figures before training are left out: {error}", file=sys.stderr)
-        before = []
+    else:
+        before = evaluate(first, *labelled)
     return against(evaluate(encode_with(method), *labelled), before)
 
 
