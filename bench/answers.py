@@ -14,6 +14,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from bench.compare.runs import STUDENT
 from bench.record import NoResult, load, origin, rows, when
 
 NOT_MEASURED = "not measured"
@@ -22,6 +23,8 @@ OURS = ("fast", "fast-graphs")
 CLEARLY = 3  # standard errors
 NAMES = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT", "dino": "DINO", "msn": "MSN", "simmim": "SimMIM"}
 NAMES |= {"beit": "BEiT", "cae": "CAE", "lejepa": "LeJEPA"}
+# The runs that are held to MAE's, and what they are.
+HELD = {"ijepa": "", STUDENT: " with MAE's frozen encoder as its teacher, and its masks, start and optimiser"}
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _differ(a: tuple[float, int], b: tuple[float, int]) -> bool:
 
 def _about_runs(result: dict[str, Any], curves: list) -> str:
     preset = result["preset"]
-    return f"{preset['steps']:,} steps of {preset['batch']}, {len(curves)} seeds"
+    return f"{preset['steps']:,} steps of {preset['batch']}, {len(curves)} seed{'s' * (len(curves) > 1)}"
 
 
 def _learning(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -232,12 +235,16 @@ def _learns(folder: Path) -> Iterator[Answer]:
 
 def _beside_mae(folder: Path) -> Iterator[Answer]:
     for path, result in _learning(folder):
-        ours, theirs = _curves(result, "ijepa"), _curves(result, "mae")
-        if ours and theirs:
+        theirs = _curves(result, "mae")
+        for run, how in HELD.items():
+            if not theirs or not (ours := _curves(result, run)):
+                continue
             a, b = (_accuracy(curves, "last", "linear") for curves in (ours, theirs))
             c, d = (_accuracy(curves, "last", "20-NN") for curves in (ours, theirs))
             verdict = "level" if not _differ(a, b) else "yes" if a[0] > b[0] else "no"
-            text = f"{verdict}: linear {100 * a[0]:.1f} against {100 * b[0]:.1f} %, 20-NN {100 * c[0]:.1f} against "
+            text = (
+                f"{verdict}{how}: linear {100 * a[0]:.1f} against {100 * b[0]:.1f} %, 20-NN {100 * c[0]:.1f} against "
+            )
             yield Answer(text + f"{100 * d[0]:.1f} %; {_about_runs(result, ours)}", origin(path, result))
 
 

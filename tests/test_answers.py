@@ -7,6 +7,7 @@ import pytest
 
 from bench import answers, history, record
 from bench.answers import QUESTIONS, table
+from bench.compare.runs import STUDENT
 from ijepa_fast.eval.figures import Figure
 from tests.launch import ROOT
 
@@ -94,6 +95,21 @@ def test_a_gain_within_the_error_is_no_gain(tmp_path):
     assert learned(0.3, 0.5, 0.4) == ["yes", "yes"]
     assert learned(0.3, 0.31, 0.5) == ["not beyond the error", "no"]
     assert learned(0.5, 0.3, 0.3) == ["not beyond the error", "level"]
+
+
+def test_a_student_has_an_answer_of_its_own(tmp_path):
+    figure = {"task": "class", "metric": "accuracy", "n": 1000}
+    ends = {"ijepa": (0.4, 0.3), "mae": (0.5, 0.4), STUDENT: (0.6, 0.5)}
+    records = []
+    for run, (linear, knn) in ends.items():
+        figures = [figure | {"probe": "linear", "value": linear}, figure | {"probe": "20-NN", "value": knn}]
+        records.append({"run": run, "points": [{"figures": figures}]})
+    result = {"device": "a CPU", "preset": {"steps": 10, "batch": 2}, "records": records}
+    (tmp_path / "learning-x.json").write_text(json.dumps(result))
+    average, student = (found.text for found in answer(tmp_path, "than MAE"))
+    assert average == "no: linear 40.0 against 50.0 %, 20-NN 30.0 against 40.0 %; 10 steps of 2, 1 seed"
+    assert student.startswith("yes with MAE's frozen encoder as its teacher")
+    assert student.endswith("linear 60.0 against 50.0 %, 20-NN 50.0 against 40.0 %; 10 steps of 2, 1 seed")
 
 
 def test_the_repositorys_files_answer_most_questions():
