@@ -14,7 +14,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from bench.compare.runs import STUDENT
+from bench.compare.runs import AVERAGE, STUDENT
 from bench.record import NoResult, load, origin, rows, when
 
 NOT_MEASURED = "not measured"
@@ -24,7 +24,11 @@ CLEARLY = 3  # standard errors
 NAMES = {"ijepa": "I-JEPA", "mae": "MAE", "ibot": "iBOT", "dino": "DINO", "msn": "MSN", "simmim": "SimMIM"}
 NAMES |= {"beit": "BEiT", "cae": "CAE", "lejepa": "LeJEPA"}
 # The runs that are held to MAE's, and what they are.
-HELD = {"ijepa": "", STUDENT: " with MAE's frozen encoder as its teacher, and its masks, start and optimiser"}
+HELD = {
+    "ijepa": "",
+    AVERAGE: " with MAE's masks, start and optimiser, and an average that begins slowly",
+    STUDENT: " with MAE's frozen encoder as its teacher, and its masks, start and optimiser",
+}
 
 
 @dataclass(frozen=True)

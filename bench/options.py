@@ -38,7 +38,7 @@ from ijepa_fast.run.provenance import provenance
 
 NONE = "none"
 # Options that are no part of forward and backward, or other masks: a step with such masks is another step.
-SAME = ("flip", "crop", "mae-optimiser", "small-blocks", "random-masks")
+SAME = ("flip", "crop", "mae-optimiser", "falling-average", "small-blocks", "random-masks")
 MEASURED = tuple(name for name in OPTIONS if name not in SAME)
 WARM_UP = 2  # rounds that compile
 

@@ -17,7 +17,7 @@ from PIL import Image
 from bench.compare import plots, tables
 from bench.compare.images import Images, texture
 from bench.compare.presets import PRESETS, Preset, settings
-from bench.compare.runs import FRAME, GROUPS, OPTIONS, STUDENT, SWEEPS, find
+from bench.compare.runs import AVERAGE, GROUPS, OPTIONS, STUDENT, SWEEPS, find
 from bench.compare.search import MOST, search, searched
 from bench.compare.train import Job, halves, work_per_image
 from bench.learning import names_of
@@ -109,7 +109,7 @@ def test_groups_of_the_paper_are_there():
     assert set(GROUPS["fair"]) >= {
         "ijepa",
         "salt+xavier+flip+crop",
-        FRAME,
+        AVERAGE,
         STUDENT,
         "mae",
         "data2vec",
@@ -133,6 +133,13 @@ def test_every_option_is_a_run_of_i_jepas(name):
             plain.optim,
         )
     assert find(f"{name}+nothing") is None
+
+
+def test_a_run_that_says_how_its_average_moves_keeps_that():
+    optim = config_of(AVERAGE, SHORT).optim
+    assert (optim.ema, optim.final_ema, optim.lr) == (0.9995, 0.99, load_config("cifar10").optim.lr)
+    assert PRESETS["cpu"].rate(AVERAGE) == 2e-3
+    assert config_of("ijepa", SHORT).optim.final_ema == config_of("xavier", SHORT).optim.ema != 0.9995
 
 
 def test_a_run_without_a_rate_has_that_of_the_run_it_is_like():

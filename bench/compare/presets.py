@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.compare.runs import STUDENT, find, has_teacher
+from bench.compare.runs import AVERAGE, STUDENT, find, has_teacher
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.resident import IN_PLACE
 from ijepa_fast.front import check_method_early
@@ -41,7 +41,7 @@ SMALL = ("model.dim=128", "model.depth=4", "model.heads=4", "model.predictor_dim
 # 200 epochs of CIFAR-10, which lies in the GPU's memory, by ViT-T.
 TINY = ("model.arch=vit_tiny", "model.dim=0", "model.depth=0", "model.heads=0", "model.predictor_depth=6")
 IN_MEMORY = ("engine.precision=bf16", f"data.memory={IN_PLACE}")
-RATES = {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4, "ibot": 2.5e-4, STUDENT: 2e-3}
+RATES = {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4, "ibot": 2.5e-4, STUDENT: 2e-3, AVERAGE: 2e-3}
 PRESETS = {
     "cpu": Preset(6000, 32, 8, 4000, (0, 1, 2), SMALL, RATES),
     "gpu": Preset(19_500, 512, 8, 10_000, (0, 1, 2), (*TINY, *IN_MEMORY)),
@@ -83,9 +83,11 @@ def method_overrides(name: str, config: Config, preset: Preset, images: int) -> 
         found.append("data.memory=true")
     if not method.averaged:
         return found
-    # One in 150 of the first weights is left in the average at the end.
-    ema = max(0.9, 1 - 5 / preset.steps)
-    found += [f"optim.ema={ema}", f"optim.final_ema={ema}"]
+    run = find(name)
+    if run is None or not any(change.startswith("optim.ema=") for change in run.changes):
+        # One in 150 of the first weights is left in the average at the end.
+        ema = max(0.9, 1 - 5 / preset.steps)
+        found += [f"optim.ema={ema}", f"optim.final_ema={ema}"]
     shares = {"temperature_epochs": 0.3 * epochs, "frozen_epochs": 0.05 * epochs}
     if not shares.keys() <= vars(method.options).keys():
         return found

@@ -76,6 +76,8 @@ OPTIONS = {
     "batch": ["objective.options.target_norm=batch"],
     "unnormalised": ["objective.options.target_norm=none"],
     "deep": ["objective.options.target_layers=3"],
+    "all-blocks": ["objective.options.target_layers=0"],
+    "falling-average": ["optim.ema=0.9995", "optim.final_ema=0.99"],  # slow at first, so that targets keep their rank
     "sets2": ["objective.options.mask_sets=2"],
     "sets4": ["objective.options.mask_sets=4"],
     "salt": ["objective.options.teacher=frozen"],  # the teacher is the run mae of the same seed
@@ -97,6 +99,7 @@ TEACHER = "mae"  # the run that is the frozen teacher of those with salt
 ALIKE = "xavier+flip+crop"  # I-JEPA with MAE's initialisation and augmentation
 FRAME = f"{ALIKE}+random-masks+mae-optimiser"  # and with MAE's kind of masks and optimiser: all but what is predicted
 STUDENT = f"salt+{FRAME}"
+AVERAGE = f"{FRAME}+all-blocks+falling-average"  # the best found without a teacher
 
 _SIGMAS, _SHARES = (16, 32, 64), (64, 16, 4)
 
@@ -130,7 +133,7 @@ SWEEPS = {
     ),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "options": (TEACHER, "ijepa", *OPTIONS, STUDENT),
+    "options": (TEACHER, "ijepa", *OPTIONS, AVERAGE, STUDENT),
     "methods": ("ijepa", "mae", "pixels"),
     "fair": (
         TEACHER,
@@ -138,7 +141,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         ALIKE,
         "salt",
         f"salt+{ALIKE}",
-        FRAME,
+        AVERAGE,
         STUDENT,
         "pixels",
         "data2vec",
