@@ -21,7 +21,8 @@ from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.interop.weights import Arch, Weights, save_weights
-from ijepa_fast.models.vit import Encoder, init_weights
+from ijepa_fast.models.blocks import init_weights
+from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.provenance import FORMAT
 
 ARCH = Arch(image_size=32, patch=8, dim=32, depth=4, heads=2)

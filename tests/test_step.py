@@ -12,7 +12,7 @@ from ijepa_fast.engine.graphs import CUDARecorder, Graphs
 from ijepa_fast.kernels.common import dispatch
 from ijepa_fast.masks.packing import GRAPH_BITS, LEAST_STEP, LENGTHS, bucket_of, pack
 from ijepa_fast.masks.samplers import make_sampler
-from ijepa_fast.models.vit import compile_blocks
+from ijepa_fast.models.blocks import compile_blocks
 from tests.small import loss_of, optimizer_of, small_ijepa, small_mae, to
 
 SAMPLER = make_sampler("multiblock", (8, 8), min_keep=3)

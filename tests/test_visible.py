@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.visible import nearest
 from ijepa_fast.methods.ijepa import Options
+from ijepa_fast.models.blocks import run_blocks
 from ijepa_fast.models.layouts import Packed
-from ijepa_fast.models.vit import run_blocks
 from tests.small import small_ijepa
 from tests.steps import assert_graphs_hold, counted_work, loss_and_gradients, unpadded
 

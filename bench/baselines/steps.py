@@ -11,7 +11,7 @@ from ijepa_fast.engine.graphs import CUDARecorder, Graphs
 from ijepa_fast.engine.optim import parameter_groups
 from ijepa_fast.kernels.adamw_ema import adamw_ema_multi_
 from ijepa_fast.methods.method import Method
-from ijepa_fast.models.vit import compile_blocks
+from ijepa_fast.models.blocks import compile_blocks
 
 
 class BareStep:

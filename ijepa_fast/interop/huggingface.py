@@ -30,7 +30,7 @@ from ijepa_fast.interop.weights import (
     read_safetensors,
     with_class_position,
 )
-from ijepa_fast.models.vit import EPS
+from ijepa_fast.models.blocks import EPS
 
 # published name -> Hugging Face's, inside a block; qkv is cut into three.
 _BLOCK = {

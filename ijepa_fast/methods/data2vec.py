@@ -22,9 +22,10 @@ from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, blocks
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
+from ijepa_fast.models.blocks import Linear
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
-from ijepa_fast.models.vit import Encoder, Linear
+from ijepa_fast.models.vit import Encoder
 
 
 @dataclass

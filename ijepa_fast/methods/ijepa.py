@@ -27,6 +27,7 @@ from ijepa_fast.masks.views import directions
 from ijepa_fast.masks.visible import scale_in
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import teacher as teachers
+from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
 from ijepa_fast.models.initial import init_xavier
@@ -35,7 +36,7 @@ from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.regulariser import Regulariser
 from ijepa_fast.models.target_norm import TargetNorm
-from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
+from ijepa_fast.models.vit import Encoder
 
 TRIED = 64  # draws among which the largest is looked for
 

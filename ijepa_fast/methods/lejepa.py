@@ -24,9 +24,10 @@ from ijepa_fast.masks.crops import crops_of, smaller
 from ijepa_fast.masks.views import ViewDraw, ViewSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, projector
+from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.projector import Projector
-from ijepa_fast.models.vit import INIT_STD, Encoder, init_weights
+from ijepa_fast.models.vit import Encoder
 
 PUBLISHED = 128  # pixels of a view, beside which the blur is given
 SMALL_SCALE = 0.05  # smallest share of an image in a small view, as published

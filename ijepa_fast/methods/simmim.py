@@ -18,9 +18,10 @@ from ijepa_fast.config import ConfigError, key
 from ijepa_fast.masks.blocks import PatchDraw, PatchSampler, squares
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
+from ijepa_fast.models.blocks import Linear
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.initial import init_cut
-from ijepa_fast.models.vit import Encoder, Linear
+from ijepa_fast.models.vit import Encoder
 
 EPS = 1e-5  # beside the number of masked pixels
 

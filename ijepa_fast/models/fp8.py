@@ -13,8 +13,8 @@ from torch import nn
 from ijepa_fast.kernels.common.timing import seconds
 from ijepa_fast.kernels.fp8 import bias_gelu_quantise, layer_norm_quantise, quantise, scaled_linear
 from ijepa_fast.kernels.varlen_attention import dense_attention
+from ijepa_fast.models.blocks import Block
 from ijepa_fast.models.layouts import Dense
-from ijepa_fast.models.vit import Block
 
 
 class FP8Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Initialisations that several methods share, besides models.vit.init_weights."""
+"""Initialisations that several methods share, besides models.blocks.init_weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from ijepa_fast.models.vit import INIT_STD, Block, Encoder
+from ijepa_fast.models.blocks import INIT_STD, Block
+from ijepa_fast.models.vit import Encoder
 
 
 def init_cut(module: nn.Module) -> None:

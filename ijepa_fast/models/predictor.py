@@ -14,9 +14,9 @@ from torch import nn
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.kernels.predictor_tokens import predictor_readout, predictor_tokens
 from ijepa_fast.masks.packing import MaskDraw
+from ijepa_fast.models.blocks import EPS, Block, LayerNorm, Linear, run_blocks
 from ijepa_fast.models.layouts import Packed, Rows
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, Block, LayerNorm, Linear, run_blocks
 
 
 class Predictor(nn.Module):

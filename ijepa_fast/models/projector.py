@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.models import flops
+from ijepa_fast.models.blocks import Linear
 from ijepa_fast.models.heads import BatchNorm
-from ijepa_fast.models.vit import Linear
 
 
 class Projector(nn.Module):

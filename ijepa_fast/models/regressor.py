@@ -10,9 +10,9 @@ from torch import nn
 
 from ijepa_fast.kernels.linear import linear
 from ijepa_fast.kernels.varlen_attention import varlen_attention
+from ijepa_fast.models.blocks import EPS, MLP, LayerNorm, Linear
 from ijepa_fast.models.layouts import Dense
 from ijepa_fast.models.positions import sincos_2d
-from ijepa_fast.models.vit import EPS, MLP, LayerNorm, Linear
 
 
 class Product(nn.Linear):
