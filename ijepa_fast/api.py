@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ijepa_fast import train as training
 from ijepa_fast.command import one_sentence, whole
 from ijepa_fast.config import load_config
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.datasets import DatasetSource
 from ijepa_fast.data.expand import expand
 from ijepa_fast.data.formats import needs

@@ -15,8 +15,9 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image, ImageOps
 
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.crops import TRIES, counter_uniform, random_resized_crop
-from ijepa_fast.data.dali import TrainLoader, eval_batches
+from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.decode import Decoder, Work, decode_all
 from ijepa_fast.data.headers import screen
 from ijepa_fast.data.recover import TooManyBadFiles

@@ -13,8 +13,9 @@ pytest.importorskip("PIL")
 pytest.importorskip("nvidia.dali")
 
 from ijepa_fast.data import storage
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.check import check
-from ijepa_fast.data.dali import TrainLoader, eval_batches
+from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.data.storage import MAX_BYTES, StorageTrouble, read_file
 from tests.data_images import write_photos, write_tar

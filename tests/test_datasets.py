@@ -8,7 +8,8 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("sklearn")
 
 from ijepa_fast.config import ConfigError, load_config
-from ijepa_fast.data.dali import TrainLoader, eval_batches
+from ijepa_fast.data.central import eval_batches
+from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.eval.labels import open_labelled

@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.label_map import LabelMap
 from ijepa_fast.eval import dense
 from ijepa_fast.eval.dense import Places, Tally, by_place, draw_patches, open_places, probe_places, ratio_terms

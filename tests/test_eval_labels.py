@@ -9,7 +9,7 @@ pytest.importorskip("nvidia.dali")
 
 from PIL import Image
 
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.eval.features import pooled_features
 from ijepa_fast.eval.labels import CLEVR_DISTANCES, Samples, match, open_labelled
 

@@ -18,9 +18,10 @@ import zarr
 from PIL import Image
 
 from ijepa_fast.data import stats
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.check import check
 from ijepa_fast.data.check import main as check_main
-from ijepa_fast.data.dali import TrainLoader, eval_batches
+from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.label_map import with_label_map
 from ijepa_fast.data.pixels import Pixels

@@ -14,7 +14,7 @@ pytest.importorskip("safetensors")
 from PIL import Image
 
 import ijepa_fast
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.sources import open_source
 from ijepa_fast.interop.huggingface import save_hf
 from ijepa_fast.interop.weights import save_weights

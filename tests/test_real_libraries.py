@@ -13,7 +13,8 @@ pytest.importorskip("sklearn")
 
 import ijepa_fast
 from ijepa_fast.__main__ import main
-from ijepa_fast.data.dali import TrainLoader, eval_batches
+from ijepa_fast.data.central import eval_batches
+from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.held import hold
 from ijepa_fast.data.reading import Reading
 from ijepa_fast.data.sources import open_source

@@ -1,4 +1,4 @@
-"""Batches of decoded images: an endless loader for training, and every sample once for evaluation.
+"""The loader for training: endless batches of decoded images.
 
 DALI draws no random numbers. Order, windows, flips and replacements are functions of the seed and the position in the
 sample stream, so a run resumes at the exact sample, on any number of ranks. A background thread reads ahead and
@@ -8,37 +8,29 @@ decodes; `next` takes finished batches from a queue.
 from __future__ import annotations
 
 import atexit
-import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ijepa_fast.data import Size, size_of
-from ijepa_fast.data.arrays import ArrayDecoder
+from ijepa_fast.data import Size
 from ijepa_fast.data.crops import counter_bits, crop_keys, drawn_crops
-from ijepa_fast.data.decode import AnyDecoder, Decoder, Work, decode_all, hand_over
-from ijepa_fast.data.expand import expand
-from ijepa_fast.data.formats import as_ppm
-from ijepa_fast.data.headers import MAX_PIXELS, BadImage, screen
-from ijepa_fast.data.index import Index, Names
+from ijepa_fast.data.decode import AnyDecoder, Work, decode_all, hand_over
+from ijepa_fast.data.headers import MAX_PIXELS, BadImage
 from ijepa_fast.data.order import SampleStream
-from ijepa_fast.data.reading import Raster, Reading
+from ijepa_fast.data.reader import READERS, Reader, make_decoder
 from ijepa_fast.data.recover import BadFiles, TooManyBadFiles
-from ijepa_fast.data.resident import IN_PLACE, ResidentDecoder, Room, on_device
-from ijepa_fast.data.sources import EIGHT_BITS, Source
-from ijepa_fast.data.storage import Patience
+from ijepa_fast.data.resident import IN_PLACE, ResidentDecoder
+from ijepa_fast.data.sources import Source
 
-_BATCH = 32  # images decoded at once where all are
-_READERS = 8  # threads that read files
 _REPLACEMENTS = 100  # samples tried in the place of a bad file
 _PATIENCE = 10  # seconds that `close` waits for a read to return
 
@@ -58,76 +50,6 @@ class Batch:
     indices: torch.Tensor
     epoch: int
     draw: Any = None
-
-
-class _Reader:
-    """Reads samples and checks their headers. It keeps those it reads first in memory, up to `cache_bytes` in all."""
-
-    def __init__(self, source: Source, max_pixels: int, cache_bytes: int, stop: threading.Event | None = None):
-        self.source, self.max_pixels, self._room = source, max_pixels, cache_bytes
-        self._resident = False
-        self._patience = Patience(stop)
-        self._cache: dict[int, tuple] = {}
-        # Where two epochs meet, two threads may want the same sample: the second waits for what the first reads.
-        self._locks = [threading.Lock() for _ in range(64)]
-
-    def __call__(self, index: int) -> tuple[Any, int, int]:
-        """The encoded bytes of a sample, uint8 (n,), its raster, or it as a tensor; and its height and width in pixels.
-
-        Raises BadImage, and StorageTrouble where storage stays away.
-        """
-        with self._locks[index % len(self._locks)]:
-            return self._row(index)
-
-    def _row(self, index: int) -> tuple[Any, int, int]:
-        row = self._cache.get(index)
-        if row is None:
-            try:
-                row, held = self._patience(lambda: opened(self.source, index, self.max_pixels), self._name(index))
-            except OSError as error:
-                raise BadImage(f"cannot be read: {error.strerror or error}") from error
-            if self._resident:
-                raise BadImage("cannot be decoded")
-            if held <= self._room:
-                self._room -= held
-                self._cache[index] = row
-        return row
-
-    def keep_all(self, threads: int, stop: threading.Event, device: torch.device | None = None) -> None:
-        """Decode every sample that can be, and keep it: on `device` as a tensor, else as bytes that need no decoding.
-
-        Raises ValueError where they do not fit.
-        """
-        room = Room(device or "cpu", len(self.source))
-        for index, raster in decoded(self.source, threads, self.max_pixels):
-            if stop.is_set():
-                return
-            room.take(raster.height * raster.width * raster.channels * raster.dtype.itemsize)
-            if device is not None:
-                pixels = on_device(raster.read(0, 0, raster.height, raster.width), device)
-                self._cache[index] = pixels, raster.height, raster.width
-            elif self.source.reading.plain:
-                self._cache[index] = np.frombuffer(as_ppm(raster), np.uint8), raster.height, raster.width
-            else:
-                self._cache[index] = raster, raster.height, raster.width
-        self._resident = device is not None
-
-    def _name(self, index: int) -> Callable[[], str]:
-        return lambda: self.source.name(index)
-
-
-def opened(source: Source, index: int, max_pixels: int) -> tuple[tuple[Any, int, int], int]:
-    """(encoded bytes uint8 (n,), or a raster in memory, height, width) of a sample, and the bytes that it holds.
-
-    Raises OSError, and BadImage for what cannot be used.
-    """
-    if source.reading.plain:
-        data = source.read(index)
-        return (np.frombuffer(data, np.uint8), *screen(data, max_pixels)), len(data)
-    raster = source.raster(index, max_pixels)
-    # All of it, and not what a window needs: else it would depend on the window whether the sample is bad.
-    raster = Raster.of(raster.read(0, 0, raster.height, raster.width))
-    return (raster, raster.height, raster.width), raster.held
 
 
 class TrainLoader:
@@ -208,7 +130,7 @@ class TrainLoader:
         self._start_step, self._stride = start_step, global_batch
         self._stream = SampleStream(len(source), seed, source.groups)
         self._stop = threading.Event()
-        self._read = _Reader(source, max_pixels, cache_bytes, self._stop)
+        self._read = Reader(source, max_pixels, cache_bytes, self._stop)
         self._draw, self._prefetch, self._memory, self._count = draw, prefetch, memory, threads
         self._per_image, self._beside = crops_per_image, beside
         self._device = torch.device(device)
@@ -220,7 +142,7 @@ class TrainLoader:
             threads=threads,
             hw_decoder_load=hw_decoder_load,
         )
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._ready: queue.Queue = queue.Queue(maxsize=prefetch)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="train-loader", daemon=True)
@@ -294,7 +216,7 @@ class TrainLoader:
             while len(reading) <= self._prefetch + 1:
                 first = self._first + step * self._stride
                 positions = np.arange(first, first + self.batch_size)
-                parts = np.array_split(np.stack([positions, self._stream[positions]], axis=1), _READERS)
+                parts = np.array_split(np.stack([positions, self._stream[positions]], axis=1), READERS)
                 reading.append((positions, [self._readers.submit(self._read_part, part) for part in parts]))
                 draws.append(self._draw and self._readers.submit(self._draw, self._start_step + step))
                 if step % self.steps_per_epoch == self.steps_per_epoch // 2:
@@ -344,148 +266,3 @@ class TrainLoader:
         # Read every row again: the replacements must not depend on when a file turned out to be bad.
         rows = self._read_part(np.stack([work.positions, self._stream[work.positions]], axis=1))
         return self._assemble(work.positions, rows)
-
-
-def make_decoder(source: Source, **options: Any) -> Decoder | ArrayDecoder:
-    """What decodes the images of `source`. options: of either."""
-    return (Decoder if source.reading.plain else ArrayDecoder)(**options)
-
-
-class _WholeDecoder(Decoder):
-    """Decodes whole images: per work a list of rasters."""
-
-    def _graph(self, works: Iterable[tuple]) -> tuple:
-        return (self._decoded(works, 0)[0],)
-
-    def _collect(self, outputs: tuple) -> list[Raster]:
-        images = outputs[0]
-        return [Raster.of(np.array(images[row])) for row in range(len(images))]
-
-
-def decoded(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[int, Raster]]:
-    """(number, decoded image) of every sample that can be decoded, as training decodes it."""
-
-    def read_one(index: int) -> tuple | None:
-        try:
-            return index, *opened(source, index, max_pixels)[0]
-        except (BadImage, OSError):  # the loader meets it again, and lists it
-            return None
-
-    def works() -> Iterator[Work]:
-        for first in range(0, len(source), _BATCH):
-            rows = [row for row in readers.map(read_one, range(first, min(first + _BATCH, len(source)))) if row]
-            if rows:
-                sizes = np.array([row[2:] for row in rows], np.int32)
-                windows = np.concatenate([0 * sizes, sizes[:, ::-1]], axis=1)
-                yield Work(np.array([row[0] for row in rows]), sizes[:, 0], [row[1] for row in rows], windows)
-
-    with ThreadPoolExecutor(_READERS) as readers:
-        if not source.reading.plain:
-            for index in range(len(source)):
-                if row := read_one(index):
-                    yield index, row[1]
-            return
-        decoder = _WholeDecoder(crop=1, interpolation="bilinear", flip=False, device="cpu", threads=threads)
-        try:
-            for work, rasters in decode_all(decoder, works(), lambda work, bad: work.without(bad), _BATCH):
-                yield from zip(work.ids.tolist(), rasters)
-        finally:
-            decoder.close()
-
-
-def eval_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    crop: int | Size,
-    resize: int | Size,
-    device: str | torch.device = "cpu",
-    threads: int = 2,
-    interpolation: str = "bilinear",
-    bad_files: str | Path | None = None,
-    max_bad_share: float = 0.01,
-    max_pixels: int = MAX_PIXELS,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every sample once, in order: images (b, crop, crop, C), uint8 or of the source's depth, on `device`, and labels
-    int64 (b,) on the CPU.
-
-    Each image is resized so that it just covers `resize` pixels, a side or height and width, and cropped to the central
-    `crop`, both in one resampling. A source without labels gives sample ids in their place. The other arguments are
-    TrainLoader's. Samples that cannot be decoded are left out, and listed in `bad_files`; more than `max_bad_share` of
-    them raise TooManyBadFiles. Raises StorageTrouble, and ValueError for a crop larger than `resize`.
-    """
-    size, cover = size_of(crop), size_of(resize)
-    if not all(0 < side <= most for side, most in zip(size, cover)):
-        raise ValueError(f"crop: expected 1 to resize = {resize}, got {crop}")
-    bad = BadFiles(len(source), max_bad_share, bad_files)
-    read = _Reader(source, max_pixels, cache_bytes=0)
-    labels = np.arange(len(source)) if source.labels is None else source.labels
-
-    def read_one(index: int) -> tuple | None:
-        try:
-            return index, *read(index)
-        except BadImage as error:
-            bad.add(source.name(index), str(error))
-            return None
-
-    def works() -> Iterator[Work]:
-        reading: deque[list[Future]] = deque()
-        for first in range(0, len(source) + 2 * batch_size, batch_size):
-            last = min(first + batch_size, len(source))
-            reading.append([readers.submit(read_one, index) for index in range(first, last)])
-            if len(reading) > 2:
-                rows = [row for future in reading.popleft() if (row := future.result()) is not None]
-                if rows:
-                    yield _central(rows, size, cover)
-
-    def repair(work: Work, reasons: dict[int, str]) -> Work | None:
-        for row, reason in reasons.items():
-            bad.add(source.name(int(work.ids[row])), reason)
-        return work.without(reasons)
-
-    options: dict[str, Any] = {"interpolation": interpolation, "flip": False, "device": device, "threads": threads}
-    decoder = make_decoder(source, crop=size, **options)
-    with ThreadPoolExecutor(_READERS) as readers:
-        try:
-            for work, images in decode_all(decoder, works(), repair, batch_size):
-                yield hand_over(images), torch.from_numpy(labels[work.ids])
-        finally:
-            decoder.close()
-
-
-def read_images(
-    paths: Iterable[str | Path],
-    *,
-    crop: int | Size,
-    interpolation: str,
-    device: str | torch.device = "cpu",
-    reading: Reading = EIGHT_BITS,
-) -> torch.Tensor:
-    """Image files as (n, crop, crop, C) on `device`: the centre of each, decoded as for training with `reading`.
-
-    Where that reads large files by windows, all windows of each file, row by row. Raises ValueError, which names the
-    file and the reason, where one cannot be used.
-    """
-    reading = replace(reading, where=None)  # the map was of the training's images
-    index = Index(Names.of(os.fspath(path) for path in paths))
-    source = Source("", index if reading.window is None else expand(index, "", reading), reading=reading)
-    try:
-        options: dict[str, Any] = {"crop": crop, "resize": crop, "interpolation": interpolation, "device": device}
-        batches = [images for images, _ in eval_batches(source, batch_size=64, max_bad_share=0, **options)]
-    except TooManyBadFiles as error:
-        raise BadImage(error.last) from None
-    if batches:
-        return torch.cat(batches)
-    return torch.empty(0, *size_of(crop), reading.channels, dtype=getattr(torch, reading.depth), device=device)
-
-
-def _central(rows: list[tuple], crop: Size, cover: Size) -> Work:
-    """Decode the central part of the aspect of `crop` that it is of an image that just covers `cover`."""
-    ids, sizes = np.array([row[0] for row in rows]), np.array([row[2:] for row in rows])
-    tight = (sizes / np.array(cover)).argmin(1)  # the axis along which the image just covers it
-    shares = np.array(crop)[None] / np.array(cover)[:, None]
-    side = sizes[np.arange(len(sizes)), tight][:, None] * shares[tight]
-    part = np.maximum(np.rint(side).astype(np.int32), 1)[:, ::-1]
-    corner = (sizes[:, ::-1] - part) // 2
-    windows = np.concatenate([corner, part], axis=1).astype(np.int32)
-    return Work(ids, ids, [row[1] for row in rows], windows)

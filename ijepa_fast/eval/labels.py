@@ -55,7 +55,7 @@ class Labelled:
 
 
 class Samples(Source):
-    """Some samples of a source as a source for data.dali's loaders; the label of each is its row in the source."""
+    """Some samples of a source as a source for the loaders of data; the label of each is its row in the source."""
 
     def __init__(self, source: Source, rows: np.ndarray):
         super().__init__(source.root, source.index, reading=source.reading)

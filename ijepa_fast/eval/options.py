@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.data import Size, size_of
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.eval.dense import Places, open_places
 from ijepa_fast.eval.features import Encode, network
 from ijepa_fast.eval.knn import KS

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.command import one_sentence, whole
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.labels import Samples
 from ijepa_fast.models.tokenizer import fit_patches, normalised_patches, save_patches

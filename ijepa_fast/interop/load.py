@@ -14,7 +14,7 @@ from torch import nn
 
 from ijepa_fast.data import DEPTHS, Size
 from ijepa_fast.data.arrays import centre
-from ijepa_fast.data.dali import read_images
+from ijepa_fast.data.central import read_images
 from ijepa_fast.data.reading import Raster, depth_of, fit
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.sources import Source
 from ijepa_fast.eval.features import Encode, Standardiser, pool
 from ijepa_fast.eval.knn import nearest

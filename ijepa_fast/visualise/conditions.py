@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.config import Config
 from ijepa_fast.data import Size
-from ijepa_fast.data.dali import eval_batches
+from ijepa_fast.data.central import eval_batches
 from ijepa_fast.data.sources import Source
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.labels import Samples
