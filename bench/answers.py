@@ -26,8 +26,8 @@ NAMES |= {"beit": "BEiT", "cae": "CAE", "lejepa": "LeJEPA"}
 # The runs that are held to MAE's, and what they are.
 HELD = {
     "ijepa": "",
-    AVERAGE: " with MAE's masks, start and optimiser, and an average that begins slowly",
-    STUDENT: " with MAE's frozen encoder as its teacher, and its masks, start and optimiser",
+    AVERAGE: " with MAE's masks, crop, start and optimiser",
+    STUDENT: " with these and MAE's frozen encoder as its teacher, whose own steps are not counted",
 }
 
 
@@ -225,6 +225,12 @@ def _learning(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
 
 
+def facts_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What says where runs are from: their first record, or of older files the whole, which notes no commit."""
+    record = result["records"][0]
+    return record if "commit" in record else result
+
+
 def _learns(folder: Path) -> Iterator[Answer]:
     for path, result in _learning(folder):
         if curves := _curves(result, "ijepa"):
@@ -234,7 +240,7 @@ def _learns(folder: Path) -> Iterator[Answer]:
                 parts.append(f"{probe} {100 * first[0]:.1f} -> {100 * last[0]:.1f} %")
                 better.append(last[0] > first[0] and _differ(first, last))
             yes = "yes" if all(better) else "not beyond the error"
-            yield Answer(f"{yes}: {', '.join(parts)}; {_about_runs(result, curves)}", origin(path, result))
+            yield Answer(f"{yes}: {', '.join(parts)}; {_about_runs(result, curves)}", origin(path, facts_of(result)))
 
 
 def _beside_mae(folder: Path) -> Iterator[Answer]:
@@ -249,7 +255,7 @@ def _beside_mae(folder: Path) -> Iterator[Answer]:
             text = (
                 f"{verdict}{how}: linear {100 * a[0]:.1f} against {100 * b[0]:.1f} %, 20-NN {100 * c[0]:.1f} against "
             )
-            yield Answer(text + f"{100 * d[0]:.1f} %; {_about_runs(result, ours)}", origin(path, result))
+            yield Answer(text + f"{100 * d[0]:.1f} %; {_about_runs(result, ours)}", origin(path, facts_of(result)))
 
 
 def _methods(folder: Path) -> Iterator[Answer]:
@@ -322,7 +328,7 @@ ABSENT = {
     "training on ImageNet": "learning-imagenet*.json",
     "loading by the GPU's decoder": "data-nvidia-*.json",
     "training with the fp8 target": "learning-*fp8*.json",
-    "the options against collapse, by probe": "learning-*options*.json",
+    "the options against collapse, by probe": "*-options*.json",
 }
 
 

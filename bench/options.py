@@ -1,7 +1,7 @@
 """What a step costs with each of I-JEPA's options, beside one without, in one run.
 
     python bench/options.py --model vit_small --batch 128                # on a GPU
-    python bench/options.py --model vit_small --batch 8 --json bench/results/options-cpu.json
+    python bench/options.py --model vit_small --batch 8 --precision bf16 --device cpu
 
 A step with an option and one without take turns, on the same images, and the time of one is divided by that of the
 other beside it: median and quartiles of these ratios. "none" is a step without options beside another, which says what

@@ -108,7 +108,7 @@ def test_a_student_has_an_answer_of_its_own(tmp_path):
     (tmp_path / "learning-x.json").write_text(json.dumps(result))
     average, student = (found.text for found in answer(tmp_path, "than MAE"))
     assert average == "no: linear 40.0 against 50.0 %, 20-NN 30.0 against 40.0 %; 10 steps of 2, 1 seed"
-    assert student.startswith("yes with MAE's frozen encoder as its teacher")
+    assert student.startswith("yes with these and MAE's frozen encoder")
     assert student.endswith("linear 60.0 against 50.0 %, 20-NN 50.0 against 40.0 %; 10 steps of 2, 1 seed")
 
 

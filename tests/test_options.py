@@ -422,37 +422,6 @@ def test_fp8_of_a_teacher_with_a_class_token_is_refused():
         frozen(teacher_of(class_token=True)).use_fp8()
 
 
-def test_the_benchmark_times_every_option(capsys):
-    pytest.importorskip("deepspeed")
-    from bench import options
-
-    chosen = ["position", "sets2", "sets4", "salt"]
-    words = [
-        "--runs",
-        ",".join(chosen),
-        "--crop",
-        "32",
-        "--patch",
-        "8",
-        "--batch",
-        "8",
-        "--device",
-        "cpu",
-        "--rounds",
-        "1",
-    ]
-    words += ["model.arch=null", "model.dim=32", "model.depth=3", "model.heads=2", "mask.min_keep=1"]
-    words += ["model.predictor_dim=16", "model.predictor_depth=1"]
-    assert options.main(words) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[0].removeprefix("| ") for row in rows] == ["option", "none", *chosen]
-    work = {row[0].removeprefix("| "): float(row[3].rstrip(" |")) for row in rows[1:]}
-    assert work["none"] == work["position"] == work["salt"] == 1
-    assert work["sets4"] > work["sets2"] > 1
-    with pytest.raises(SystemExit):
-        options.main(["--runs", "nothing"])
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -99,9 +99,10 @@ class Job:
     def settings(self) -> list[str]:
         """What is changed in its config, but for paths. Raises ValueError for what cannot be."""
         base, count = self.images.config(self.run), self.images.count(self.run)
-        found = settings(self.name, self.preset, count, base, self.images.overrides, self.extra)
-        teacher = self.teacher_folder / "weights.safetensors"
-        return [f"seed={self.seed}", *found, *([f"objective.options.teacher_from={teacher}"] if self.teacher else [])]
+        return [
+            f"seed={self.seed}",
+            *settings(self.name, self.preset, count, base, self.images.overrides, self.extra),
+        ]
 
 
 def done(job: Job, changed: list[str]) -> dict[str, Any] | None:
@@ -126,6 +127,8 @@ def do(job: Job) -> dict[str, Any]:
     paths = [f"data.source={source}", f"probe.train={train}", f"probe.test={test}"]
     overrides = [*paths, f"runs={job.out}", f"name={job.folder.name}", *changed]
     path = configs.find(job.images.config(job.run))
+    if job.teacher:
+        overrides.append(f"objective.options.teacher_from={job.teacher_folder / 'weights.safetensors'}")
     overrides += tokens(load_config(path, overrides), source, job.images.out)
     config = load_config(path, overrides)
     command = [sys.executable, str(ROOT / "ijepa_fast" / "train.py"), "--config", str(path), *overrides]

@@ -319,15 +319,15 @@ def _check_grid(grid: Size) -> None:
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"mask.{name}: expected at least {least}, got {value}")
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"mask.{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def _check_range(name: str, ends: Range, highest: float) -> None:
-    if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= highest:
-        raise ValueError(
-            f"mask.{name}: expected a range [low, high] with 0 < low <= high <= {highest:g}, got {list(ends)}"
-        )
+    numbers = isinstance(ends, (list, tuple)) and all(isinstance(end, (int, float)) for end in ends)
+    if not numbers or len(ends) != 2 or not 0 < ends[0] <= ends[1] <= highest:
+        got = list(ends) if isinstance(ends, tuple) else ends
+        raise ValueError(f"mask.{name}: expected a range [low, high] with 0 < low <= high <= {highest:g}, got {got!r}")
 
 
 def _check_block(kind: str, h: int, w: int, grid: Size) -> None:
