@@ -125,5 +125,20 @@ def test_the_sample_of_output_is_the_measured_run_of_seed_0():
     assert f"/{record['steps']} epoch=" in README
 
 
+def test_what_it_says_of_mae_is_measured():
+    from bench.compare.runs import AVERAGE, STUDENT
+    from bench.compare.tables import by_run, figure_of
+
+    runs = by_run(json.loads((ROOT / "bench" / "results" / "learning-fair.json").read_text())["records"])
+
+    def percent(run):
+        values = [figure_of(record["points"][-1], "class", "linear").value for record in runs[run]]
+        assert len(values) == 3
+        return f"{100 * sum(values) / 3:.1f}"
+
+    said = f"{percent(AVERAGE)} and {percent(STUDENT)} against {percent('mae')} % in a linear probe"
+    assert said in " ".join(README.split())
+
+
 def test_every_ready_configuration_is_named():
     assert [name for name in configs.names() if f"`{name}`" not in README] == []
