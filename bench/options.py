@@ -37,8 +37,9 @@ from ijepa_fast.run.build import build_method
 from ijepa_fast.run.provenance import provenance
 
 NONE = "none"
-# Options that are no part of forward and backward, or other masks: a step with such masks is another step.
-SAME = ("flip", "crop", "mae-optimiser", "falling-average", "small-blocks", "random-masks")
+# Options that are no part of forward and backward, or other masks: a step with such masks is another step; and deeper
+# targets than those of "deep", which are the same pass.
+SAME = ("flip", "crop", "mae-optimiser", "falling-average", "small-blocks", "random-masks", "all-blocks")
 MEASURED = tuple(name for name in OPTIONS if name not in SAME)
 WARM_UP = 2  # rounds that compile
 
