@@ -23,7 +23,7 @@ from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.sweep import fit_head
 from ijepa_fast.interop.load import PretrainedEncoder
 from ijepa_fast.interop.weights import Arch
-from ijepa_fast.models.blocks import init_weights
+from ijepa_fast.models.initial import init_weights
 from ijepa_fast.models.vit import Encoder
 
 ARCH = Arch(image_size=32, patch=8, dim=32, depth=2, heads=2)

@@ -7,7 +7,7 @@ from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.masks.samplers import make_sampler
 from ijepa_fast.methods.ijepa import Options
-from ijepa_fast.models.blocks import init_weights
+from ijepa_fast.models.initial import init_weights
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import Encoder
 from tests.small import from_masks, loss_of, small_ijepa, to

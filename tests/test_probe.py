@@ -21,7 +21,7 @@ from ijepa_fast.eval.labels import open_labelled
 from ijepa_fast.eval.lowshot import FineTuning, draw_share, fine_tune, parameter_groups
 from ijepa_fast.interop.load import PretrainedEncoder, load
 from ijepa_fast.interop.weights import Arch, Weights, save_weights
-from ijepa_fast.models.blocks import init_weights
+from ijepa_fast.models.initial import init_weights
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.provenance import FORMAT
 

@@ -10,8 +10,8 @@ from torch import nn
 from ijepa_fast.config import key
 from ijepa_fast.masks.draw import Draw
 from ijepa_fast.methods.method import Method, Setup
-from ijepa_fast.models.blocks import init_weights
 from ijepa_fast.models.flops import Transformer, Work, linear
+from ijepa_fast.models.initial import init_weights
 from ijepa_fast.models.vit import Encoder
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.linear import score_heads, split
 from ijepa_fast.eval.outputs import Outputs
-from ijepa_fast.models.blocks import init_weights
+from ijepa_fast.models.initial import init_weights
 
 
 @dataclass(frozen=True)

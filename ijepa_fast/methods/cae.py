@@ -27,8 +27,9 @@ from ijepa_fast.masks.blocks import PatchDraw, PatchSampler
 from ijepa_fast.masks.packing import cu_seqlens
 from ijepa_fast.methods.method import Setup, TokenMethod
 from ijepa_fast.models import flops
-from ijepa_fast.models.blocks import EPS, INIT_STD, Block, LayerNorm, Linear, run_blocks
+from ijepa_fast.models.blocks import EPS, Block, LayerNorm, Linear, run_blocks
 from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.initial import INIT_STD
 from ijepa_fast.models.layouts import Dense, keep_branches
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.regressor import Regressor, join

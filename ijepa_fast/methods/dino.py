@@ -20,9 +20,9 @@ from ijepa_fast.data.crops import View
 from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, crops_of
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
-from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
+from ijepa_fast.models.initial import INIT_STD, init_weights
 from ijepa_fast.models.vit import Encoder
 
 STUDENT_TEMPERATURE = 0.1

@@ -26,9 +26,10 @@ from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.crops import LARGE, PUBLISHED, SMALL_SIDE, CropDraw, CropSampler, crops_of
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
-from ijepa_fast.models.blocks import INIT_STD, init_weights, run_blocks
+from ijepa_fast.models.blocks import run_blocks
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Head, HeadSizes
+from ijepa_fast.models.initial import INIT_STD, init_weights
 from ijepa_fast.models.layouts import Dense, Packed, Rows
 from ijepa_fast.models.vit import Encoder
 

@@ -27,10 +27,9 @@ from ijepa_fast.masks.views import directions
 from ijepa_fast.masks.visible import scale_in
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import teacher as teachers
-from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.fp8 import FP8Block
-from ijepa_fast.models.initial import init_xavier
+from ijepa_fast.models.initial import INIT_STD, init_weights, init_xavier
 from ijepa_fast.models.prediction_work import step_saved, step_work
 from ijepa_fast.models.predictor import Predictor
 from ijepa_fast.models.projector import Projector

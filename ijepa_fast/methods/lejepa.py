@@ -24,8 +24,8 @@ from ijepa_fast.masks.crops import crops_of, smaller
 from ijepa_fast.masks.views import ViewDraw, ViewSampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, projector
-from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
+from ijepa_fast.models.initial import INIT_STD, init_weights
 from ijepa_fast.models.projector import Projector
 from ijepa_fast.models.vit import Encoder
 

@@ -25,9 +25,9 @@ from ijepa_fast.masks.packing import MaskDraw, cu_seqlens, pack
 from ijepa_fast.masks.samplers import Masks, make_sampler
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops
-from ijepa_fast.models.blocks import EPS, INIT_STD, Block, LayerNorm, run_blocks
+from ijepa_fast.models.blocks import EPS, Block, LayerNorm, run_blocks
 from ijepa_fast.models.flops import Transformer, Work
-from ijepa_fast.models.initial import init_xavier
+from ijepa_fast.models.initial import INIT_STD, init_xavier
 from ijepa_fast.models.layouts import Dense, Packed, Rows
 from ijepa_fast.models.positions import sincos_2d
 from ijepa_fast.models.vit import Encoder

@@ -24,9 +24,9 @@ from ijepa_fast.masks.anchors import AnchorDraw, AnchorSampler
 from ijepa_fast.masks.crops import PUBLISHED, SMALL_SIDE, crops_of, smaller
 from ijepa_fast.methods.method import Method, Setup
 from ijepa_fast.models import flops, heads
-from ijepa_fast.models.blocks import INIT_STD, init_weights
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead
+from ijepa_fast.models.initial import INIT_STD, init_weights
 from ijepa_fast.models.over_ranks import ranks, summed
 from ijepa_fast.models.vit import Encoder
 

@@ -1,4 +1,4 @@
-"""The transformer block of every network and what it is made of, its initialisation and its compilation.
+"""The transformer block of every network and what it is made of, and its compilation.
 
 Shapes: T packed tokens, U rows used, D width, H heads.
 
@@ -23,7 +23,6 @@ from ijepa_fast.kernels.varlen_attention import dense_attention, varlen_attentio
 from ijepa_fast.models.layouts import Biased, Dense, Sequences
 
 EPS = 1e-6  # of every LayerNorm
-INIT_STD = 0.02
 
 
 class LayerNorm(nn.LayerNorm):
@@ -185,14 +184,3 @@ def compile_blocks(*networks: nn.Module, **options: Any) -> None:
         for module in network.modules():
             if isinstance(module, Block):
                 module.compile(**{"dynamic": True} | options)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Published initialisation: truncated normal .02 for every weight matrix, biases 0, LayerNorm 1 and 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Initialisations that several methods share, besides models.blocks.init_weights."""
+"""Initialisations of networks: the published I-JEPA's, and those that several methods share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,21 @@ import math
 import torch
 from torch import nn
 
-from ijepa_fast.models.blocks import INIT_STD, Block
+from ijepa_fast.models.blocks import Block
 from ijepa_fast.models.vit import Encoder
+
+INIT_STD = 0.02
+
+
+def init_weights(module: nn.Module) -> None:
+    """Published initialisation: truncated normal .02 for every weight matrix, biases 0, LayerNorm 1 and 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def init_cut(module: nn.Module) -> None:
