@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("sklearn")
 
+from ijepa_fast.data import sources
 from ijepa_fast.data.dali import TrainLoader
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.sources import open_source
@@ -73,6 +74,20 @@ def test_a_tar_of_tars_is_read_in_place(tmp_path, images):
     source = open_source(tmp_path / "outer.tar")
     assert held(source) == images
     assert source.classes == ["a", "b"]
+
+
+def test_an_archive_that_several_threads_open_at_once_is_read_by_each(tmp_path, images, monkeypatch):
+    """The cache keeps one of the files they open; the others are held by nobody but their readers."""
+    monkeypatch.setattr(sources, "_open_shard", open_uncached)
+    write_tar(tmp_path / "x.tar", images)
+    assert held(open_source(tmp_path / "x.tar", cache=tmp_path / "cache")) == images
+
+
+def open_uncached(path):
+    return open(path, "rb", buffering=0)
+
+
+open_uncached.cache_clear = lambda: None
 
 
 def test_patterns_with_braces_and_stars(tmp_path, images):

@@ -116,7 +116,9 @@ class TarSource(Source):
         path, size = self.index.shards[self.index.shard[index]], int(self.index.size[index])
         check_size(size)
         try:
-            data = os.pread(_open_shard(path).fileno(), size, int(self.index.start[index]))
+            # Held while it is read: one that the cache did not take, or drops, is closed with its last reference.
+            shard = _open_shard(path)
+            data = os.pread(shard.fileno(), size, int(self.index.start[index]))
         except OSError:
             _open_shard.cache_clear()  # the next try opens the file again: where it was replaced, this one is stale
             raise
