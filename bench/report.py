@@ -11,8 +11,8 @@ Kinds: kernels (bench/run.py's rows, this project's time against the others'), a
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
 --breakdown), data, formats, claims, learning, gains, options, host, parity (of the JSON of the program of that name),
 history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that
-bench/learning.py prints). A file that is not there makes a table which says so, and so does one that was measured in a
-tree with changes: it is refused.
+bench/learning.py prints), ends (of that, what each run ends with). A file that is not there makes a table which says
+so, and so does one that was measured in a tree with changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -258,11 +258,22 @@ def compared(path: Path) -> list[str]:
     from bench.compare.tables import tables
 
     result = load(path)
+    return [_about_runs(result), "", *tables(result).splitlines()]
+
+
+def ends(path: Path) -> list[str]:
+    """Of these tables the one of what each run ends with."""
+    from bench.compare import tables
+
+    result = load(path)
+    return [_about_runs(result), "", *tables.ends(result["records"]).splitlines()]
+
+
+def _about_runs(result: dict) -> str:
     preset, seeds = result["preset"], ", ".join(map(str, result["preset"]["seeds"]))
-    ends = sorted({record["points"][-1]["step"] for record in result["records"]})
-    steps = " to ".join(f"{step:,}" for step in dict.fromkeys((ends[0], ends[-1])))
-    facts = f"{result['device']}; {steps} steps of {preset['batch']} images; seeds {seeds}."
-    return [facts, "", *tables(result).splitlines()]
+    last = sorted({record["points"][-1]["step"] for record in result["records"]})
+    steps = " to ".join(f"{step:,}" for step in dict.fromkeys((last[0], last[-1])))
+    return f"{result['device']}; {steps} steps of {preset['batch']} images; seeds {seeds}."
 
 
 def gains(path: Path) -> list[str]:
@@ -307,6 +318,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "claims": claims,
     "learning": learning,
     "compared": compared,
+    "ends": ends,
     "gains": gains,
     "options": options,
     "data": data,

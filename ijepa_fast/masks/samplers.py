@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from ijepa_fast.config import ConfigError
@@ -319,12 +320,12 @@ def _check_grid(grid: Size) -> None:
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or value < least:
         raise ValueError(f"mask.{name}: expected a whole number of at least {least}, got {value!r}")
 
 
 def _check_range(name: str, ends: Range, highest: float) -> None:
-    numbers = isinstance(ends, (list, tuple)) and all(isinstance(end, (int, float)) for end in ends)
+    numbers = isinstance(ends, (list, tuple)) and all(isinstance(end, Real) for end in ends)
     if not numbers or len(ends) != 2 or not 0 < ends[0] <= ends[1] <= highest:
         got = list(ends) if isinstance(ends, tuple) else ends
         raise ValueError(f"mask.{name}: expected a range [low, high] with 0 < low <= high <= {highest:g}, got {got!r}")
