@@ -104,8 +104,9 @@ def test_every_run_of_every_group_can_be(group):
 
 
 def test_groups_of_the_paper_are_there():
-    assert [len(sweep.runs) for sweep in SWEEPS.values()] == [4, 6, 4, 2, 4, 4, 8, 4, 4, 12]
-    assert GROUPS["noise"][:4] == ("ijepa", "ijepa@noise16", "ijepa@noise32", "ijepa@noise64")
+    assert [len(sweep.runs) for sweep in SWEEPS.values()] == [10, 6, 4, 2, 4, 4, 8, 4, 4, 12]
+    assert GROUPS["noise"][:4] == (AVERAGE, f"{AVERAGE}@noise16", f"{AVERAGE}@noise32", f"{AVERAGE}@noise64")
+    assert GROUPS["masks"][0] == "mae"  # the teacher comes first
     assert set(GROUPS["fair"]) >= {
         "ijepa",
         "salt+xavier+flip+crop",
@@ -120,7 +121,7 @@ def test_groups_of_the_paper_are_there():
     }
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "xavier+deep+flip"])
+@pytest.mark.parametrize("name", [*OPTIONS, "xavier+deep+flip", "xavier+block+pixels"])
 def test_every_option_is_a_run_of_i_jepas(name):
     found = load_config("cifar10", find(name).changes)
     assert found.objective.method == "ijepa"
@@ -155,12 +156,13 @@ def test_a_run_without_a_rate_has_that_of_the_run_it_is_like():
     }
     assert {name: preset.rate(name) for name in expected} == expected
     assert preset.rate("dino") is None
-    assert searched(["targets2", "mae@noise16", "salt@noise16", "64x3", "pixels"]) == [
+    assert searched(["targets2", "mae@noise16", "salt@noise16", "64x3", "pixels", "xavier+targets2"]) == [
         "ijepa",
         "mae",
         "salt",
         "64x3",
         "pixels",
+        "xavier+targets2",
     ]
 
 

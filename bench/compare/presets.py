@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from bench.compare.runs import AVERAGE, STUDENT, find, has_teacher
+from bench.compare.runs import AVERAGE, PIXELS, STUDENTS, find, has_teacher
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.resident import IN_PLACE
 from ijepa_fast.front import check_method_early
@@ -41,7 +41,8 @@ SMALL = ("model.dim=128", "model.depth=4", "model.heads=4", "model.predictor_dim
 # 200 epochs of CIFAR-10, which lies in the GPU's memory, by ViT-T.
 TINY = ("model.arch=vit_tiny", "model.dim=0", "model.depth=0", "model.heads=0", "model.predictor_depth=6")
 IN_MEMORY = ("engine.precision=bf16", f"data.memory={IN_PLACE}")
-RATES = {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4, "ibot": 2.5e-4, STUDENT: 2e-3, AVERAGE: 2e-3}
+RATES = {"ijepa": 5e-4, "mae": 2e-3, "pixels": 5e-4, "ibot": 2.5e-4, AVERAGE: 2e-3, PIXELS: 2e-3}
+RATES |= dict.fromkeys(STUDENTS, 2e-3)
 PRESETS = {
     "cpu": Preset(6000, 32, 8, 4000, (0, 1, 2), SMALL, RATES),
     "gpu": Preset(19_500, 512, 8, 10_000, (0, 1, 2), (*TINY, *IN_MEMORY)),

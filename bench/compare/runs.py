@@ -43,10 +43,7 @@ class Sweep:
 
 MASKS = ("multiblock", "rasterized", "block", "random")
 _ANY_MASK = ("mask.policy=full", "mask.min_keep=null")  # as some strategies leave little context
-RUNS = {
-    "ijepa": Run("cifar10"),
-    "pixels": Run("cifar10", ("objective.options.target=pixels", "objective.options.loss=l2")),
-}
+RUNS = {"ijepa": Run("cifar10")}
 # Every other method by its own config, with patches of the size that the others have.
 PATCH = ("model.patch=4",)
 RUNS |= {name: Run(f"{name}_cifar10", PATCH) for name in METHODS if name not in RUNS}
@@ -59,7 +56,6 @@ ABLATIONS |= {f"targets{n}": (*_BLOCKS, f"mask.targets={n}") for n in (1, 2, 3)}
 ABLATIONS |= {f"scale{a}-{b}": (*_BLOCKS, f"mask.target_scale=[{a},{b}]") for a, b in _SCALES if a != 0.15}
 ABLATIONS |= {f"predictor-depth{n}": (f"model.predictor_depth={n}",) for n in (1, 2, 4, 8)}
 ABLATIONS |= {f"predictor-width{n}": (f"model.predictor_dim={n}",) for n in (48, 96, 192, 384)}
-RUNS |= {name: Run("cifar10", changes, "ijepa", searched=False) for name, changes in ABLATIONS.items()}
 SIZES = {"64x3": (64, 3, 2), "128x4": (128, 4, 4), "192x6": (192, 6, 3), "256x8": (256, 8, 4)}  # width, depth, heads
 RUNS |= {
     name: Run("cifar10", (f"model.dim={dim}", f"model.depth={depth}", f"model.heads={heads}"), "ijepa")
@@ -95,11 +91,26 @@ for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 
         ]
         for weight in _weights
     }
+# All that a name may join by a plus.
+CHANGES = {**ABLATIONS, **OPTIONS, "pixels": ["objective.options.target=pixels", "objective.options.loss=l2"]}
 TEACHER = "mae"  # the run that is the frozen teacher of those with salt
 ALIKE = "xavier+flip+crop"  # I-JEPA with MAE's initialisation and augmentation
 FRAME = f"{ALIKE}+random-masks+mae-optimiser"  # and with MAE's kind of masks and optimiser: all but what is predicted
 STUDENT = f"salt+{FRAME}"
 AVERAGE = f"{FRAME}+all-blocks+falling-average"  # the best found without a teacher
+PIXELS = f"{FRAME}+pixels"  # the same with pixels as targets
+# By name on a plot: I-JEPA's run with each of the paper's mask strategies and with MAE's, and so the student's.
+_MASKS = {name: name for name in MASKS} | {"random, 75 %": "random-masks"}
+_STUDENT_MASKS = {
+    shown: STUDENT if name == "random-masks" else f"salt+{ALIKE}+mae-optimiser+{name}" for shown, name in _MASKS.items()
+}
+STUDENTS = tuple(_STUDENT_MASKS.values())
+
+
+def has_teacher(name: str) -> bool:
+    """Whether the run has a frozen teacher."""
+    return "salt" in name.partition("@")[0].split("+")
+
 
 _SIGMAS, _SHARES = (16, 32, 64), (64, 16, 4)
 
@@ -109,7 +120,7 @@ def _on(name: str, kind: str, values: tuple[int, ...]) -> dict[float | str, str]
 
 
 SWEEPS = {
-    "masks": Sweep("mask strategy", {"I-JEPA": {name: name for name in MASKS}}),
+    "masks": Sweep("mask strategy", {"I-JEPA": _MASKS, "MAE's frozen encoder as teacher": _STUDENT_MASKS}),
     "scale": Sweep(
         "share of the image of a target block",
         {"I-JEPA": {f"{a}-{b}": "multiblock" if a == 0.15 else f"scale{a}-{b}" for a, b in _SCALES}},
@@ -129,7 +140,10 @@ SWEEPS = {
     "tasks": Sweep("method", {"": {name: name for name in ("ijepa", "mae", "dino", "ibot")}}),
     "noise": Sweep(
         "nuisance: standard deviation of the texture, of 255",
-        {name: {0: name} | _on(name, "noise", _SIGMAS) for name in ("ijepa", "mae", "pixels")},
+        {
+            line: {0: name} | _on(name, "noise", _SIGMAS)
+            for line, name in (("I-JEPA", AVERAGE), ("the same on pixels", PIXELS), ("MAE", "mae"))
+        },
     ),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -151,8 +165,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "all": tuple(METHODS),
 }
-GROUPS |= {name: sweep.runs for name, sweep in SWEEPS.items()}
-NAMES = (*RUNS, *OPTIONS, *GROUPS)
+for _name, _sweep in SWEEPS.items():
+    GROUPS[_name] = ((TEACHER,) if any(map(has_teacher, _sweep.runs)) else ()) + _sweep.runs
+NAMES = (*RUNS, *CHANGES, *GROUPS)
 _IMAGES = re.compile(r"(noise|share)[1-9]\d*")
 
 
@@ -163,13 +178,8 @@ def find(name: str) -> Run | None:
         return None
     run, parts = RUNS.get(base), base.split("+")
     if run is None:
-        if not set(parts) <= OPTIONS.keys():
+        if not set(parts) <= CHANGES.keys():
             return None
-        changes = tuple(change for part in parts for change in OPTIONS[part])
-        run = Run(RUNS["ijepa"].config, changes, "ijepa")
+        changes = tuple(change for part in parts for change in CHANGES[part])
+        run = Run(RUNS["ijepa"].config, changes, "ijepa", searched=not set(parts) <= ABLATIONS.keys())
     return replace(run, like=base, searched=False, images=images) if at else run
-
-
-def has_teacher(name: str) -> bool:
-    """Whether the run has a frozen teacher."""
-    return "salt" in name.partition("@")[0].split("+")
