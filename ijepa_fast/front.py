@@ -122,16 +122,20 @@ def _train(config: Config, first: bool) -> int:
         return _interrupted(first)
     import torch
 
+    from ijepa_fast.engine import engine
     from ijepa_fast.run import lock, pulse, stacks
     from ijepa_fast.run.stop import Stopped, follow_launcher
     from ijepa_fast.run.together import sentence
 
     follow_launcher()
     stacks.follow()
+    all_end = False
     try:
         train.train(config)
+        all_end = True
         return 0
     except Stopped as stopped:
+        all_end = True
         if first:
             print(stopped, file=sys.stderr, flush=True)
         return stopped.status
@@ -151,6 +155,7 @@ def _train(config: Config, first: bool) -> int:
     finally:
         pulse.end()
         lock.release()
+        engine.leave(all_end)
 
 
 def _interrupted(first: bool) -> int:

@@ -99,6 +99,16 @@ def start(device: torch.device, timeout: int, store: Any = None) -> tuple[int, i
     return rank, ranks
 
 
+def leave(all_end: bool) -> None:
+    """Give the connections to the other ranks back before this process ends; their threads might abort it later.
+
+    all_end: whether every rank ends now. Where one of several has failed, the others may still wait for it, and it does
+    not wait for them.
+    """
+    if torch.distributed.is_initialized() and (all_end or torch.distributed.get_world_size() == 1):
+        torch.distributed.destroy_process_group()
+
+
 def port_in_use(error: RuntimeError) -> ConfigError | None:
     """What to say of an error that means that another program has the port where the ranks meet; None of others."""
     if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
