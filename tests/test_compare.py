@@ -17,7 +17,7 @@ from PIL import Image
 from bench.compare import plots, tables
 from bench.compare.images import Images, texture
 from bench.compare.presets import PRESETS, Preset, settings
-from bench.compare.runs import AVERAGE, GROUPS, OPTIONS, STUDENT, SWEEPS, find
+from bench.compare.runs import AVERAGE, BASE, GROUPS, OPTIONS, STUDENT, SWEEPS, find
 from bench.compare.search import MOST, search, searched
 from bench.compare.train import Job, halves, work_per_image
 from bench.learning import names_of
@@ -89,7 +89,7 @@ def test_every_run_of_every_group_can_be(group):
         run, more = find(name), ()
         base = run.config
         if group == "tasks":
-            more, base = ("data.crop=64", "model.patch=8"), {"cifar10": "quickstart"}.get(base, base)
+            more, base = ("data.crop=64", "model.patch=8"), {BASE: "quickstart"}.get(base, base)
         config = config_of(name, SHORT, more=more, base=base)
         model = config.model
         assert (config.data.crop // model.patch) == 8
@@ -123,11 +123,11 @@ def test_groups_of_the_paper_are_there():
 
 @pytest.mark.parametrize("name", [*OPTIONS, "xavier+deep+flip", "xavier+block+pixels"])
 def test_every_option_is_a_run_of_i_jepas(name):
-    found = load_config("cifar10", find(name).changes)
+    found = load_config(BASE, find(name).changes)
     assert found.objective.method == "ijepa"
     if "salt" not in name:
         options = build_method(found).options
-        plain = load_config("cifar10")
+        plain = load_config(BASE)
         assert options != build_method(plain).options or (found.data, found.mask, found.optim) != (
             plain.data,
             plain.mask,
@@ -138,7 +138,7 @@ def test_every_option_is_a_run_of_i_jepas(name):
 
 def test_a_run_that_says_how_its_average_moves_keeps_that():
     optim = config_of(AVERAGE, SHORT).optim
-    assert (optim.ema, optim.final_ema, optim.lr) == (0.9995, 0.99, load_config("cifar10").optim.lr)
+    assert (optim.ema, optim.final_ema, optim.lr) == (0.9995, 0.99, load_config(BASE).optim.lr)
     assert PRESETS["cpu"].rate(AVERAGE) == 2e-3
     assert config_of("ijepa", SHORT).optim.final_ema == config_of("xavier", SHORT).optim.ema != 0.9995
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from bench.compare.runs import Run
+from bench.compare.runs import BASE, Run
 from ijepa_fast.config import load_config
 from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.eval.labels import open_labelled
@@ -149,7 +149,7 @@ def open_images(data: str, out: Path) -> Images:
     folders = probe_folders(config)
     assert folders is not None
     overrides = (f"data.crop={config.data.crop}", f"model.patch={config.model.patch}")
-    return Images(Path(folders[0]), Path(folders[1]), out, overrides, {"cifar10": "quickstart"})
+    return Images(Path(folders[0]), Path(folders[1]), out, overrides, {BASE: "quickstart"})
 
 
 def _kind(run: Run) -> tuple[str, int]:

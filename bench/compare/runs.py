@@ -43,7 +43,8 @@ class Sweep:
 
 MASKS = ("multiblock", "rasterized", "block", "random")
 _ANY_MASK = ("mask.policy=full", "mask.min_keep=null")  # as some strategies leave little context
-RUNS = {"ijepa": Run("cifar10")}
+BASE = "published_cifar10"  # the config of I-JEPA's runs, which options change
+RUNS = {"ijepa": Run(BASE)}
 # Every other method by its own config, with patches of the size that the others have.
 PATCH = ("model.patch=4",)
 RUNS |= {name: Run(f"{name}_cifar10", PATCH) for name in METHODS if name not in RUNS}
@@ -58,7 +59,7 @@ ABLATIONS |= {f"predictor-depth{n}": (f"model.predictor_depth={n}",) for n in (1
 ABLATIONS |= {f"predictor-width{n}": (f"model.predictor_dim={n}",) for n in (48, 96, 192, 384)}
 SIZES = {"64x3": (64, 3, 2), "128x4": (128, 4, 4), "192x6": (192, 6, 3), "256x8": (256, 8, 4)}  # width, depth, heads
 RUNS |= {
-    name: Run("cifar10", (f"model.dim={dim}", f"model.depth={depth}", f"model.heads={heads}"), "ijepa")
+    name: Run(BASE, (f"model.dim={dim}", f"model.depth={depth}", f"model.heads={heads}"), "ijepa")
     for name, (dim, depth, heads) in SIZES.items()
 }
 
@@ -148,7 +149,7 @@ SWEEPS = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "options": (TEACHER, "ijepa", *OPTIONS, AVERAGE, STUDENT),
-    "methods": ("ijepa", "mae", "pixels"),
+    "methods": (TEACHER, "ijepa", "pixels", AVERAGE, STUDENT),
     "fair": (
         TEACHER,
         "ijepa",
@@ -181,5 +182,5 @@ def find(name: str) -> Run | None:
         if not set(parts) <= CHANGES.keys():
             return None
         changes = tuple(change for part in parts for change in CHANGES[part])
-        run = Run(RUNS["ijepa"].config, changes, "ijepa", searched=not set(parts) <= ABLATIONS.keys())
+        run = Run(BASE, changes, "ijepa", searched=not set(parts) <= ABLATIONS.keys())
     return replace(run, like=base, searched=False, images=images) if at else run
