@@ -83,14 +83,14 @@ def train(config: Config) -> None:
     data = identity(source)
     machines.same_data(data, config.data.source)
     lock.hold(config.folder)
-    machines.same_folder(config.folder, met)
-    last = choose(config.folder, config.resume)
-    config, precision = with_precision(config, last, device, rank)
-    engine = build_engine(config, method, device, ranks)
     try:
+        machines.same_folder(config.folder, met)
+        last = choose(config.folder, config.resume)
+        config, precision = with_precision(config, last, device, rank)
+        engine = build_engine(config, method, device, ranks)
         step, images, changed = resume(config, last, engine, data, rank)
         kept = kept_values(config, method, source, device, rank, ranks)
-    except ValueError:
+    except (ValueError, OSError):
         if rank == 0:
             lock.leave(config.folder)
         raise
@@ -154,9 +154,8 @@ def train(config: Config) -> None:
             if signal and step < total:
                 saver.wait()
                 raise Stopped(signal, step)
-    if rank == 0:
-        finish(config, method, source, labelled, device, began, precision)
-    torch.distributed.barrier()
+    pulse.at(step, "evaluating" if rank == 0 else "waiting for rank 0")
+    machines.alone(met, partial(finish, config, method, source, labelled, device, began, precision))
 
 
 def prepare(

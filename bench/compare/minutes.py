@@ -28,11 +28,11 @@ def steps_in(minutes: float, name: str, preset: Preset, images: Images, extra: l
     assert run is not None
     if has_teacher(name):
         raise ConfigError(f"--minutes: {name} has a teacher that is not there when steps are timed; give --steps")
-    kept = images.out / f"{name}-steps.json"
-    if kept.is_file() and (found := json.loads(kept.read_text()))["minutes"] == minutes:
-        return found["steps"]
     path = configs.find(images.config(run))
     given = settings(name, preset, images.count(run), images.config(run), images.overrides, extra)
+    kept, timed = images.out / f"{name}-steps.json", {"minutes": minutes, "settings": given}
+    if kept.is_file() and (found := json.loads(kept.read_text())).items() >= timed.items():
+        return found["steps"]
     config = load_config(path, [*given, *tokens(load_config(path, given), images.of(run)[0], images.out)])
     device = choose_device(config.engine.device)
     method, precision = build_method(config), choose_precision(config.engine.precision, device).name
@@ -52,5 +52,5 @@ def steps_in(minutes: float, name: str, preset: Preset, images: Images, extra: l
     seconds = (time.perf_counter() - start) / TIMED * (1 + OTHER_SHARE)
     steps = max(preset.probes, round(60 * minutes / seconds))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"minutes": minutes, "steps": steps, "seconds_per_step": seconds}))
+    kept.write_text(json.dumps(timed | {"steps": steps, "seconds_per_step": seconds}))
     return steps

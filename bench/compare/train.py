@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,13 +20,14 @@ from bench.compare.images import Images
 from bench.compare.presets import Preset, settings
 from bench.compare.runs import TEACHER, Run, find, has_teacher
 from ijepa_fast import configs
-from ijepa_fast.config import Config, ConfigError, load_config
+from ijepa_fast.config import Config, ConfigError, flatten, load_config
 from ijepa_fast.engine.engine import choose_device
 from ijepa_fast.eval.evaluate import Options, evaluate
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.figures import Figure, against
 from ijepa_fast.eval.labels import Labelled
 from ijepa_fast.eval.tokens import main as fit_tokenizer
+from ijepa_fast.files import publish
 from ijepa_fast.interop.load import load
 from ijepa_fast.report.plots import read_log
 from ijepa_fast.report.summary import train_seconds
@@ -111,7 +113,8 @@ def done(job: Job, changed: list[str]) -> dict[str, Any] | None:
     if not kept.is_file():
         return None
     record = json.loads(kept.read_text())
-    if record["settings"] == changed and record.get("ends") == list(job.ends) and record.get("version") == FORMAT:
+    expected = {"settings": changed, "config_digest": digest(job), "ends": list(job.ends), "version": FORMAT}
+    if record.items() >= expected.items():
         return record
     raise ConfigError(f"{job.folder} holds a run with other settings or of an earlier version; give another --out")
 
@@ -140,11 +143,18 @@ def do(job: Job) -> dict[str, Any]:
             f"{job.name}, seed {job.seed}: the trainer failed, see above; the same command goes on from there"
         )
     record = record_of(job, config, changed, (str(train), str(test)))
-    (job.folder / "learning.json").write_text(json.dumps(record, indent=1))
     checkpoints = sorted((job.folder / "checkpoints").glob("step-*"))
     shutil.copy(checkpoints[-1] / "weights.safetensors", job.folder)  # what a run with a teacher reads
+    with publish(job.folder / "learning.json") as draft:  # last: with it the run is done
+        draft.write_text(json.dumps(record, indent=1))
     shutil.rmtree(job.folder / "checkpoints")
     return record
+
+
+def digest(job: Job) -> str:
+    """Of what the run's config says before anything is changed in it."""
+    says = json.dumps(flatten(load_config(configs.find(job.images.config(job.run)))), sort_keys=True, default=str)
+    return hashlib.sha256(says.encode()).hexdigest()[:12]
 
 
 def record_of(job: Job, config: Config, changed: list[str], folders: tuple[str, str]) -> dict[str, Any]:
@@ -174,6 +184,7 @@ def record_of(job: Job, config: Config, changed: list[str], folders: tuple[str, 
         "run": job.name,
         "seed": job.seed,
         "config": f"{job.images.config(job.run)}.yaml",
+        "config_digest": digest(job),
         "settings": changed,
         "ends": list(job.ends),
         "lr": config.optim.lr,

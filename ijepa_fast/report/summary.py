@@ -16,6 +16,7 @@ from ijepa_fast.data.sources import Source
 from ijepa_fast.engine.precision import Precision
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import Figure, against, figures_of, headline, table, verdict
+from ijepa_fast.interop.load import load
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
@@ -133,7 +134,10 @@ def _evaluate(config: Config, method: Method, labelled: Evaluated, device: torch
         print(f"figures before training are left out: {error}", file=sys.stderr)
     else:
         before = evaluate(first, *labelled)
-    return against(evaluate(encode_with(method), *labelled), before)
+    # At ZeRO 3 the other ranks, which are not here, hold parts of a network; its last checkpoint is whole.
+    whole = config.engine.zero < 3 or "encoder" in method.averaged
+    after = encode_with(method) if whole else load(config.folder, device=device)
+    return against(evaluate(after, *labelled), before)
 
 
 def _board(folder: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -131,7 +132,15 @@ def write(
             state |= {"config": dict(settings), "data": data, "files": files}
             (draft / "state.json").write_text(seal(state))
             stack.close()  # flushed and renamed
-            prune(folder, keep, keep_every)
+
+        def tidy() -> None:
+            try:
+                prune(folder, keep, keep_every)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{final} is written, but an older checkpoint cannot be removed: {error}; see that it can be, and "
+                    f"start the same command again"
+                ) from None
 
         def mended(work: Callable[[], T]) -> Callable[[], T]:
             return lambda: _said(work, folder, final, taken.size)
@@ -140,6 +149,7 @@ def write(
         written = together(mended(lambda: _write_fragments(draft, taken)), group)
         files = {name: known for ranks in written for name, known in ranks.items()}
         on_first(mended(finish), group)
+        on_first(tidy, group)
     return final
 
 
@@ -445,8 +455,14 @@ class _Reader:
                 flat[f.offset + first - f.start : f.offset + last - f.start] = piece.to(flat.device)
 
     def read(self, name: str, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        pieces = sorted(self._index[name, key])
-        return torch.cat([self._files[number].get_tensor(entry) for *_, number, entry in pieces]).view(shape)
+        pieces = sorted(self._index.get((name, key), []))
+        held = [self._files[number].get_tensor(entry) for *_, number, entry in pieces]
+        if sum(map(len, held)) != math.prod(shape):
+            raise CheckpointError(
+                f"{self._folder}: {name} ({key}) has {sum(map(len, held))} elements there, {math.prod(shape)} here; is "
+                f"it of another version, or a rank's file gone?"
+            )
+        return torch.cat(held).view(shape)
 
     def _covering(self, name: str, key: str, start: int, stop: int) -> list[tuple[int, int, int, str]]:
         return [piece for piece in self._index.get((name, key), []) if piece[0] < stop and piece[1] > start]

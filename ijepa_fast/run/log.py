@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -162,7 +163,8 @@ class RunLog:
         if log.wandb:
             import wandb
 
-            self._wandb = wandb.init(project=log.wandb, name=name, dir=folder, config=settings, resume="allow")
+            known = {"id": _wandb_id(folder / "wandb_id", step), "resume": "allow"}
+            self._wandb = wandb.init(project=log.wandb, name=name, dir=folder, config=settings, **known)
         self._others = [make(folder, name, settings) for make in functions("log.loggers", log.loggers)]
 
     def advance(self) -> None:
@@ -281,3 +283,10 @@ def _numbers(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield prefix + key, value
+
+
+def _wandb_id(path: Path, step: int) -> str:
+    """What W&B knows the run by: a run that goes on from `step` keeps the one in the file `path`."""
+    if not (step and path.is_file()):
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 import torch
 
 import ijepa_fast
+from ijepa_fast import kernels
 from ijepa_fast.config import Config, ConfigError, flatten
 from ijepa_fast.engine import engine
 from ijepa_fast.run import pulse
-from ijepa_fast.run.together import together
+from ijepa_fast.run.together import on_first, together
 
 T = TypeVar("T")
 EVERY = 0.2  # seconds between two looks into the store
@@ -107,6 +108,31 @@ def alike(prepare: Callable[[], T]) -> T:
     return made[0]
 
 
+def alone(met: Met, work: Callable[[], Any]) -> None:
+    """Do `work` on rank 0, however long it takes; where it raises ValueError or OSError, all ranks do.
+
+    The others do not wait in a group of processes, whose limit is that of a step.
+    """
+    error: Exception | None = None
+    if met.rank == 0:
+        try:
+            work()
+        except (ValueError, OSError) as found:
+            error = found
+        finally:
+            if met.store is not None:
+                met.store.set("alone", "done")
+    else:
+        while not met.store.check(["alone"]):
+            time.sleep(EVERY)
+
+    def tell() -> None:
+        if error is not None:
+            raise error
+
+    on_first(tell)
+
+
 def same_data(data: dict[str, Any] | None, source: str) -> None:
     """Raise NotAlike on all ranks where one of them has other training images. data: as run.sources.identity."""
     found = together(lambda: data)
@@ -181,10 +207,11 @@ def _same(config: Config | None, device: str) -> dict[str, Any]:
 
 
 def _digest() -> str:
-    """A short digest of the package's Python files."""
-    package, digest = Path(ijepa_fast.__file__).parent, hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """A short digest of the package's Python files, and of the kernels', which a checkout has beside it."""
+    digest = hashlib.sha256()
+    for folder in dict.fromkeys([str(Path(ijepa_fast.__file__).parent), *kernels.__path__]):
+        for path in sorted(Path(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 

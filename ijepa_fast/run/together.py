@@ -50,7 +50,8 @@ def sentence(error: Exception) -> str | None:
     """
     rank = os.environ.get("RANK", "0")
     name = pulse.name(int(rank))
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    lost = several and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     if isinstance(error, RuntimeError) and not lost:
         return None
     alike = isinstance(error, ValueError) and not torch.distributed.is_initialized()  # all of a machine read the same

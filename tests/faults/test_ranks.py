@@ -5,12 +5,19 @@ import signal
 import time
 
 import pytest
-
-from tests.faults.run import LONG, logged, saved, wait_for
-from tests.launch import finish, losses, run, start
+import torch
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("nvidia.dali")
+
+from ijepa_fast.config import load_config
+from ijepa_fast.eval.evaluate import evaluate
+from ijepa_fast.eval.figures import figures_of
+from ijepa_fast.interop.load import load
+from ijepa_fast.report.summary import read_summary
+from ijepa_fast.run.sources import evaluation, probe_folders
+from tests.faults.run import LONG, logged, saved, wait_for
+from tests.launch import finish, losses, run, start
 
 END = ("optim.steps=60", "optim.epochs=9", "log.checkpoint_every=5")
 
@@ -154,3 +161,51 @@ def test_a_rank_that_does_not_start_is_said(tmp_path):
     assert statuses == [1]
     assert "error: waited in vain for all 2 ranks to start: rank 1 has not come (rank 0 of " in errors
     assert "Traceback" not in errors
+
+
+SLOW_END = """
+import time
+from ijepa_fast import train
+from ijepa_fast.run import machines
+
+finish = train.finish
+
+def late(*given):
+    time.sleep(14)
+    return finish(*given)
+
+train.finish = late
+"""
+
+
+@pytest.mark.multi_rank
+def test_the_end_on_rank_0_may_take_longer_than_a_step(tmp_path):
+    """And at ZeRO 3, where a network is in parts on both ranks, it evaluates the whole one."""
+    probed = ("data.source=scenes", "probe.enabled=true", "probe.test=null", "probe.images=40", "model.dim=192")
+    options = (*probed, "model.heads=3", "optim.steps=2", "engine.zero=3", "engine.timeout=8", "mask.min_keep=null")
+    statuses, errors = finish(start(tmp_path, *options, ranks=2, config="mae_cifar10", first=SLOW_END))
+    assert statuses == [0, 0], errors
+    folder = tmp_path / "mae_cifar10"
+    found = {figure.key: figure.value for figure in figures_of(read_summary(folder))}
+    config = load_config(folder / "config.yaml")
+    again = evaluate(load(folder), *evaluation(config, probe_folders(config), torch.device("cpu")))
+    assert {figure.key: figure.value for figure in again} == found
+    assert len(found) > 2
+
+
+FAILS_AT_THE_END = """
+from ijepa_fast import train
+
+def fails(*given):
+    raise OSError(28, "No space left on device", "summary.json")
+
+train.finish = fails
+"""
+
+
+@pytest.mark.multi_rank
+def test_an_error_at_the_end_is_said_once(tmp_path):
+    statuses, errors = finish(start(tmp_path, "optim.steps=1", ranks=2, first=FAILS_AT_THE_END))
+    assert statuses == [1, 1]
+    assert errors.count("No space left on device") == 1
+    assert "lost" not in errors
