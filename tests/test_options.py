@@ -6,11 +6,14 @@ import torch.nn.functional as F
 
 from ijepa_fast import kernels
 from ijepa_fast.config import ConfigError, Data, Mask, Model, load_config
+from ijepa_fast.kernels.common import over_ranks
+from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.masks.packing import pack
 from ijepa_fast.methods.ijepa import IJEPA, Options
 from ijepa_fast.methods.method import Setup
-from ijepa_fast.models import over_ranks, regulariser, target_norm
+from ijepa_fast.models import regulariser, target_norm
 from ijepa_fast.models.projector import Projector
+from ijepa_fast.models.regulariser import Regulariser
 from ijepa_fast.models.target_norm import TargetNorm, sums_by_place
 from ijepa_fast.models.teacher import fingerprint
 from ijepa_fast.models.vit import Encoder
@@ -150,6 +153,28 @@ def test_pooling_is_the_mean_of_each_context():
     features = torch.randn(len(draw.union_index), 32)
     rows = F.layer_norm(features, (32,))[draw.prediction_rows.long()].view(draw.targets, BATCH, -1, 32)
     torch.testing.assert_close(regulariser.pooled_targets(features, draw), rows.transpose(0, 1).flatten(1, 2).mean(1))
+
+
+def test_what_the_context_sees_is_no_target_of_the_pooled_features():
+    plain, model = (small_ijepa(options=Options(regulariser="vicreg", visible_weight=w)) for w in (0, 0.5))
+    draw, seen = plain.draw(BATCH, 0, 0), model.draw(BATCH, 0, 0)
+    features = torch.randn(BATCH, 64, 32)
+    rows = [features.flatten(0, 1)[of.union_index.long()] for of in (draw, seen)]
+    assert len(rows[1]) > len(rows[0])
+    pooled = [regulariser.pooled_targets(x, of) for x, of in zip(rows, (draw, seen))]
+    torch.testing.assert_close(pooled[0], pooled[1])
+
+
+def test_mask_sets_are_views_of_the_images_and_not_more_of_them():
+    """SIGReg grows with the number of its samples; its weight means the same with more contexts of each image."""
+    model = small_ijepa(options=Options(regulariser="sigreg", mask_sets=2))
+    draw = model.draw(BATCH, 0, 0)
+    context, term = torch.randn(len(draw.context_index), 32), Regulariser("sigreg", weight=1.0)
+    total, _ = term(context, torch.empty(0), draw, None)
+    pooled = regulariser.pooled_context(context, draw)
+    of_each = [sigreg(part, draw.directions) for part in pooled.split(BATCH)]
+    assert len(of_each) == draw.sequences // BATCH > 1
+    torch.testing.assert_close(total, torch.stack(of_each).mean())
 
 
 @pytest.mark.parametrize("kind", ["vicreg", "sigreg"])

@@ -22,12 +22,12 @@ from ijepa_fast.engine.partitions import LAYOUTS, Sharded
 from ijepa_fast.engine.update import GraphStep
 from ijepa_fast.kernels.common.dispatch import choice
 from ijepa_fast.kernels.common.memory import keep_freed_memory
+from ijepa_fast.kernels.common.over_ranks import ranks
 from ijepa_fast.kernels.varlen_attention import measure_dense_attention
 from ijepa_fast.kernels.varlen_attention.dense import FASTEST
 from ijepa_fast.methods.method import Method
 from ijepa_fast.models.blocks import compile_blocks
 from ijepa_fast.models.fp8 import seconds_of
-from ijepa_fast.models.over_ranks import ranks
 
 # Buckets are allocated in every step, and on a CPU there is nobody to send them to.
 CPU_BUCKET = 8_000_000

@@ -20,6 +20,7 @@ from torch import nn
 from ijepa_fast.config import ConfigError, key
 from ijepa_fast.data import crop_of
 from ijepa_fast.data.crops import View
+from ijepa_fast.kernels.common.over_ranks import ranks, summed
 from ijepa_fast.masks.anchors import AnchorDraw, AnchorSampler
 from ijepa_fast.masks.crops import PUBLISHED, SMALL_SIDE, crops_of, smaller
 from ijepa_fast.methods.method import Method, Setup
@@ -27,7 +28,6 @@ from ijepa_fast.models import flops, heads
 from ijepa_fast.models.flops import Transformer, Work
 from ijepa_fast.models.heads import Directions, HeadSizes, Moments, NormedHead
 from ijepa_fast.models.initial import INIT_STD, init_weights
-from ijepa_fast.models.over_ranks import ranks, summed
 from ijepa_fast.models.vit import Encoder
 
 RUNNING_MOMENTUM = 0.1  # of batch norm's running statistics, which nothing here reads

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.kernels.common.over_ranks import ranks, summed
 from ijepa_fast.models import flops
 from ijepa_fast.models.blocks import Linear, LinearGELU
-from ijepa_fast.models.over_ranks import ranks, summed
 
 BATCH_EPS = 1e-5  # beside a variance of batch norm
 Moments = tuple[torch.Tensor, torch.Tensor]

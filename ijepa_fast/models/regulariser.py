@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_fast.kernels.common.over_ranks import gathered
 from ijepa_fast.kernels.sigreg import sigreg
 from ijepa_fast.masks.packing import MaskDraw
 from ijepa_fast.models import flops
-from ijepa_fast.models.over_ranks import gathered
 from ijepa_fast.models.projector import work as projector_work
 from ijepa_fast.models.target_norm import predicted
 
@@ -42,7 +42,9 @@ class Regulariser:
         pooled = projected(pooled_context(context, draw))
         if self.kind == "sigreg":
             assert draw.directions is not None
-            terms = {"sigreg": sigreg(pooled, draw.directions)}
+            # Contexts of one image are no independent samples: each set of contexts is a view of the images.
+            views = pooled.view(-1, draw.images, pooled.shape[1])
+            terms = {"sigreg": sigreg(views, draw.directions)}
             total = terms["sigreg"]
         else:
             with torch.no_grad():
@@ -70,7 +72,7 @@ def pooled_targets(features: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
 
     Published readings take the mean over all patches; those that are no target are not computed here.
     """
-    counts = predicted(draw)[:, None]
+    counts = predicted(draw, visible=False)[:, None]
     normal = F.layer_norm(features.float(), features.shape[1:]) * counts
     both = torch.segment_reduce(torch.cat([normal, counts], 1), "sum", lengths=draw.union_lengths, unsafe=True)
     return (both[:, :-1] / both[:, -1:]).repeat(draw.sequences // draw.images, 1)

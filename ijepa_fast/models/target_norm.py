@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 
+from ijepa_fast.kernels.common.over_ranks import summed
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.models.over_ranks import summed
 
 EPS = 1e-4  # beside a variance, of features whose size is about 1
 NORMS = ("token", "position", "position_token", "batch", "none")
 
 
-def predicted(draw: MaskDraw) -> torch.Tensor:
-    """(U,) fp32: how many predictions are compared with each row of the union; 0 of rows that are padding."""
+def predicted(draw: MaskDraw, visible: bool = True) -> torch.Tensor:
+    """(U,) fp32: how many predictions are compared with each row of the union; 0 of rows that are padding.
+
+    visible: whether those of tokens that the context sees count too.
+    """
     counts = torch.zeros(len(draw.union_index), device=draw.union_index.device)
     counts.index_add_(0, draw.prediction_rows, torch.ones_like(draw.prediction_rows, dtype=torch.float32))
-    if draw.visible_targets is not None and draw.visible_weights is not None:
+    if visible and draw.visible_targets is not None and draw.visible_weights is not None:
         counts.index_add_(0, draw.visible_targets, (draw.visible_weights > 0).float())
     return counts
 

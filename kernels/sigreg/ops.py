@@ -7,6 +7,7 @@ import torch
 from ijepa_fast.kernels.common.checks import check_tensor
 from ijepa_fast.kernels.common.dispatch import choice, runs_triton
 from ijepa_fast.kernels.common.library import register
+from ijepa_fast.kernels.common.over_ranks import ranks, summed
 from ijepa_fast.kernels.sigreg import cpu, reference
 
 
@@ -33,9 +34,9 @@ def sigreg(embeddings: torch.Tensor, directions: torch.Tensor, t_max: float = 3.
         embeddings = embeddings[None]
     check_tensor("sigreg", "embeddings", embeddings, (None, None, None))
     check_tensor("sigreg", "directions", directions, (embeddings.shape[2], None), device=embeddings.device)
-    if embeddings.shape[0] == 0 or embeddings.shape[1] * _ranks() < 2:
+    if embeddings.shape[0] == 0 or embeddings.shape[1] * ranks() < 2:
         raise ValueError(
-            f"sigreg: embeddings: expected at least 2 samples, got shape {tuple(embeddings.shape)} on {_ranks()} ranks"
+            f"sigreg: embeddings: expected at least 2 samples, got shape {tuple(embeddings.shape)} on {ranks()} ranks"
         )
     if directions.numel() == 0:
         raise ValueError(f"sigreg: directions: expected at least one, got shape {tuple(directions.shape)}")
@@ -44,7 +45,7 @@ def sigreg(embeddings: torch.Tensor, directions: torch.Tensor, t_max: float = 3.
     if not t_max > 0:
         raise ValueError(f"sigreg: t_max: expected more than 0, got {t_max}")
     triton = runs_triton("sigreg", embeddings)
-    if choice("sigreg") == "reference" and _ranks() == 1:
+    if choice("sigreg") == "reference":
         return reference.sigreg(embeddings, directions.detach(), t_max, points)
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     x = embeddings.to(dtype) @ directions.detach().to(dtype)
@@ -62,13 +63,13 @@ class _SIGReg(torch.autograd.Function):
     def forward(ctx, x, t_max, points, implementation):
         views, samples, count = x.shape
         step = t_max / (points - 1)
-        sums = _over_ranks(IMPLEMENTATIONS[implementation].sigreg_sums(x, step, points))
-        samples = samples * _ranks()
+        sums = summed(IMPLEMENTATIONS[implementation].sigreg_sums(x, step, points))
+        samples = samples * ranks()
         t, phi, weights = (values.to(x.dtype)[:, None, None] for values in reference.knots(t_max, points, x.device))
         cos, sin = sums / samples
         cos = cos - phi
         # d value / dx, apart from the angles; times the ranks, over which gradients are averaged.
-        slope = 2 * weights * t * (_ranks() / (views * count))
+        slope = 2 * weights * t * (ranks() / (views * count))
         ctx.save_for_backward(x, torch.stack([slope * sin, -slope * cos]))
         ctx.step, ctx.implementation = step, implementation
         return samples * (weights * (cos.square() + sin.square())).sum(0).mean()
@@ -77,17 +78,6 @@ class _SIGReg(torch.autograd.Function):
     def backward(ctx, upstream):
         x, factors = ctx.saved_tensors
         return IMPLEMENTATIONS[ctx.implementation].sigreg_bwd(x, factors * upstream, ctx.step), None, None, None
-
-
-def _ranks() -> int:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
-
-
-def _over_ranks(sums: torch.Tensor) -> torch.Tensor:
-    if _ranks() > 1:
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 register(

@@ -3,6 +3,8 @@
 x = embeddings @ directions                       N samples seen along K directions
 value = mean over views and directions of  N sum over knots t of  w(t) ((mean cos(t x) - phi(t))^2 + (mean sin(t x))^2)
 
+Samples of several ranks are one set: sums over them are sums over all ranks.
+
 phi(t) = exp(-t^2 / 2) is the characteristic function of a standard Gaussian, the means are over the N samples, and w is
 phi times the weights of the trapezoidal rule on [0, t_max], doubled, as the integrand is even.
 """
@@ -10,6 +12,8 @@ phi times the weights of the trapezoidal rule on [0, t_max], doubled, as the int
 from __future__ import annotations
 
 import torch
+
+from ijepa_fast.kernels.common.over_ranks import ranks, summed
 
 
 def knots(t_max: float, points: int, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
@@ -28,5 +32,6 @@ def sigreg(embeddings: torch.Tensor, directions: torch.Tensor, t_max: float = 3.
     x = embeddings.to(dtype) @ directions.to(dtype)
     t, phi, weights = (values.to(dtype) for values in knots(t_max, points, x.device))
     angles = x[..., None] * t  # (V, N, K, T): here alone, and small enough to be read
-    apart = (angles.cos().mean(1) - phi).square() + angles.sin().mean(1).square()
-    return x.shape[1] * (apart @ weights).mean()
+    samples = x.shape[1] * ranks()
+    cos, sin = summed(torch.stack([angles.cos().sum(1), angles.sin().sum(1)])) / samples
+    return samples * (((cos - phi).square() + sin.square()) @ weights).mean()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.kernels.sigreg import ops, reference, sigreg
+from ijepa_fast.kernels.sigreg import reference, sigreg
 from tests import oracle
 from tests.launch import ROOT
 
@@ -85,20 +85,6 @@ def test_the_published_statistic(variant):
     for ours, name in ((slices, "per_slice"), (value, "value"), (gradient, "grad")):
         golden = get[f"v{variant}/{name}"]
         assert (ours - golden).abs().max() <= 1e-5 * golden.abs().max(), name
-
-
-def test_ranks_hold_parts_of_one_set(monkeypatch):
-    """Two ranks of half the samples each: the value of the whole, and gradients that average to its own."""
-    embeddings, directions = make(2, 10, 5, 7)
-    whole, (expected,) = oracle.differentiate(sigreg_of(directions), (embeddings,), (torch.ones(()),))
-    parts = embeddings.chunk(2, dim=1)
-    sums = [ops.IMPLEMENTATIONS["cpu"].sigreg_sums(part @ directions, 3 / 16, 17) for part in parts]
-    monkeypatch.setattr(ops, "_ranks", lambda: 2)
-    monkeypatch.setattr(ops, "_over_ranks", lambda own: sums[0] + sums[1])
-    for place, part in enumerate(parts):
-        value, (gradient,) = oracle.differentiate(sigreg_of(directions), (part,), (torch.ones(()),))
-        torch.testing.assert_close(value, whole)
-        torch.testing.assert_close(gradient / 2, expected.chunk(2, dim=1)[place])
 
 
 def sigreg_of(directions):
