@@ -85,8 +85,8 @@ def test_a_gain_within_the_error_is_no_gain(tmp_path):
     def learned(first, last, other):
         figure = lambda probe, value: {"task": "class", "probe": probe, "metric": "accuracy", "value": value, "n": 1000}  # noqa: E731
         point = lambda value: {"figures": [figure("linear", value), figure("20-NN", value)]}  # noqa: E731
-        records = [{"run": "ijepa", "points": [point(first), point(last)]}]
-        records += [{"run": "mae", "points": [point(first), point(other)]}]
+        records = [{"run": "ijepa", "seed": 0, "points": [point(first), point(last)]}]
+        records += [{"run": "mae", "seed": 0, "points": [point(first), point(other)]}]
         preset = {"steps": 10, "batch": 2}
         result = {"device": "a CPU", "preset": preset, "records": records}
         (tmp_path / "learning-x.json").write_text(json.dumps(result))
@@ -103,13 +103,43 @@ def test_a_student_has_an_answer_of_its_own(tmp_path):
     records = []
     for run, (linear, knn) in ends.items():
         figures = [figure | {"probe": "linear", "value": linear}, figure | {"probe": "20-NN", "value": knn}]
-        records.append({"run": run, "points": [{"figures": figures}]})
+        records.append({"run": run, "seed": 0, "points": [{"figures": figures}]})
     result = {"device": "a CPU", "preset": {"steps": 10, "batch": 2}, "records": records}
     (tmp_path / "learning-x.json").write_text(json.dumps(result))
     average, student = (found.text for found in answer(tmp_path, "than MAE"))
     assert average == "no: linear 40.0 against 50.0 %, 20-NN 30.0 against 40.0 %; 10 steps of 2, 1 seed"
-    assert student.startswith("yes with these and MAE's frozen encoder")
+    assert student.startswith("yes, with MAE's masks, crop, initialisation and optimiser and a trained MAE")
     assert student.endswith("linear 60.0 against 50.0 %, 20-NN 50.0 against 40.0 %; 10 steps of 2, 1 seed")
+
+
+def test_three_seeds_are_held_against_each_other_and_fewer_against_their_images():
+    def ends(*values):
+        return {seed: (value, 1000) for seed, value in enumerate(values)}
+
+    # The images of one seed leave an error of 2.2 points, by whatever number of seeds.
+    assert not answers._differ(ends(0.50), ends(0.54))
+    assert not answers._differ(ends(0.50, 0.50), ends(0.54, 0.54))
+    assert answers._differ(ends(0.50, 0.50), ends(0.55, 0.55))
+    # By seed all three differ by a point, or by none in the mean.
+    assert answers._differ(ends(0.40, 0.50, 0.60), ends(0.411, 0.510, 0.609))
+    assert not answers._differ(ends(0.40, 0.50, 0.60), ends(0.45, 0.50, 0.55))
+    assert not answers._differ(ends(0.40, 0.50, 0.60), dict(zip((1, 2, 3), ends(0.41, 0.51, 0.61).values())))
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [(0.35, "yes; linear"), (0.39, "not beyond the error: multiblock is first, then block"), (0.5, "no; linear")],
+)
+def test_masks_are_the_best_where_the_next_ones_differ(tmp_path, block, told):
+    ends = {"multiblock": 0.4, "block": block, "rasterized": 0.3, "random": 0.2}
+    figure = {"task": "class", "probe": "linear", "metric": "accuracy", "n": 4000}
+    records = [
+        {"run": run, "seed": 0, "points": [{"figures": [figure | {"value": value}]}]} for run, value in ends.items()
+    ]
+    result = {"device": "a CPU", "preset": {"steps": 10, "batch": 2}, "records": records}
+    (tmp_path / "learning-x.json").write_text(json.dumps(result))
+    (found,) = answer(tmp_path, "multi-block masks the best")
+    assert found.text.startswith(told)
 
 
 def test_the_repositorys_files_answer_most_questions():
