@@ -36,7 +36,7 @@ def load(
 
         encoder = ijepa_fast.load("runs/quickstart")
         images = encoder.read(["a.jpg", "b.jpg"])    # uint8 (2, 64, 64, 3); or your own, of side encoder.crop
-        features = encoder(images)                   # fp32 (2, 64, 192): images, patches, width
+        features = encoder(images)                   # fp32 (2, 64, 128): images, patches, width
 
     Args:
         path: a run's folder (its newest checkpoint), a checkpoint's folder or its weights.safetensors, an exported
