@@ -1,8 +1,10 @@
 """What the comparison is made of: runs and their settings, images, the search, tables and plots."""
 
 import io
+import json
 import math
 import re
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -415,6 +417,21 @@ def test_a_plot_is_drawn_of_a_group_that_is_whole(tmp_path):
         assert not plots.ends(runs[2:], sweep, tmp_path / "part.png")
     plots.curves(runs, tmp_path / "curves.png")
     assert not (tmp_path / "part.png").exists()
+
+
+def test_what_the_page_says_of_the_leads_over_mae_is_measured():
+    """The table of docs/learning.md: mean of the differences by seed, and its standard error over the seeds."""
+    page = (ROOT / "docs" / "learning.md").read_text()
+    runs = tables.by_run(json.loads((ROOT / "bench" / "results" / "learning-fair.json").read_text())["records"])
+    for words, run in (("the student", STUDENT), ("no teacher", AVERAGE)):
+        cells = []
+        for probe in ("linear", "20-NN", "attentive", "1 % low-shot"):
+            a, b = ([tables.value(r["points"][-1], "class", probe) for r in runs[name]] for name in (run, "mae"))
+            leads = [100 * (mine - theirs) for mine, theirs in zip(a, b)]
+            assert len(leads) == 3
+            assert run != STUDENT or min(leads) > 0
+            cells.append(f"{statistics.mean(leads):+.1f} ± {statistics.stdev(leads) / 3**0.5:.1f}")
+        assert f"| {words} | {' | '.join(cells)} |" in page
 
 
 def test_the_documents_name_runs_that_there_are():
