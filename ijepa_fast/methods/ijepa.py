@@ -81,7 +81,7 @@ class Options:
 class IJEPA(Method[MaskDraw]):
     """Context encoder, predictor and, outside the module tree, the target encoder.
 
-    Every weight matrix is truncated normal .02, but for the patch embedding, whose standard deviation is
+    Unless init is xavier, weight matrices are truncated normal .02, and the patch embedding's standard deviation is
     `model.patch_std`: what a patch adds to its position grows with it and with the root of its number of values; the
     published one was chosen for patches of 14 and 16 pixels, and at 4 leaves the targets little but their positions.
     """
@@ -278,7 +278,7 @@ class IJEPA(Method[MaskDraw]):
         return patches if draw.channels is None else hide_channels(patches, draw.channels, self.encoder.patch)
 
     def targets(self, patches: torch.Tensor, draw: MaskDraw) -> torch.Tensor:
-        """What is to be predicted, (U, D), in the order of `draw.union_index`, before the affine-free LayerNorm."""
+        """What is to be predicted, (U, D), in the order of `draw.union_index`, before the target norm."""
         if self.options.target == "pixels":
             return patches[draw.union_index, : self.setup.values]
         features = draw.features
