@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from ijepa_fast.config import ConfigError, flatten, load_config, present
 from ijepa_fast.engine.engine import Engine, choose_device, fp8_gains, has_fp8, start, wants_graphs
+from ijepa_fast.interop.weights import checkpoints
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.build import build_method, micro_batch
 from tests.emulated_graphs import EmulatedRecorder
@@ -115,7 +116,7 @@ def test_a_run_goes_on_with_graphs_and_without_from_the_same_checkpoint(tmp_path
     steps(engine, method, config, first=2)
     assert_same(states(engine, method), expected)
     # Into graphs that are captured already, and into a fresh engine.
-    (saved,) = checkpoint.checkpoints(tmp_path)
+    (saved,) = checkpoints(tmp_path)
     for loaded, its_method in ((engine, method), engine_of(config, EmulatedRecorder()), engine_of(config)):
         assert checkpoint.load(saved, loaded, flat, None)[0] == 2
         steps(loaded, its_method, config, first=2)

@@ -48,7 +48,7 @@ def tensors_of(folder, step):
 
 @pytest.mark.slow
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("kind", some(["all", "random", "salt"], "all"))
+@pytest.mark.parametrize("kind", some(["all", "random", "salt"], "all", "salt"))
 def test_stages_and_ranks_give_one_trajectory(tmp_path, teacher, kind):
     folders = [
         run(
@@ -59,7 +59,7 @@ def test_stages_and_ranks_give_one_trajectory(tmp_path, teacher, kind):
             "optim.steps=3",
             ranks=ranks,
         )
-        for ranks, zero in ((1, 1), (2, 0), (2, 3))
+        for ranks, zero in ((1, 1), (2, 0), (2, 2), (2, 3))
     ]
     expected = losses(folders[0])
     weights = [read(folder).networks["encoder"] for folder in folders]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ijepa_fast.data.reading import Raster, depth_of, fit
 from ijepa_fast.interop.huggingface import from_hf
 from ijepa_fast.interop.reference import load_reference
 from ijepa_fast.interop.timm import from_timm
-from ijepa_fast.interop.weights import Arch, Weights, load_state, load_weights, read_json, with_image_size
+from ijepa_fast.interop.weights import Arch, Weights, checkpoints, load_state, load_weights, read_json, with_image_size
 from ijepa_fast.models.vit import Encoder
 
 KINDS = "a run's folder, a checkpoint's, a Hugging Face or timm folder, a .safetensors file, or a published .pth.tar"
@@ -67,8 +66,8 @@ def load(
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint under the run's `folder`, or None where there is none."""
-    found = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    found = checkpoints(folder)
+    return found[-1] if found else None
 
 
 def read(path: str | Path, heads: int | None = None) -> Weights:

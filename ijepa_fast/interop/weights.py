@@ -9,6 +9,7 @@ have.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -410,3 +411,14 @@ def load_state(module: nn.Module, state: State, name: str = "encoder") -> None:
     if fixed is not None:
         fixed.copy_(state.pop(position_key(name))[0])
     module.load_state_dict(state)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of the run in `folder`, oldest first: step-00000500, and nothing of another name."""
+    named = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    return sorted((path for path in named if path.name == f"step-{step_of(path):08d}" and path.is_dir()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))

@@ -304,5 +304,7 @@ class Encoder(nn.Module):
 
 def mean_of_normal(outputs: list[torch.Tensor]) -> torch.Tensor:
     """The mean of outputs (U, D), each normalised without gain and shift."""
-    normal = [F.layer_norm(output.float(), output.shape[1:]) for output in outputs]
-    return torch.stack(normal).mean(0).to(outputs[0].dtype)
+    total = torch.zeros_like(outputs[0], dtype=torch.float32)
+    for output in outputs:  # one at a time, as the mean of all blocks of a large encoder would need much memory at once
+        total += F.layer_norm(output.float(), output.shape[1:])
+    return (total / len(outputs)).to(outputs[0].dtype)

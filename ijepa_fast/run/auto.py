@@ -20,8 +20,9 @@ import numpy as np
 from ijepa_fast.config import AUTO, Config, check, select, update
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.sources import Source
+from ijepa_fast.interop.weights import checkpoints
 from ijepa_fast.run.build import SYNTHETIC_IMAGES
-from ijepa_fast.run.checkpoint import CheckpointError, checkpoints, read_state
+from ijepa_fast.run.checkpoint import CheckpointError, read_state
 
 PUBLISHED_RATE, PUBLISHED_BATCH = 1e-3, 2048
 LARGEST_CROP = {True: 224, False: 128}  # pixels, with and without a GPU

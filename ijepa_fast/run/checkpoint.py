@@ -34,12 +34,7 @@ from ijepa_fast.engine.optim import STATES
 from ijepa_fast.engine.partitions import Partition
 from ijepa_fast.files import draft_of, publish
 from ijepa_fast.interop.tensors import write_tensors
-from ijepa_fast.interop.weights import (
-    Arch,
-    header,
-    position_key,
-    today,
-)
+from ijepa_fast.interop.weights import Arch, checkpoints, header, position_key, step_of, today
 from ijepa_fast.models.vit import Encoder
 from ijepa_fast.run.digests import is_sealed, seal
 from ijepa_fast.run.together import on_first, together
@@ -170,17 +165,6 @@ def _said(work: Callable[[], T], folder: Path, final: Path, needed: int) -> T:
             f"{final} cannot be written{by}: {why} ({needed:,} bytes needed, {free}); earlier checkpoints are "
             f"intact: {'make room there' if full else 'see that it can be written'}, and start the same command again"
         ) from None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of the run in `folder`, oldest first: step-00000500, and nothing of another name."""
-    named = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
-    return sorted((path for path in named if path.name == f"step-{step_of(path):08d}" and path.is_dir()), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step-"))
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ijepa_fast.run.checkpoint import CheckpointError, Damaged, checkpoints, clear, read_state, step_of
+from ijepa_fast.interop.weights import checkpoints, step_of
+from ijepa_fast.run.checkpoint import CheckpointError, Damaged, clear, read_state
 from ijepa_fast.run.digests import damage
 from ijepa_fast.run.together import on_first, together
 

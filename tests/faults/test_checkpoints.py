@@ -18,8 +18,9 @@ pytest.importorskip("nvidia.dali")
 from safetensors.torch import load_file
 
 from ijepa_fast.interop.tensors import write_tensors
+from ijepa_fast.interop.weights import checkpoints
 from ijepa_fast.run import checkpoint
-from ijepa_fast.run.checkpoint import CheckpointError, Damaged, checkpoints, clear, prune, read_state
+from ijepa_fast.run.checkpoint import CheckpointError, Damaged, clear, prune, read_state
 from ijepa_fast.run.digests import damage, is_sealed, seal
 
 STEPS = ("optim.epochs=9", "log.checkpoint_every=2", "log.keep=9")
