@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.masks.crops import Grid
-from ijepa_fast.masks.draw import Draw
+from ijepa_fast.masks.draw import Draw, chances, generators
 from ijepa_fast.masks.packing import cu_seqlens
 
 
@@ -91,9 +91,5 @@ class AnchorSampler:
         kept = np.sort(np.random.default_rng([seed, step]).permutation(math.prod(self.grid))[: self.keeps])
         by_sequence = None
         if self.depth:
-            chance = np.empty((self.depth, 2, self.large + self.small, images), dtype=np.float32)
-            for image in range(images):
-                rng = np.random.default_rng([seed, step, first + image])
-                chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
-            by_sequence = chance.reshape(self.depth, 2, -1)
+            by_sequence = chances(generators(images, seed, step, first), self.depth, self.large + self.small)
         return lay_out(images, kept, self.large, self.small, self.grid, self.small_grid, by_sequence)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ijepa_fast.masks.draw import Draw
+from ijepa_fast.masks.draw import Draw, chances, generators, int32
 
 ASPECT = (0.3, 1 / 0.3)  # of a block, height over width
 
@@ -79,19 +79,15 @@ def lay_out(mask: np.ndarray, chance: np.ndarray | None = None, passes: int = 1)
         images=images,
         patches=patches,
         mask=torch.from_numpy(mask.reshape(-1)),
-        patch_index=_int32(image * patches + place),
-        index=_int32(image * (1 + patches) + 1 + place),
+        patch_index=int32(image * patches + place),
+        index=int32(image * (1 + patches) + 1 + place),
         lengths=torch.from_numpy(lengths.astype(np.int64)),
-        padded=_int32(padded.reshape(-1)),
+        padded=int32(padded.reshape(-1)),
         places=torch.from_numpy(places.reshape(-1)),
         kept=kept,
         chance=None if chance is None else torch.from_numpy(chance),
         passes=passes,
     )
-
-
-def _int32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -107,12 +103,9 @@ class PatchSampler:
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> PatchDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        masks, chance = [], np.empty((self.depth, 2, images), dtype=np.float32)
-        for image in range(images):
-            rng = np.random.default_rng([seed, step, first + image])
-            masks.append(self.mask(rng))
-            chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
-        return lay_out(np.stack(masks), chance, self.passes)
+        own = generators(images, seed, step, first)
+        masks = np.stack([self.mask(rng) for rng in own])
+        return lay_out(masks, chances(own, self.depth), self.passes)
 
 
 def squares(rng: np.random.Generator, grid: tuple[int, int], square: int, share: float) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from ijepa_fast.data import Size, crop_of
 from ijepa_fast.data.crops import View
 from ijepa_fast.masks.blocks import fill
-from ijepa_fast.masks.draw import Draw
+from ijepa_fast.masks.draw import Draw, chances, generators, int32
 from ijepa_fast.masks.packing import cu_seqlens
 
 LARGE = 2  # large crops per image
@@ -95,19 +95,15 @@ def lay_out(
         mask=torch.from_numpy(mask.reshape(-1)),
         cu_seqlens=cu_seqlens(lengths),
         max_seqlen=int(lengths.max()),
-        used=_int32(used),
+        used=int32(used),
         used_cu_seqlens=cu_seqlens(used_lengths),
         used_max_seqlen=int(used_lengths.max()),
-        class_rows=_int32(np.cumsum(used_lengths) - used_lengths),
-        patch_rows=_int32(patch_rows),
-        teacher_rows=_int32(used[patch_rows]),
+        class_rows=int32(np.cumsum(used_lengths) - used_lengths),
+        patch_rows=int32(patch_rows),
+        teacher_rows=int32(used[patch_rows]),
         patch_weight=torch.from_numpy(np.repeat(1 / (np.maximum(counts, 1) * crops), counts).astype(np.float32)),
         chance=None if chance is None else torch.from_numpy(chance),
     )
-
-
-def _int32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -130,14 +126,13 @@ class CropSampler:
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> CropDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
         mask = np.zeros((LARGE, images, math.prod(self.grid)), dtype=bool)
-        chance = np.empty((self.depth, 2, LARGE + self.small, images), dtype=np.float32)
-        for image in range(images):
-            rng = np.random.default_rng([seed, step, first + image])
-            if self.masked:
+        own = generators(images, seed, step, first)
+        if self.masked:
+            for image, rng in enumerate(own):
                 mask[:, image] = draw_masks(rng, LARGE, self.grid)
-            chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
+        by_sequence = chances(own, self.depth, LARGE + self.small)
         temperature = teacher_temperature(step, self.warmup_steps, self.temperatures)
-        frozen, by_sequence = step < self.frozen_steps, chance.reshape(self.depth, 2, -1)
+        frozen = step < self.frozen_steps
         return lay_out(mask, self.grid, self.small, smaller(self.grid), temperature, frozen, by_sequence)
 
 

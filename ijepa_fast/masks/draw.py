@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 ALIGNMENT = 16  # bytes
@@ -90,3 +91,22 @@ class Draw:
 def _room(tensor: torch.Tensor) -> int:
     """Bytes from one tensor's first to the next one's, so that all are aligned."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def generators(images: int, seed: int, step: int, first: int) -> list[np.random.Generator]:
+    """Of each image its own, by the image's place in the step: the first has the place `first`."""
+    return [np.random.default_rng([seed, step, first + image]) for image in range(images)]
+
+
+def chances(own: list[np.random.Generator], depth: int, sequences: int = 1) -> np.ndarray:
+    """What decides whether a block's branch is dropped: uniform, (blocks, 2, sequences x B) fp32.
+
+    own: the generator of each image.
+    """
+    drawn = [rng.random((depth, 2, sequences), dtype=np.float32) for rng in own]
+    return np.stack(drawn, axis=-1).reshape(depth, 2, -1)
+
+
+def int32(values: np.ndarray) -> torch.Tensor:
+    """What kernels index with."""
+    return torch.from_numpy(values.astype(np.int32))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.kernels.mask_sampler import random_subset
-from ijepa_fast.masks.draw import VARIES, Draw
+from ijepa_fast.masks.draw import VARIES, Draw, int32
 from ijepa_fast.masks.samplers import Masks
 from ijepa_fast.masks.visible import visible_tokens
 
@@ -266,17 +266,17 @@ def assemble(
         sets=sets,
         context_tokens=tokens,
         context_index=torch.from_numpy(context_rows),
-        context_places=_int32(context_rows % patches),
+        context_places=int32(context_rows % patches),
         context_cu_seqlens=cu_seqlens(np.concatenate([lengths.ravel(), padding])),
         context_max_seqlen=longest,
         target_index=torch.from_numpy(target_rows),
         dense_cu_seqlens=cu_seqlens(np.full(images, patches)),
-        union_index=_int32(union_rows),
-        union_places=_int32(union_rows % patches),
-        union_lengths=_int32(union_lengths),
+        union_index=int32(union_rows),
+        union_places=int32(union_rows % patches),
+        union_lengths=int32(union_lengths),
         union_cu_seqlens=cu_seqlens(union_lengths),
         union_max_seqlen=union_longest if bits is None else min(_round_up(union_longest, LENGTHS), patches),
-        prediction_rows=_int32(predictions.reshape(-1)),
+        prediction_rows=int32(predictions.reshape(-1)),
         predictor_cu_seqlens=cu_seqlens(np.tile(np.concatenate([lengths.ravel() + size, padding]), targets)),
         predictor_max_seqlen=longest + size,
         predictor_query_cu_seqlens=cu_seqlens(np.tile(queries, targets)),
@@ -309,7 +309,3 @@ def _widen(in_union: np.ndarray, bits: int) -> None:
     others = np.flatnonzero(~in_union)
     missing = min(bucket_of(size, bits) - size, len(others))
     in_union[others[np.arange(missing) * len(others) // max(missing, 1)]] = True
-
-
-def _int32(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))

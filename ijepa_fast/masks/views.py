@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.masks.crops import Grid
-from ijepa_fast.masks.draw import Draw
+from ijepa_fast.masks.draw import Draw, chances, generators
 from ijepa_fast.masks.packing import cu_seqlens
 
 _DIRECTIONS = 1 << 40  # beside a seed and a step: no image has this place
@@ -73,12 +73,8 @@ class ViewSampler:
 
     def __call__(self, images: int, seed: int, step: int, first: int = 0) -> ViewDraw:
         """The images that have the places `first` to `first + images` among all of the step."""
-        views = self.views + self.small
-        chance = np.empty((self.depth, 2, views, images), dtype=np.float32)
-        for image in range(images):
-            rng = np.random.default_rng([seed, step, first + image])
-            chance[..., image] = rng.random(chance.shape[:-1], dtype=np.float32)
         large, small = (1 + math.prod(grid) for grid in (self.grid, self.small_grid))
+        by_sequence = chances(generators(images, seed, step, first), self.depth, self.views + self.small)
         return ViewDraw(
             images=images,
             views=self.views,
@@ -88,5 +84,5 @@ class ViewSampler:
             cu_seqlens=cu_seqlens(np.repeat([large, small], [self.views * images, self.small * images])),
             max_seqlen=large,
             directions=directions(self.width, self.slices, seed, step),
-            chance=torch.from_numpy(chance.reshape(self.depth, 2, -1)),
+            chance=torch.from_numpy(by_sequence),
         )
