@@ -11,8 +11,8 @@ Kinds: kernels (bench/run.py's rows, this project's time against the others'), a
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
 --breakdown), data, formats, claims, learning, gains, options, host, parity (of the JSON of the program of that name),
 history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that
-bench/learning.py prints), ends (of that, what each run ends with). A file that is not there makes a table which says
-so, and so does one that was measured in a tree with changes: it is refused.
+bench/learning.py prints), worth (of that, how far each run ends above I-JEPA's). A file that is not there makes a table
+which says so, and so does one that was measured in a tree with changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -261,12 +261,12 @@ def compared(path: Path) -> list[str]:
     return [_about_runs(result), "", *tables(result).splitlines()]
 
 
-def ends(path: Path) -> list[str]:
-    """Of these tables the one of what each run ends with."""
+def worth(path: Path) -> list[str]:
+    """What each run ends with, and how far above I-JEPA's as it is."""
     from bench.compare import tables
 
     result = load(path)
-    return [_about_runs(result), "", *tables.ends(result["records"]).splitlines()]
+    return [_about_runs(result), "", *tables.worth(result["records"], "ijepa").splitlines()]
 
 
 def _about_runs(result: dict) -> str:
@@ -318,7 +318,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "claims": claims,
     "learning": learning,
     "compared": compared,
-    "ends": ends,
+    "worth": worth,
     "gains": gains,
     "options": options,
     "data": data,

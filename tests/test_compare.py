@@ -409,6 +409,15 @@ def test_labels_stand_side_by_side():
     assert "search" not in words
 
 
+def test_a_run_is_worth_what_it_ends_above_another_of_its_seed():
+    ends_of = {"ijepa": (0.5, 0.4), "xavier": (0.6, 0.48), "crop": (0.4,)}
+    runs = [record(run, [(0, 0.1), (200, end)], seed) for run, ends in ends_of.items() for seed, end in enumerate(ends)]
+    found = {row[0]: row[1:5] for row in rows(tables.worth(runs, "ijepa"))}
+    assert found["ijepa"][2:] == ["45.0%", ""]
+    assert found["xavier"][2:] == ["54.0%", "+9.0 ± 1.0"]
+    assert found["crop"][2:] == ["40.0%", "-10.0"]
+
+
 def test_a_plot_is_drawn_of_a_group_that_is_whole(tmp_path):
     for name, sweep in SWEEPS.items():
         runs = [record(run, [(0, 0.1), (200, 0.5)], seed) for run in sweep.runs for seed in (0, 1)]

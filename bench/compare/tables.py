@@ -86,6 +86,29 @@ def ends(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def lead(runs: list[Record], others: list[Record], task: str, probe: str) -> tuple[float, float | None]:
+    """How far runs end above others of the same seeds: the mean, and its standard error over seeds, None of one."""
+    theirs = {record["seed"]: value(record["points"][-1], task, probe) for record in others}
+    leads = [value(record["points"][-1], task, probe) - theirs[record["seed"]] for record in runs]
+    error = float(np.std(leads, ddof=1)) / len(leads) ** 0.5 if len(leads) > 1 else None
+    return float(np.mean(leads)), error
+
+
+def worth(records: list[Record], base: str) -> str:
+    """What each run ends with, of one label, and how far above the run `base` by seed, with the error over seeds."""
+    runs, shown = by_run(records), panels(records)
+    lines = _head(["run", "seeds", "learning rate", *(c for title in shown.values() for c in (title, f"over {base}"))])
+    for name, of in runs.items():
+        cells = [name, str(len(of)), f"{rate(of[0]):.3g}"]
+        for task, probe in shown:
+            mean, error = lead(of, runs[base], task, probe)
+            cells.append(f"{np.mean([value(record['points'][-1], task, probe) for record in of]):.1%}")
+            behind = "" if error is None else f" ± {100 * error:.1f}"
+            cells.append("" if name == base else f"{100 * mean:+.1f}{behind}")
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
 def gain(figures: list[Figure]) -> tuple[float, float | None]:
     """The mean gain of several seeds over their untrained encoders, and its standard error, None where unknown.
 
