@@ -118,3 +118,29 @@ def teacher_faults(teacher: str, path: str | None, cache: str | None, crops: int
         f"teacher_cache={cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or more, or "
         f"teacher_cache=null": cache is not None and not crops,
     }
+
+
+def check_targets(options: Any, depth: int, crops: int = 0) -> None:
+    """ConfigError for options of I-JEPA that exclude each other. depth: `model.depth`. crops: of an image.
+
+    Blocks of a frozen teacher are counted when it is there.
+    """
+    o, pixels = options, options.target == "pixels"
+    alone, idle = o.regulariser == "none", not o.visible_weight
+    wrong = {
+        f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.teacher != "frozen"
+        and o.target_layers > depth,
+        f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
+        and o.target_layers > 1,
+        f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels
+        and o.teacher != "ema",
+        "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
+        and o.regulariser == "vicreg",
+        f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
+        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
+        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
+        and o.regulariser_weight is not None,
+    } | teacher_faults(o.teacher, o.teacher_from, o.teacher_cache, crops)
+    for words, holds in wrong.items():
+        if holds:
+            raise ConfigError("objective.options." + words)

@@ -283,6 +283,7 @@ class Engine:
         self.optimizer.refresh_copies()
         self.layout.publish()
         self._gather()
+        self.method.resumed()
 
     def _gather(self) -> None:
         """Bring the EMA into the averages, and tell the method, which may keep something made from them."""

@@ -53,8 +53,9 @@ class GraphStep:
         self.graphs = Graphs(method, [parts[name] for name in names], 1 / accumulation, say, recorder)
         self._done = 0  # micro-batches of this step
         self._apply = Repeated(self._update, self.graphs)
-        # Without fp8 there is nothing to do, and no graph of that.
-        self._refresh = Repeated(method.average_changed, self.graphs) if fp8 else method.average_changed
+        # Without fp8 weights of an average there is nothing to do, and no graph of that.
+        refreshed = fp8 and method.averaged
+        self._refresh = Repeated(method.average_changed, self.graphs) if refreshed else method.average_changed
         self._updates = [(i, *update) for i, room in enumerate(self.rooms) for update in room.updates]
 
     def backward(self, images: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijepa_fast.agree import check_samples, teacher_faults
+from ijepa_fast.agree import check_samples, check_targets
 from ijepa_fast.config import ConfigError, check_width, key
 from ijepa_fast.kernels.target_loss import target_loss
 from ijepa_fast.masks.channels import hide_channels, seen_channels
@@ -94,7 +94,7 @@ class IJEPA(Method[MaskDraw]):
     def check(cls, options: Any, setup: Setup) -> None:
         """The predictor has the encoder's heads, the options go together, and the masks fit the grid."""
         check_width("predictor_dim", setup.model)
-        check_options(options, setup.model.depth, setup.data.crops_per_image)
+        check_targets(options, setup.model.depth, setup.data.crops_per_image)
         check_samples(setup.micro_batch, options.regulariser)
         mask, patches = asdict(setup.mask), setup.grid[0] * setup.grid[1]
         if setup.mask.budget is not None and setup.mask.budget > patches:
@@ -159,8 +159,9 @@ class IJEPA(Method[MaskDraw]):
         return self.options.target_layers or len(self.target_encoder.blocks)
 
     def give(self, name: str, encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take the frozen teacher; see Method. Raises ConfigError for another grid, width or normalisation."""
-        teachers.check_teacher(self.options.teacher_from, encoder, (mean, std), self.encoder, self.setup.data)
+        """Take the frozen teacher; see Method. Raises ConfigError for one whose features are no targets here."""
+        path, layers = self.options.teacher_from, self.options.target_layers
+        teachers.check_teacher(path, encoder, (mean, std), self.encoder, self.setup.data, layers)
         encoder.readout = "patches"
         self.frozen[name] = encoder
         self.know_teacher()
@@ -172,8 +173,16 @@ class IJEPA(Method[MaskDraw]):
 
     def know_teacher(self) -> None:
         """Note the frozen teacher's weights, by which a resume knows them again."""
-        self.given = teachers.fingerprint(self.frozen["teacher"])
+        teacher = self.frozen["teacher"]
+        self.given, self.former = teachers.fingerprint(teacher), teachers.former_fingerprint(teacher)
         self.carried["teacher"].fill_(self.given)
+
+    def resumed(self) -> None:
+        """Raise ConfigError for another frozen teacher than the run was begun with."""
+        if self.frozen:
+            known, begun = (self.given, self.former), int(self.carried["teacher"])
+            teachers.check_same(self.options.teacher_from, known, begun)
+            self.carried["teacher"].fill_(self.given)
 
     def keep(self, images: torch.Tensor) -> torch.Tensor:
         """The targets of all patches of `images`, (B, N, D), before their norm."""
@@ -208,11 +217,10 @@ class IJEPA(Method[MaskDraw]):
         return max((self.draw(draw.images, 0, step) for step in range(TRIED)), key=self.saved_values)
 
     def average_changed(self) -> None:
-        """Called whenever the target encoder's weights were written, and after a resume."""
-        if self.frozen:
-            teachers.check_same(self.options.teacher_from, self.given, int(self.carried["teacher"]))
-        for block in self.fp8_blocks or ():
-            block.refresh()
+        """Called whenever the target encoder's weights were written; those of a frozen one never are."""
+        if self.averaged:
+            for block in self.fp8_blocks or ():
+                block.refresh()
 
     def draw(self, images: int, seed: int, step: int, first: int = 0, batch: int | None = None) -> MaskDraw:
         """The masks of a micro-batch, packed. Those are drawn, too, that a policy compares its contexts with."""
@@ -325,25 +333,3 @@ class IJEPA(Method[MaskDraw]):
         """Values that a step keeps for its backward pass: context encoder, predictor, loss."""
         visible = self.options.visible_weight > 0
         return step_saved(*self.sizes, draw, self.setup.values, recompute=self.setup.model.recompute, visible=visible)
-
-
-def check_options(options: Options, depth: int, crops: int = 0) -> None:
-    """ConfigError for options that exclude each other."""
-    o, pixels = options, options.target == "pixels"
-    alone, idle = o.regulariser == "none", not o.visible_weight
-    wrong = {
-        f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.target_layers > depth,
-        f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
-        and o.target_layers > 1,
-        f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels
-        and o.teacher != "ema",
-        "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
-        and o.regulariser == "vicreg",
-        f"visible_epochs={o.visible_epochs}: it leads to visible_weight, which is 0": o.visible_epochs and idle,
-        "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
-        f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
-        and o.regulariser_weight is not None,
-    } | teacher_faults(o.teacher, o.teacher_from, o.teacher_cache, crops)
-    for words, holds in wrong.items():
-        if holds:
-            raise ConfigError("objective.options." + words)

@@ -168,6 +168,12 @@ class Method(nn.Module, Generic[D]):
     def average_changed(self) -> None:
         """Called whenever the weights of `averaged` were written."""
 
+    def resumed(self) -> None:
+        """Called when a checkpoint, or the weights of `init`, were written into the networks and `carried`.
+
+        Raises ConfigError where `frozen` has become another.
+        """
+
     # What all methods share.
 
     @property

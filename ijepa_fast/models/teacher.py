@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -13,13 +15,23 @@ from ijepa_fast.models.vit import Encoder, mean_of_normal
 
 
 def check_teacher(
-    path: str | None, teacher: Encoder, normalisation: tuple[Sequence[float], ...], student: Encoder, data: Data
+    path: str | None,
+    teacher: Encoder,
+    normalisation: tuple[Sequence[float], ...],
+    student: Encoder,
+    data: Data,
+    layers: int = 0,
 ) -> None:
     """ConfigError unless the teacher's features can be the student's targets, patch by patch.
 
-    path: where it is from. normalisation: mean and std of the images it was trained on.
+    path: where it is from. normalisation: mean and std of the images it was trained on. layers: `target_layers`.
     """
     prefix = f"objective.options.teacher_from: {path}"
+    channels = len(normalisation[0])
+    if channels != data.channels:
+        raise ConfigError(
+            f"{prefix}: expected a teacher of images of data.channels={data.channels} channels, got one of {channels}"
+        )
     if (teacher.grid, teacher.patch) != (student.grid, student.patch):
         grids = [f"{e.grid[0]} x {e.grid[1]} patches of {e.patch} pixels" for e in (student, teacher)]
         raise ConfigError(f"{prefix}: expected {grids[0]}, as data.crop and model.patch say, got {grids[1]}")
@@ -29,22 +41,35 @@ def check_teacher(
         own = getattr(data, name)
         if len(own) != len(theirs) or any(abs(a - b) > 1e-4 for a, b in zip(own, theirs)):
             raise ConfigError(f"{prefix}: expected data.{name}={list(own)}, as this run has, got {list(theirs)}")
+    if layers > len(teacher.blocks):
+        raise ConfigError(
+            f"objective.options.target_layers={layers}: expected at most the {len(teacher.blocks)} blocks of the "
+            f"teacher {path}"
+        )
 
 
 def fingerprint(encoder: Encoder) -> int:
-    """A number that other weights do not have, but for one chance in 2^32: of the bits of all parameters."""
+    """The first 61 bits of the SHA-256 of all parameters and position tables, as fp32: a carried int64 holds them."""
+    digest = hashlib.sha256()
+    for tensor in chain(encoder.parameters(), encoder.buffers()):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return int.from_bytes(digest.digest()[:8], "big") >> 3
+
+
+def former_fingerprint(encoder: Encoder) -> int:
+    """What `fingerprint` was in earlier versions: a sum, which values that change places within a tensor leave."""
     total = 0
     for place, param in enumerate(encoder.parameters(), start=1):
         total += place * int(param.detach().float().contiguous().view(torch.int32).long().sum())
     return total % 2**61
 
 
-def check_same(path: str | None, given: int, begun: int) -> None:
-    """ConfigError unless the teacher of a resumed run has the fingerprint it was begun with.
+def check_same(path: str | None, known: Sequence[int], begun: int) -> None:
+    """ConfigError unless the run was begun with the teacher that is there now.
 
-    path: where it is from; None: it is the encoder's random start.
+    path: where it is from; None: it is the encoder's random start. known: the fingerprints it may have been noted by.
     """
-    if given != begun:
+    if begun not in known:
         raise ConfigError(
             f"objective.options.teacher_from: {path} holds other weights than when the run was begun; put them back, "
             f"or begin a run under another name"
