@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field
@@ -30,6 +29,7 @@ from ijepa_fast.given import (
     UNREAD,
     ConfigError,
     check_keys,
+    expanded,
     fixed,
     key,
     keys,
@@ -166,8 +166,8 @@ class Log:
 @dataclass
 class Probe:
     enabled: bool = key(True, "probe the frozen encoder before and after training")
-    train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source")
-    test: str | None = key(None, "labelled images; None: the embedded data set's, or a tenth of data.source")
+    train: str | None = key(None, "labelled images; None: the embedded data set's, or data.source", path=True)
+    test: str | None = key(None, "labelled images; None: the embedded data set's, or a tenth of data.source", path=True)
     images: int = key(50_000, "at most, of each", least=1)
     resize: int | None = key(
         None, "shorter side before the central crop, pixels; None: data.crop", least=1, most=LONGEST
@@ -178,14 +178,16 @@ class Probe:
 @dataclass
 class Config:
     name: str = key(MISSING, "the run's folder is runs/<name>")
-    runs: str = key("runs", "the folder of all runs")
+    runs: str = key("runs", "the folder of all runs", path=True)
     seed: int = fixed(0, "of weights, order, crops and masks", least=0, most=2**63 - 1)
     batch_size: int = key(
         2048, "images of a step, over all ranks; may change where it divides the images seen", least=1, most=10**7
     )
     resume: Any = key(True, "go on with the run in runs/<name> where there is one; step-<number>: from that checkpoint")
     hooks: list[str] = key([], "module:function, called with (step, record, method) at log lines, on every rank")
-    init: str | None = fixed(None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder")
+    init: str | None = fixed(
+        None, "weights a new run starts from: a run, a published .pth.tar, a Hugging Face folder", path=True
+    )
     data: Data = field(default_factory=Data)
     mask: Mask = field(default_factory=Mask)
     model: Model = field(default_factory=Model)
@@ -315,6 +317,9 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
             flat.pop(name, None)
     for option, value in (flat.pop("objective.options", None) or {}).items():
         flat[f"objective.options.{option}"] = value
+    for name in flat:
+        if name.startswith("objective.options."):  # whose paths were not expanded: no other value begins with a ~
+            flat[name] = expanded(flat[name])
     flat = {name: value for name, value in flat.items() if FORMER_DEFAULTS.get(name) != value}
     if isinstance(graphs := flat.get("engine.cuda_graphs"), bool):
         flat["engine.cuda_graphs"] = SWITCH[graphs]
@@ -322,7 +327,9 @@ def present(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(config: Config) -> Config:
-    """The same configuration with the sizes of `model.arch` filled in where the model's own are not set."""
+    """The same configuration with the sizes of `model.arch` filled in where the model's own are not set, and the home
+    folder in its paths.
+    """
     config = copy.deepcopy(config)
     model = config.model
     if model.arch in ARCHITECTURES:
@@ -330,11 +337,9 @@ def resolve(config: Config) -> Config:
             setattr(model, name, getattr(model, name) or value)
     model.mlp_ratio = model.mlp_ratio or 4.0
     data = config.data
-    paths = {"source": data, "where": data, "runs": config, "init": config, "train": config.probe, "test": config.probe}
-    for name, section in paths.items():
-        given = getattr(section, name)
-        if isinstance(given, str) and given.startswith("~"):  # a shell leaves it in key=~/folder
-            setattr(section, name, os.path.expanduser(given))
+    for name, f in keys(Config):
+        if f.metadata["path"]:
+            update(config, name, expanded(select(config, name)))
     if data.channels == 1 and data.mean == list(IMAGENET_MEAN) and data.std == list(IMAGENET_STD):
         data.mean, data.std = list(GREY_MEAN), list(GREY_STD)  # of photographs in grey
     return config
@@ -405,6 +410,8 @@ def parse_options(given: Any, kind: type) -> Any:
         error = wrong_type(str(failed.full_key), given, kind)
         raise ConfigError(f"{prefix}{error}") from None
     for name, f in keys(kind, prefix):
+        if f.metadata.get("path"):
+            setattr(options, f.name, expanded(getattr(options, f.name)))
         _check_value(name, f, getattr(options, f.name))
     return options
 

@@ -32,13 +32,15 @@ def key(
     above: float | None = None,
     most: float | None = None,
     length: int | None = None,
+    path: bool = False,
     fixed: bool = False,
 ) -> Any:
     """A key: its default and meaning, the values it may have, and whether it is fixed when a run is resumed.
 
     least, above, most: bounds of a number, or of each number of a list; `above` itself is too low. length: of a list.
+    path: whether it is a path, see `expanded`.
     """
-    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed}
+    metadata: dict[str, Any] = {"meaning": meaning, "choices": choices, "fixed": fixed, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "length": length}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
@@ -88,6 +90,11 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
             yield prefix + f.name, f
         else:
             yield from keys(inner, f"{prefix}{f.name}.")
+
+
+def expanded(value: Any) -> Any:
+    """The value of a key that is a path, with the home folder for `~`, which a shell leaves in key=~/folder."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _read(path: Path) -> Any:

@@ -16,8 +16,10 @@ pytest.importorskip("nvidia.dali")
 from PIL import Image
 
 from ijepa_fast.__main__ import main
-from ijepa_fast.config import load_config
+from ijepa_fast.config import load_config, parse_options, present
 from ijepa_fast.data.sources import open_source
+from ijepa_fast.interop.load import load
+from ijepa_fast.methods import beit, cae, ijepa
 
 
 def jpeg() -> bytes:
@@ -222,6 +224,32 @@ def test_a_shell_leaves_the_home_folder_to_us(monkeypatch):
     config = load_config("quickstart", ["data.source=~/photos", "runs=~/runs", "probe.train=~/photos"])
     assert (config.data.source, config.runs) == ("/home/somebody/photos", "/home/somebody/runs")
     assert config.probe.train == "/home/somebody/photos"
+    config = load_config("quickstart", ["data.where=~/maps", "data.window=64", "probe.test=~/photos", "init=~/runs/a"])
+    assert (config.data.where, config.probe.test) == ("/home/somebody/maps", "/home/somebody/photos")
+    assert config.init == "/home/somebody/runs/a"
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (ijepa.Options, {"teacher_from": "~/a", "teacher_cache": "~/b"}),
+        (beit.Options, {"tokenizer": "~/a"}),
+        (cae.Options, {"tokenizer": "~/a"}),
+    ],
+)
+def test_so_it_does_in_a_methods_options(monkeypatch, options, given):
+    """Also where an earlier version has written them into a checkpoint."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    parsed = parse_options(given, options)
+    flat = present({f"objective.options.{name}": path for name, path in given.items()})
+    for name, path in given.items():
+        assert getattr(parsed, name) == flat[f"objective.options.{name}"] == path.replace("~", "/home/somebody")
+
+
+def test_weights_are_looked_for_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path}/nowhere does not exist"):
+        load("~/nowhere")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Data:
         MISSING,
         "a folder, archives, arrays, a text list of paths; module:function, which gives a data set of yours; "
         '"scenes", the embedded data set; "synthetic", random images',
+        path=True,
     )
     channels: int = fixed(3, "of an image", least=1, most=10_000)
     depth: str = fixed("auto", "of a pixel; auto: as the first image has it", choices=("auto", *DEPTHS))
@@ -41,7 +42,7 @@ class Data:
     )
     window: int | None = fixed(None, "large images are sampled by squares of so many pixels", least=1, most=10**6)
     where: str | None = fixed(
-        None, "a map of where windows and targets lie (not zero): a file, or a folder of one per image"
+        None, "a map of where windows and targets lie (not zero): a file, or a folder of one per image", path=True
     )
     stretch: str = fixed("none", "of pixels, before mean and std", choices=STRETCHES)
     low: list[float] | None = fixed(None, "of the stretch, for each channel", **ANY)

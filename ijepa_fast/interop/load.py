@@ -72,7 +72,7 @@ def latest(folder: Path) -> Path | None:
 
 def read(path: str | Path, heads: int | None = None) -> Weights:
     """The Weights of any path that `load` takes."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected {KINDS}")
     if path.is_file():

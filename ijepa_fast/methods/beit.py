@@ -29,7 +29,7 @@ from ijepa_fast.models.vit import Encoder
 class Options:
     """BEiT's options; the values here are the published ones."""
 
-    tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)")
+    tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)", path=True)
     vocabulary: int = key(8192, "tokens that it has", least=2, most=10**7)
     token_patch: int = key(8, "pixels of its view to a token", least=1, most=1024)
     masked: int = key(75, "masked patches per image", least=1)

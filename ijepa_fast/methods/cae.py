@@ -42,7 +42,7 @@ Keep = list[torch.Tensor | None] | None
 class Options:
     """CAE's options; the values here are those published for ViT-B/16."""
 
-    tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)")
+    tokenizer: str | None = key(None, "path of the tokenizer (models/tokenizer.py)", path=True)
     vocabulary: int = key(8192, "tokens that it has", least=2, most=10**7)
     token_patch: int = key(8, "pixels of its view to a token", least=1, most=1024)
     masked: int = key(98, "masked patches per image", least=1)

@@ -58,8 +58,10 @@ class Options:
         "the target encoder: the average; a frozen one; a frozen one of random weights, those the encoder begins with",
         choices=("ema", "frozen", "random"),
     )
-    teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder")
-    teacher_cache: str | None = key(None, "a folder for its targets, which are then computed once, before training")
+    teacher_from: str | None = key(None, "the frozen one: a run, a checkpoint, a Hugging Face folder", path=True)
+    teacher_cache: str | None = key(
+        None, "a folder for its targets, which are then computed once, before training", path=True
+    )
     regulariser: str = key("none", "of pooled context features", choices=("none", "vicreg", "sigreg"))
     regulariser_weight: float | None = key(
         None, "null: .001 of vicreg, .02 of sigreg, as published", least=0, most=10**6
