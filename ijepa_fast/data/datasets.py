@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ijepa_fast.data.formats import as_ppm, is_dali, open_image
+from ijepa_fast.data.formats import IN_PLACE, as_ppm, is_dali, open_image
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.importing import import_function
 from ijepa_fast.data.index import Index, Names
 from ijepa_fast.data.reading import Raster, Reading, fit
-from ijepa_fast.data.sources import EIGHT_BITS, Source, settle
+from ijepa_fast.data.sources import EIGHT_BITS, Source, look, settle
 from ijepa_fast.data.storage import read_file
 from ijepa_fast.data.tables import add_column
 
@@ -69,6 +69,13 @@ class DatasetSource(Source):
     def opened(self, index: int) -> Raster:
         """As Source.opened."""
         return self._opened(self._item(index))
+
+    def content(self, index: int) -> bytes:
+        """As Source.content."""
+        item = self._item(index)
+        if isinstance(item, str | os.PathLike) and not os.fspath(item).lower().endswith(IN_PLACE):
+            return read_file(os.fspath(item))
+        return item if isinstance(item, bytes) else look(self._opened(item))
 
     def _item(self, index: int) -> Any:
         with self._turn:

@@ -25,6 +25,7 @@ AS_THEY_ARE, EIGHT_BITS = Reading(), Reading(depth="uint8")
 _TRIED = 10  # images that are opened to find one that can be
 _OPEN_SHARDS = 64
 _NAMED = 6  # extensions that are named
+_LOOK = 512  # pixels, at most, of a side of what is looked at of an array
 
 
 class Source:
@@ -76,14 +77,22 @@ class Source:
     def opened(self, index: int) -> Raster:
         """Sample `index` as its file has it. Raises OSError, ImportError, BadImage."""
         name, index_, reading = self.index.names[index], self.index, self.reading
-        in_place = name.lower().endswith(IN_PLACE) and not index_.shards
-        data = os.path.join(self.root, name) if in_place else self.stored(index)
+        data = os.path.join(self.root, name) if self._is_in_place(index) else self.stored(index)
         raster = open_image(name, data, reading, int(index_.page[index]) if len(index_.page) else 0)
         if len(index_.y):
             y, x = int(index_.y[index]), int(index_.x[index])
             size = reading.window or 0
             return raster.part(y, x, min(size, raster.height), min(size, raster.width))
         return raster
+
+    def content(self, index: int) -> bytes:
+        """What tells sample `index` from others of its name: the bytes of its file, or of a file that is read in place
+        pixels of the sample. Raises OSError, ImportError, BadImage.
+        """
+        return look(self.opened(index)) if self._is_in_place(index) else self.stored(index)
+
+    def _is_in_place(self, index: int) -> bool:
+        return self.index.names[index].lower().endswith(IN_PLACE) and not self.index.shards
 
     def _place(self, index: int) -> str:
         """Where in its file a sample is, for messages."""
@@ -130,6 +139,13 @@ class TarSource(Source):
     def groups(self) -> np.ndarray:
         """The shard of each sample: int32 (n,)."""
         return self.index.shard
+
+
+def look(raster: Raster) -> bytes:
+    """Size, dtype and pixels of a raster; of a large one those in the middle. Raises OSError, BadImage."""
+    height, width = min(raster.height, _LOOK), min(raster.width, _LOOK)
+    pixels = raster.read((raster.height - height) // 2, (raster.width - width) // 2, height, width)
+    return f"{raster.height} {raster.width} {raster.dtype} ".encode() + pixels.tobytes()
 
 
 @functools.lru_cache(_OPEN_SHARDS)

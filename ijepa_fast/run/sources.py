@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 
 from ijepa_fast.config import Config, ConfigError, load_config
+from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
+from ijepa_fast.data.storage import Patience
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
 from ijepa_fast.eval.options import Options, matched
@@ -28,6 +31,7 @@ from ijepa_fast.run.checkpoint import architecture
 from ijepa_fast.run.initial import beginning
 
 HELD_OUT = 1000  # scenes to test on
+SAMPLED, HELD = 64, 1 << 28  # images whose contents are compared, and bytes of them after which no more are read
 # Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
 # and how few are not worth it.
 READ, TESTED, FEWEST = 2000, 10, 100
@@ -90,6 +94,26 @@ def identity(source: Source | None) -> dict[str, Any] | None:
     for part in (index.names.blob, index.names.ends, shards, index.shard, index.start, index.size, *places):
         digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else part)
     return {"images": len(source), "sha256": digest.hexdigest()}
+
+
+def contents(source: Source) -> str:
+    """SHA-256 of what 64 images hold, or all of fewer, evenly spread: their files' bytes, or pixels of arrays.
+
+    Of files of several megabytes there are fewer. What cannot be used counts as nothing. Raises StorageTrouble where
+    storage stays away.
+    """
+    digest, held, patience = hashlib.sha256(), 0, Patience()
+    count = min(SAMPLED, len(source))
+    for index in (number * len(source) // count for number in range(count)):
+        try:
+            content = patience(partial(source.content, index), partial(source.name, index))
+        except (BadImage, OSError):
+            content = b""
+        digest.update(f"{index} {len(content)} ".encode() + content)
+        held += len(content)
+        if held > HELD:
+            break
+    return digest.hexdigest()
 
 
 def probe_folders(config: Config) -> tuple[str, str] | None:
