@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ijepa_fast.config import ConfigError, Data, Engine, Mask, Model, parse_options
@@ -114,6 +115,8 @@ def teacher_faults(teacher: str, path: str | None, cache: str | None, crops: int
         "teacher_from: expected the folder of a teacher with teacher=frozen, got null": frozen and path is None,
         f"teacher_from={path}: the teacher is {'the average' if ema else 'the encoder as it begins'}; set "
         f"teacher=frozen": path is not None and not frozen,
+        f"teacher_cache={cache}: expected a folder for the targets alone, which is made": cache is not None
+        and Path(cache).name in ("", ".."),
         f"teacher_cache={cache}: the average moves; set teacher=frozen or random": ema and cache is not None,
         f"teacher_cache={cache}: with data.crops_per_image=0 no crop of an image comes twice; set it to 1 or more, or "
         f"teacher_cache=null": cache is not None and not crops,
