@@ -1,6 +1,7 @@
 """Runs with I-JEPA's options: one trajectory on any stage and ranks, a resume to the bit, mistakes said at once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_a_resume_is_to_the_bit(tmp_path, teacher, kind):
     assert carried == more
     last = json.loads((broken / "log.jsonl").read_text().splitlines()[-1])
     assert last.get("loss_terms", {}).keys() == expected_terms
+
+
+@pytest.mark.slow
+def test_a_teacher_that_changed_between_is_refused(tmp_path, teacher):
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher, copy)
+    options = options_of("salt", copy)
+    folder = run(tmp_path, *options, "optim.steps=2")
+    (weights,) = copy.glob("checkpoints/step-*/weights.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1  # the last bit of the last value
+    weights.write_bytes(content)
+    statuses, errors = finish(start(tmp_path, *options, "optim.steps=3"))
+    assert statuses == [1]
+    assert f"objective.options.teacher_from: {copy} holds other weights than when the run was begun" in errors
+    assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000002"]
 
 
 @pytest.mark.slow
