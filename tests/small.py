@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -10,8 +12,10 @@ from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
 from ijepa_fast.masks.packing import MaskDraw, assemble
 from ijepa_fast.methods import ibot, ijepa, mae
 from ijepa_fast.methods.method import Method, Setup
+from ijepa_fast.models.vit import Encoder
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
+BATCH = 6  # of `images_of`
 
 
 def setup_of(
@@ -80,3 +84,28 @@ def from_masks(context, target, patches: int) -> MaskDraw:
     contexts, images, kept = context.shape
     rows = (context + np.arange(images)[:, None] * patches).astype(np.int32).ravel()
     return assemble(rows, np.full((contexts, images), kept), target, patches)
+
+
+def images_of(count: int = BATCH, side: int = 64) -> torch.Tensor:
+    """Random images for `model_of`, uint8 (count, side, side, 3)."""
+    return torch.randint(256, (count, side, side, 3), dtype=torch.uint8)
+
+
+def model_of(**options: Any) -> ijepa.IJEPA:
+    """A small I-JEPA with these options."""
+    return small_ijepa(options=ijepa.Options(**options))
+
+
+def teacher_of(depth: int = 2, **kind: Any) -> Encoder:
+    """A frozen encoder of random weights whose features can be its targets."""
+    encoder = Encoder(64, 8, 32, depth, 2, **kind).requires_grad_(False).eval()
+    for param in encoder.parameters():
+        torch.nn.init.normal_(param, std=0.1)
+    return encoder
+
+
+def frozen(teacher: Encoder, **options: Any) -> ijepa.IJEPA:
+    """A small I-JEPA behind this teacher."""
+    model = model_of(teacher="frozen", teacher_from="somewhere", **options)
+    model.give("teacher", teacher, model.setup.data.mean, model.setup.data.std)
+    return model
