@@ -154,10 +154,11 @@ def run_blocks(
     last: Sequences | None = None,
     recompute: bool = False,
     keep: list[torch.Tensor | None] | None = None,
+    measured: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All `blocks` and the final `norm`: (T, D) -> (T, D), or (U, D) where `last` describes the last block's rows.
 
-    keep: `keep` of each block's layout.
+    keep: `keep` of each block's layout. measured: what `measure` writes of the last block's output into.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
@@ -169,7 +170,18 @@ def run_blocks(
             x, branch = checkpoint(block, x, branch, layout, use_reentrant=False, preserve_rng_state=False)
         else:
             x, branch = block(x, branch, layout)
-    return norm(x, branch)[0]
+    normed, output = norm(x, branch)
+    measure(output, measured)
+    return normed
+
+
+def measure(output: torch.Tensor, into: torch.Tensor | None) -> None:
+    """Write the mean square of a block's `output` (T, D) into the fp32 scalar `into`; None: nothing.
+
+    In place, so that a CUDA graph's replay writes it too.
+    """
+    if into is not None:
+        into.copy_(output.detach().float().square().mean())
 
 
 def compile_blocks(*networks: nn.Module, **options: Any) -> None:

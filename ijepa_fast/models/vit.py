@@ -20,7 +20,7 @@ from ijepa_fast.data import Size, size_of
 from ijepa_fast.kernels.masked_gather import masked_gather
 from ijepa_fast.masks.blocks import PatchDraw
 from ijepa_fast.masks.packing import MaskDraw
-from ijepa_fast.models.blocks import EPS, Block, LayerNorm, run_blocks
+from ijepa_fast.models.blocks import EPS, Block, LayerNorm, measure, run_blocks
 from ijepa_fast.models.layouts import Biased, Dense, Packed, Rows, keep_branches
 from ijepa_fast.models.patch_embed import PatchEmbed
 from ijepa_fast.models.positions import sincos_2d
@@ -50,6 +50,9 @@ class Encoder(nn.Module):
     """
 
     positions: torch.Tensor  # (N, D), the fixed table, where positions are not learned
+    # Where set, an fp32 scalar for the mean square of the last block's output before the final norm, of the last call
+    # of `targets`, `some`, `masked_layers` or `class_tokens`.
+    measured: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -141,7 +144,7 @@ class Encoder(nn.Module):
         x = self.patch_embed(masked_gather(patches, index))
         x = (x + masked_gather(self.positions.to(x.dtype), places)).view(count, -1, self.dim)
         x = self._with_class_token(x).flatten(0, 1)
-        return run_blocks(self.blocks, self.norm, x, None, Dense(count), None, self.recompute, keep)
+        return run_blocks(self.blocks, self.norm, x, None, Dense(count), None, self.recompute, keep, self.measured)
 
     def targets(
         self, patches: torch.Tensor, draw: MaskDraw, inner: Iterable[Callable] | None = None, layers: int = 1
@@ -161,12 +164,14 @@ class Encoder(nn.Module):
         last = Packed(draw.dense_cu_seqlens, self.patches, rows)
         blocks: Iterable[Callable] = self.blocks if inner is None else [*inner, self.blocks[-1]]
         if layers == 1:
-            return run_blocks(blocks, self.norm, self.embed(patches), None, Dense(draw.images), last)
+            embedded, dense = self.embed(patches), Dense(draw.images)
+            return run_blocks(blocks, self.norm, embedded, None, dense, last, measured=self.measured)
         x, branch, outputs, depth = self.embed(patches), None, [], len(self.blocks)
         for number, block in enumerate(blocks, start=1):
             x, branch = block(x, branch, last if number == depth else Dense(draw.images))
             if number > depth - layers:
                 outputs.append(x + branch if number == depth else pick(x) + pick(branch))
+        measure(outputs[-1], self.measured)
         return mean_of_normal(outputs)
 
     def forward(self, patches: torch.Tensor, images: int, readout: str | None = None) -> torch.Tensor:
@@ -211,6 +216,8 @@ class Encoder(nn.Module):
             x, branch = block(x, branch, wanted if final else whole)
             if number in chosen:
                 outputs.append(x + branch if final else wanted.select(x) + wanted.select(branch))
+        if max(chosen) + 1 == len(self.blocks):
+            measure(outputs[-1], self.measured)
         return outputs
 
     def _whole(self, images: int) -> Dense | Biased:
@@ -236,7 +243,7 @@ class Encoder(nn.Module):
         ends = torch.arange(len(cu_seqlens), dtype=torch.int32, device=cu_seqlens.device)
         sequences = Packed(cu_seqlens, max_seqlen)
         last = replace(sequences, rows=Rows(pick, ends, 1))
-        return run_blocks(self.blocks, self.norm, tokens, None, sequences, last, self.recompute, keep)
+        return run_blocks(self.blocks, self.norm, tokens, None, sequences, last, self.recompute, keep, self.measured)
 
     def embed(
         self,
