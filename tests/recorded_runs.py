@@ -21,7 +21,13 @@ LAUNCH = {
     "step": 0,
     "ranks": 2,
 }
-UNTRAINED = {"rankme": 40.0, "target_variance": 0.5, "position_share": 0.2, "feature_norm": 1.0}
+UNTRAINED: dict[str, Any] = {
+    "rankme": 40.0,
+    "target_variance": 0.5,
+    "position_share": 0.2,
+    "residual_norm": 1.0,
+    "kind": {"lidar": 3.5},
+}
 
 
 def record(step: int, loss: float = 0.5, probe: dict[str, Any] | None = None) -> dict[str, Any]:

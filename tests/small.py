@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ijepa_fast.config import Data, Mask, Model
 from ijepa_fast.engine.optim import AdamWEMA, parameter_groups
@@ -54,6 +56,15 @@ def small_ibot(crop: int = 32, patch: int = 8, options: ibot.Options | None = No
     """An iBOT without stochastic depth."""
     options = options or ibot.Options(hidden=32, bottleneck=16, prototypes=48, drop_path=0.0)
     return ibot.IBOT(setup_of(crop, patch, options=options, **sizes))
+
+
+def watched(places: int = 16, averaged: bool = True, frozen: bool = False, **options) -> Any:
+    """What a probe while training reads of a method, which computes nothing: features are given to its `watch`."""
+    encoder: Any = nn.Linear(1, 1)
+    encoder.patches = places
+    method = SimpleNamespace(watch=None, encoder=encoder, probed=encoder, options=SimpleNamespace(**options), wanted={})
+    method.averaged, method.frozen = {"encoder": encoder} if averaged else {}, {"teacher": encoder} if frozen else {}
+    return method
 
 
 def to(method: Method, *where) -> Method:

@@ -14,6 +14,7 @@ from ijepa_fast.config import load_config
 from ijepa_fast.eval.online import OnlineProbe
 from ijepa_fast.run.build import build_method
 from tests.launch import ROOT, losses, run
+from tests.small import watched
 from tests.test_train import state
 
 WIDTH = 24
@@ -26,7 +27,7 @@ def make(every=10, images=2000):
     """A probe on a method that is only its `watch`, the labels of its images, and what it says."""
     g = np.random.default_rng(0)
     columns = {"kind": g.integers(0, 3, images), "metres": g.random(images)}
-    method, said = SimpleNamespace(watch=None), []
+    method, said = watched(), []
     return OnlineProbe(method, every, columns, CLASSES, say=said.append), method, columns, said
 
 
@@ -114,11 +115,11 @@ def test_it_warns_of_a_collapse_once(kind):
     for step in range(1, 4):
         g = torch.Generator().manual_seed(7)
         by_place = torch.randn(16, WIDTH, generator=g) + (3 if kind == "point" else 0)
-        place = torch.arange(16).repeat(30)
-        features = by_place[place] if kind == "places" else by_place[:1].expand(480, -1)
-        noise = 1e-4 * torch.randn(480, WIDTH, generator=g)
-        method.watch(features + noise, draw_of(30, place, torch.full((30,), 16)))
-        probe.add(torch.arange(30))
+        place = torch.arange(16).repeat(40)
+        features = by_place[place] if kind == "places" else by_place[:1].expand(640, -1)
+        noise = 1e-4 * torch.randn(640, WIDTH, generator=g)
+        method.watch(features + noise, draw_of(40, place, torch.full((40,), 16)))
+        probe.add(torch.arange(40))
         found = probe.read(step)["probe"]
         assert found["collapsed"] is True
         assert found["target_variance"] < 1e-3
@@ -129,7 +130,7 @@ def test_it_warns_of_a_collapse_once(kind):
 
 @pytest.mark.parametrize(("every", "rank"), [(5, 1), (0, 0)], ids=["another rank", "every 0 steps"])
 def test_what_is_not_probed(every, rank):
-    method = SimpleNamespace(watch=None)
+    method = watched()
     probe = OnlineProbe(method, every, {}, {}, rank)
     assert method.watch is None
     probe.add(torch.arange(3))

@@ -17,14 +17,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.eval.collapse import advise, examine, has_collapsed, lidar
+from ijepa_fast.eval.collapse import (
+    LEAST_A_CLASS,
+    RANK_IMAGES,
+    Moments,
+    advise,
+    examine,
+    has_collapsed,
+    lidar,
+    means_of,
+)
 from ijepa_fast.eval.features import Standardiser
 from ijepa_fast.eval.outputs import measure
-from ijepa_fast.eval.rankme import rankme
 from ijepa_fast.methods.method import Method
 
 WINDOW = 4096  # images kept, of rank 0
-RANK_IMAGES = 512  # of these, for the rank: its cost grows with the cube
 MOST_CLASSES = 2000  # a label with more of them needs more images than are kept
 RIDGE = 0.1
 
@@ -53,71 +60,84 @@ class OnlineProbe:
         self._columns, self._classes = columns, classes
         self._pooled: deque[torch.Tensor] = deque()
         self._indices: deque[np.ndarray] = deque()
-        self._targets: tuple[torch.Tensor, torch.Tensor] | None = None  # of the last batch, and their places
+        # Of the last RANK_IMAGES images, and of those before them that fill one more block of as many.
+        self._blocks: deque[Moments] = deque(maxlen=2)
+        self._size: torch.Tensor | None = None  # mean square of the last block's output, of the last batch
+        self._means, self._places = means_of(method), method.encoder.patches
         self.untrained, self._begins = untrained, untrained is None and step == 0
-        # Pooled features of the first images, and which they are, until there are RANK_IMAGES.
-        self._first: list[tuple[torch.Tensor, np.ndarray]] = []
         self._advised: str | None = None
         if rank == 0 and self.every > 0:
             method.watch = self._watch
+            self._measure(method)
+
+    def _measure(self, method: Method) -> None:
+        """Have the encoder whose features are watched measure its last block's output; a frozen one's cannot grow."""
+        if not self._means.fixed:
+            encoder = method.probed
+            self._size = torch.full((), torch.nan, device=next(encoder.parameters()).device)
+            encoder.measured = self._size
 
     def _watch(self, features: torch.Tensor, draw: Any) -> None:
-        """Keep a batch's target features (U, D), averaged over each image's target patches; draw: a MaskDraw."""
+        """Keep a batch's target features (U, D): their mean over each image's target patches, and sums of all.
+
+        draw: a MaskDraw, or what has its `images`, `union_lengths` and `union_places`.
+        """
         lengths = draw.union_lengths
         self._pooled.append(torch.segment_reduce(features.float(), "mean", lengths=lengths, unsafe=True))
-        self._targets = features, draw.union_places
         if len(self._pooled) > -(-WINDOW // draw.images):
             self._pooled.popleft()
-
-    def _look_at_first(self) -> None:
-        """Examine the features of the run's first images, as soon as there are enough for the rank."""
-        assert self._targets is not None
-        self._first.append((self._pooled[-1], self._indices[-1]))
-        if len(self._first) == 1:  # of the first batch, but for the rank: the encoder has not moved yet
-            self.untrained = dict(examine(self._pooled[-1], *self._targets))
-        self._begins = sum(len(pooled) for pooled, _ in self._first) < RANK_IMAGES
-        if not self._begins:
-            self._end_first()
+        if not self._blocks or self._blocks[-1].images >= RANK_IMAGES:
+            self._blocks.append(Moments(self._places, features.shape[1], features.device))
+        self._blocks[-1].add(features, draw.union_places, draw.images, self._size)
 
     def _end_first(self) -> None:
-        if self._first and self.untrained is not None:
-            pooled = torch.cat([pooled for pooled, _ in self._first])[:RANK_IMAGES]
-            indices = np.concatenate([indices for _, indices in self._first])[:RANK_IMAGES]
-            self.untrained["rankme"] = rankme(pooled)
-            self.untrained |= {name: {"lidar": found} for name, found in self._lidar(pooled, indices).items()}
-        self._begins, self._first = False, []
+        """Note what the images until now say of the untrained encoder, where nothing is noted yet."""
+        if self._begins:
+            pooled, indices = self._window()
+            self.untrained = self._examine(pooled[:RANK_IMAGES], indices[:RANK_IMAGES])
+        self._begins = False
+
+    def _window(self) -> tuple[torch.Tensor, np.ndarray]:
+        """Pooled features (n, D) of the images that are kept, and which they are, (n,)."""
+        return torch.cat(list(self._pooled)), np.concatenate(list(self._indices))
+
+    def _examine(self, pooled: torch.Tensor, indices: np.ndarray) -> dict[str, Any]:
+        """The doctor's figures of these images, and by label their LiDAR."""
+        found: dict[str, Any] = dict(examine(pooled, self._blocks))
+        return found | {name: {"lidar": value} for name, value in self._lidar(pooled, indices).items()}
 
     def add(self, indices: torch.Tensor) -> None:
         """Say which samples (B,) the last batch was made of."""
-        if self._targets is not None:
+        if self._blocks:
             self._indices.append(indices.numpy())
             while len(self._indices) > len(self._pooled):
                 self._indices.popleft()
-            if self._begins:
-                self._look_at_first()
+            if self._blocks[-1].images >= RANK_IMAGES:
+                self._end_first()
 
     def read(self, step: int) -> dict:
         """The probe's section of the log where one is due, {} where none is.
 
-        {"probe": {"rankme", "target_variance", "position_share", "feature_norm", "untrained": the same of the run's
-        first images, "collapsed", "<label>": outputs.measure and, of classes, lidar, ...}}. Says what is wrong, once.
+        {"probe": {"rankme", "images": that it is of, "target_variance", "position_share", "residual_norm", see
+        `collapse.examine`; "untrained": the same of the run's first images, "collapsed", "<label>": outputs.measure
+        and, of classes, lidar, ...}}; "fixed", true, where the features are a frozen encoder's. Says what is wrong,
+        once.
         """
-        if self._targets is None or step // self.every == self._last // self.every:
+        if not self._blocks or step // self.every == self._last // self.every:
             return {}
         self._last = step
-        pooled, indices = torch.cat(list(self._pooled)), np.concatenate(list(self._indices))
         self._end_first()
+        pooled, indices = self._window()
         last = slice(-RANK_IMAGES, None)
-        found: dict[str, Any] = dict(examine(pooled[last], *self._targets))
+        found: dict[str, Any] = dict(examine(pooled[last], self._blocks))
         if self.untrained is not None:
             found["untrained"] = dict(self.untrained)
         found |= self._probe(pooled, indices)
         for name, value in self._lidar(pooled[last], indices[last]).items():
             found.setdefault(name, {})["lidar"] = value
         self._warn(step, found, pooled.shape[1])
-        self._pooled.clear()
-        self._indices.clear()
-        self._targets = None
+        for kept in (self._pooled, self._indices, self._blocks):
+            kept.clear()
         return {"probe": found}
 
     def _probe(self, pooled: torch.Tensor, indices: np.ndarray) -> dict:
@@ -148,14 +168,16 @@ class OnlineProbe:
         return figures
 
     def _lidar(self, pooled: torch.Tensor, indices: np.ndarray) -> dict[str, float]:
-        """LiDAR by label, of those that are classes, on as many images before training as at a reading."""
+        """LiDAR by label, of those that are classes and have enough images of each that is seen."""
         labels = {name: self._columns[name][indices] for name in self._classes if name in self._columns}
-        few = {name: ids for name, ids in labels.items() if len(self._classes[name]) <= MOST_CLASSES}
+        few = {name: ids for name, ids in labels.items() if len(ids) >= LEAST_A_CLASS * len(np.unique(ids))}
         return {name: lidar(pooled, torch.from_numpy(ids).to(pooled.device)) for name, ids in few.items()}
 
     def _warn(self, step: int, found: dict, width: int) -> None:
-        found["collapsed"] = has_collapsed(found)
-        advice = advise(found, self.untrained, min(width, RANK_IMAGES))
+        found["collapsed"] = has_collapsed(found) and not self._means.fixed
+        if self._means.fixed:
+            found["fixed"] = True
+        advice = advise(found, self.untrained, min(width, RANK_IMAGES), self._means)
         if advice is not None:
             found["advice"] = advice.words
             if self._advised != advice.kind:

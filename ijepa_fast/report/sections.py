@@ -15,7 +15,8 @@ from ijepa_fast.report.page import Markup, table, text
 from ijepa_fast.report.recorded import Recorded, Series
 from ijepa_fast.report.summary import SEEN
 
-HEALTH = ("rankme", "target_variance", "position_share", "feature_norm", "lidar")  # of the online probe
+# Of the online probe; feature_norm is in logs of earlier versions.
+HEALTH = ("rankme", "target_variance", "position_share", "residual_norm", "feature_norm", "lidar")
 TITLES = {
     "accuracy": "Accuracy",
     "r2": "R²",
@@ -24,6 +25,7 @@ TITLES = {
     "mean_absolute_error": "Mean absolute error",
     "target_variance": "Variance between images",
     "position_share": "Share explained by place",
+    "residual_norm": "Size of the last block's output",
     "feature_norm": "Size of a feature",
 }
 EMA = "Momentum of the EMA"  # under "momentum" in logs of earlier versions
@@ -214,7 +216,7 @@ def _spans(figures: Sequence[Figure]) -> list[tuple[float, float]]:
 
 def probes(runs: Sequence[Recorded]) -> str:
     """Curves of the probe while training."""
-    charts = _online(runs, lambda metric: metric not in HEALTH)
+    charts = _online(runs, lambda metric: metric not in (*HEALTH, "images"))
     if not charts:
         told = "There was no probe while training: probe.every is 0, or the training images have no labels."
         return text(told, "note")
@@ -268,12 +270,14 @@ def _online(runs: Sequence[Recorded], wanted: Callable[[str], bool]) -> str:
 
 def _levels(run: Recorded, metric: str) -> dict[str, float]:
     """What a curve is to be seen beside: the untrained encoder's value, and the bound that is expected."""
-    _, untrained = run.doctor()
+    now, untrained = run.doctor()
     first = (untrained or {}).get(metric)
     levels = {} if first is None else {"untrained": first}
     if metric == "lidar":
         found = {name: value for name, value in (untrained or {}).items() if isinstance(value, dict)}
         levels = {f"untrained {name}": value["lidar"] for name, value in found.items() if "lidar" in value}
+    if now.get("fixed"):
+        return levels
     if metric == "rankme":
         levels["expected above"] = LEAST_RANK if first is None else max(LEAST_RANK, LOW_RANK * first)
     if metric == "target_variance" and (first is None or first >= LOW_VARIANCE):
