@@ -114,8 +114,8 @@ def _spectrum(sample: pictures.Sample) -> str:
         lines[name] = np.arange(1, len(spectrum) + 1), spectrum
     ranks = ", ".join(f"{rankme(values):.1f} {name}" for name, values in features.items())
     told = f"RankMe is {ranks}, of at most {min(size, dim)}: how many directions the {dim} pooled features of {size} "
-    told += f"images use. In runs that fell below {LOW_RANK:.0%} of the untrained encoder's, probes were worse than "
-    told += "before training."
+    told += f"images use. In two of three runs that fell below {LOW_RANK:.0%} of the untrained encoder's, probes were "
+    told += "worse than before training."
     title = "Singular values of the features, over the largest"
     chart = line_chart(title, lines, log=True, wide=True, x_label="number", note=f"RankMe {ranks}")
     return text(told) + f'<div class="charts">{chart}</div>'
