@@ -9,8 +9,8 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, gains, options, host, parity (of the JSON of the program of that name),
-history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that
+--breakdown), data, formats, claims, learning, gains, options, probe, host, parity (of the JSON of the program of that
+name), history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that
 bench/learning.py prints), worth (of that, how far each run ends above I-JEPA's). A file that is not there makes a table
 which says so, and so does one that was measured in a tree with changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
@@ -290,6 +290,13 @@ def options(path: Path) -> list[str]:
     return table(load(path))
 
 
+def probe(path: Path) -> list[str]:
+    """The table that bench/probe.py prints."""
+    from bench.probe import table
+
+    return table(load(path))
+
+
 def host(path: Path) -> list[str]:
     """The table that bench/host.py prints."""
     from bench.host import table
@@ -321,6 +328,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "worth": worth,
     "gains": gains,
     "options": options,
+    "probe": probe,
     "data": data,
     "formats": formats,
     "host": host,
