@@ -1,10 +1,10 @@
 """The collapse doctor: what the target features of a run say of its health, beside those of its untrained encoder.
 
 Thresholds lie between single runs on CIFAR-10, some half-way only; docs/options.md has them all, and whom they call
-wrongly. None lies behind LEAST_RANK: the collapsed runs had a RankMe of 2.3 to 3, and were told by the variance.
+wrongly. No run is behind LEAST_RANK: the collapsed ones had a RankMe of 2.3 to 3.4, and were told by the variance.
 LiDAR has no threshold: of the untrained encoder's it was .84 to .98 in sound runs, and .81 to .86 in a collapsed one:
-the class means of noise lie in all directions. The residual norm has none either: it grew in sound runs, and fell in
-collapsed ones.
+the class means of noise lie in all directions. The residual norm has none either: it grew in runs that were left
+alone, and fell in collapsed ones.
 """
 
 from __future__ import annotations
