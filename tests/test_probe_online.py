@@ -191,7 +191,7 @@ def test_a_run_is_the_same_with_and_without_it(tmp_path):
     for figures in early.values():  # what only the first steps could tell
         assert figures.pop("untrained")
     assert _without_advice(_probes(late)) == _without_advice(early)
-    assert {"rankme", "target_variance", "kind", "count", "distance", "metres"} <= _probes(late)[8].keys()
+    assert {"target_variance", "kind", "count", "distance", "metres"} <= _probes(late)[8].keys()
 
 
 @pytest.mark.slow
