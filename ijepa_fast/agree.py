@@ -130,11 +130,13 @@ def check_targets(options: Any, depth: int, crops: int = 0) -> None:
     """
     o, pixels = options, options.target == "pixels"
     alone, idle = o.regulariser == "none", not o.visible_weight
+    fresh, by_place = type(o)(), o.target_norm.startswith("position")
     wrong = {
         f"target_layers={o.target_layers}: expected at most model.depth={depth}": o.teacher != "frozen"
         and o.target_layers > depth,
         f"target_layers={o.target_layers}: there are no blocks behind target=pixels; set target=features": pixels
         and o.target_layers > 1,
+        f"visible_weight={o.visible_weight}: the context sees these pixels; set target=features": pixels and not idle,
         f"teacher={o.teacher}: there is no teacher of target=pixels; set target=features": pixels
         and o.teacher != "ema",
         "regulariser=vicreg: it compares with target features; set target=features, or regulariser=sigreg": pixels
@@ -143,6 +145,10 @@ def check_targets(options: Any, depth: int, crops: int = 0) -> None:
         "projector: it leads to a regulariser, and regulariser=none; set one, or projector=[]": o.projector and alone,
         f"regulariser_weight={o.regulariser_weight}: there is no regulariser; set one, or null": alone
         and o.regulariser_weight is not None,
+        f"slices={o.slices}: they are the directions of regulariser=sigreg; set it": o.slices != fresh.slices
+        and o.regulariser != "sigreg",
+        f"target_momentum={o.target_momentum}: it is of target_norm=position; set it": not by_place
+        and o.target_momentum != fresh.target_momentum,
     } | teacher_faults(o.teacher, o.teacher_from, o.teacher_cache, crops)
     for words, holds in wrong.items():
         if holds:

@@ -302,6 +302,12 @@ def test_xavier_is_maes_start():
         (["options={target_norm: places}"], "objective.options.target_norm: expected one of token, position"),
         (["options={target_layers: 99}"], "objective.options.target_layers=99: expected at most model.depth"),
         (["options={target_layers: 2, target: pixels}"], "target_layers=2: there are no blocks behind target=pixels"),
+        (
+            ["options={visible_weight: 0.5, target: pixels}"],
+            "visible_weight=0.5: the context sees these pixels",
+        ),
+        (["options={slices: 16}"], "slices=16: they are the directions of regulariser=sigreg"),
+        (["options={target_momentum: 0.9}"], "target_momentum=0.9: it is of target_norm=position"),
         (["options={teacher: frozen}"], "objective.options.teacher_from: expected the folder of a teacher"),
         (["options={teacher_from: here}"], "objective.options.teacher_from=here: the teacher is the average"),
         (
