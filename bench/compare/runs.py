@@ -93,7 +93,12 @@ for _kind, _weights in (("vicreg", (1e-4, 1e-3, 1e-2)), ("sigreg", (2e-4, 2e-3, 
         for weight in _weights
     }
 # All that a name may join by a plus.
-CHANGES = {**ABLATIONS, **OPTIONS, "pixels": ["objective.options.target=pixels", "objective.options.loss=l2"]}
+CHANGES = {
+    **ABLATIONS,
+    **OPTIONS,
+    "pixels": ["objective.options.target=pixels", "objective.options.loss=l2"],
+    "projector": ["objective.options.projector=[512,128]"],  # of a regulariser
+}
 TEACHER = "mae"  # the run that is the frozen teacher of those with salt
 ALIKE = "xavier+flip+crop"  # I-JEPA with MAE's initialisation and augmentation
 FRAME = f"{ALIKE}+random-masks+mae-optimiser"  # and with MAE's kind of masks and optimiser: all but what is predicted
@@ -148,7 +153,7 @@ SWEEPS = {
     ),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
-    "options": (TEACHER, "ijepa", *OPTIONS, AVERAGE, STUDENT),
+    "options": (TEACHER, "ijepa", *OPTIONS, "vicreg0.001+projector", "sigreg0.02+projector", AVERAGE, STUDENT),
     "methods": (TEACHER, "ijepa", "pixels", AVERAGE, STUDENT),
     "fair": (
         TEACHER,
