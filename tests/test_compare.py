@@ -143,6 +143,9 @@ def test_a_run_that_says_how_its_average_moves_keeps_that():
     assert (optim.ema, optim.final_ema, optim.lr) == (0.9995, 0.99, load_config(BASE).optim.lr)
     assert PRESETS["cpu"].rate(AVERAGE) == 2e-3
     assert config_of("ijepa", SHORT).optim.final_ema == config_of("xavier", SHORT).optim.ema != 0.9995
+    quick, more = load_config("quickstart").optim, ("data.crop=64", "model.patch=8")
+    scenes = config_of("ijepa", SHORT, more=more, base="quickstart").optim
+    assert (scenes.ema, scenes.final_ema) == (quick.ema, quick.final_ema) == (0.9995, 0.995)
 
 
 def test_a_run_without_a_rate_has_that_of_the_run_it_is_like():
