@@ -9,10 +9,10 @@ A table stands between two comments of a Markdown file, the first of which says 
 
 Kinds: kernels (bench/run.py's rows, this project's time against the others'), aot (bench/aot.py's), ops (what each op
 should reach on an H200, beside what was measured on one), steps and stages (bench/throughput.py's JSON, the latter's
---breakdown), data, formats, claims, learning, gains, options, probe, host, parity (of the JSON of the program of that
-name), history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all that
-bench/learning.py prints), worth (of that, how far each run ends above I-JEPA's). A file that is not there makes a table
-which says so, and so does one that was measured in a tree with changes: it is refused.
+--breakdown), data, formats, claims, learning, gains, controls, options, probe, host, parity (of the JSON of the program
+of that name), history (of bench/history.py's), answers and brief (bench/answers.py, of a whole folder), compared (all
+that bench/learning.py prints), worth (of that, how far each run ends above I-JEPA's). A file that is not there makes a
+table which says so, and so does one that was measured in a tree with changes: it is refused.
 --check changes nothing and exits with 1 if a document is not what would be written.
 """
 
@@ -283,6 +283,13 @@ def gains(path: Path) -> list[str]:
     return table(load(path))
 
 
+def controls(path: Path) -> list[str]:
+    """The table that bench/controls.py prints."""
+    from bench.controls import table
+
+    return table(load(path))
+
+
 def options(path: Path) -> list[str]:
     """The table that bench/options.py prints."""
     from bench.options import table
@@ -327,6 +334,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {
     "compared": compared,
     "worth": worth,
     "gains": gains,
+    "controls": controls,
     "options": options,
     "probe": probe,
     "data": data,
