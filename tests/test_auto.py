@@ -7,12 +7,14 @@ import pytest
 pytest.importorskip("omegaconf")
 pytest.importorskip("PIL")
 
-from ijepa_fast.config import AUTO, ConfigError, as_yaml, load_config, save_config, select
+from ijepa_fast.config import AUTO, ConfigError, as_yaml, flatten, load_config, save_config, select
 from ijepa_fast.data.sources import open_source
+from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.front import main
 from ijepa_fast.plan import main as plan
 from ijepa_fast.run import auto
 from ijepa_fast.run.auto import Facts, filled, said
+from ijepa_fast.run.build import Length
 from tests.data_images import write_photos
 from tests.launch import ROOT, finish, start
 
@@ -86,6 +88,40 @@ def test_what_is_given_is_kept_and_the_others_follow_from_it():
     short = chosen(facts, "optim.epochs=2")
     assert (short["optim.epochs"], short["optim.warmup_epochs"]) == (2, 0.8)
     assert short["optim.ema"] == pytest.approx(1 - 5 / 186)
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),  # epochs, warm-up in steps, EMA
+    [
+        (["optim.steps=500"], (56, 200, 0.99)),
+        (["optim.steps=500", "optim.epochs=667"], (667, 200, 0.99)),
+        (["optim.steps=500", "optim.epochs=10"], (10, 36, 1 - 5 / 90)),
+        (["optim.steps=20000"], (2223, 2000, 0.998)),
+        (["optim.steps=3"], (1, 1.2, 0.9)),
+    ],
+)
+def test_the_length_is_that_of_the_steps_that_are_given(given, values):
+    config, reasons = filled(load_config("photos", given), Facts(300, 500, gpu=False))
+    length = Length.of(config, 300)
+    found = config.optim.epochs, config.optim.warmup_epochs * length.steps_per_epoch, config.optim.ema
+    assert found == pytest.approx(values)
+    assert f" of {length.steps} steps" in reasons["optim.warmup_epochs"]
+    assert f" / {length.steps} steps" in reasons["optim.ema"]
+    rates = [Schedule(config.optim, length.steps_per_epoch).learning_rate(step) for step in range(length.steps)]
+    assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
+
+
+def test_a_run_that_goes_on_to_other_steps_chooses_its_length_anew():
+    facts = Facts(300, 500, gpu=False)
+    first, _ = filled(load_config("photos", ["optim.steps=9"]), facts)
+    before = flatten(first)
+    same, reasons = filled(load_config("photos", ["optim.steps=9"]), facts, before)
+    assert (same, set(reasons.values())) == (first, {"as the run began"})
+    longer, reasons = filled(load_config("photos", ["optim.steps=500"]), facts, before)
+    assert (longer.optim.epochs, longer.optim.ema) == (56, 0.99)
+    assert reasons["batch_size"] == reasons["optim.lr"] == "as the run began"
+    whole, _ = filled(load_config("photos"), facts, before)
+    assert whole.optim.epochs == 667
 
 
 def test_each_key_has_its_reason_in_a_line():

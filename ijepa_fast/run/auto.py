@@ -33,6 +33,7 @@ EPOCHS, LEAST_STEPS = 300, 6000  # as published; and the length that other rules
 CPU_IMAGES = 1_000_000  # that a run without a GPU sees, at most
 WARMUP, WARMUP_STEPS, LONGEST_WARMUP = 0.1, 600, 0.4  # share of the run; steps, at least; share, at most
 EMA, LEAST_EMA, LIVES = 0.998, 0.9, 5  # momentum at most and at least; how often a run forgets its first average
+OF_LENGTH = ("optim.epochs", "optim.warmup_epochs", "optim.ema")  # keys whose rules read the steps of the run
 LOOKED_AT = 64  # images whose sizes are read
 
 
@@ -51,16 +52,19 @@ class Facts:
 def filled(config: Config, facts: Facts, before: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
     """The configuration with a value for each key that is left at `auto`, checked; and the reason for each.
 
-    before: {key: value} of the run's last checkpoint, whose choices are kept. Raises ConfigError for values that do not
-    go with those that were given.
+    before: {key: value} of the run's last checkpoint, whose choices are kept; but for OF_LENGTH where optim.steps is
+    another now. Raises ConfigError for values that do not go with those that were given.
     """
     config = copy.deepcopy(config)
     reasons = {}
+    kept = dict(before or {})
+    if kept.get("optim.steps") != config.optim.steps:
+        kept = {name: value for name, value in kept.items() if name not in OF_LENGTH}
     for name in AUTO:  # in an order in which each rule finds what it needs
         if name not in config.auto:
             continue
-        if before is not None and name in before:
-            value, reason = before[name], "as the run began"
+        if name in kept:
+            value, reason = kept[name], "as the run began"
         else:
             value, reason = RULES[name](config, facts)
         update(config, name, value)
@@ -155,18 +159,28 @@ def _batch(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
-    per_epoch = max(1, facts.images // config.batch_size)
+    per_epoch, images = _per_epoch(config, facts), facts.images
+    if config.optim.steps is not None:
+        return math.ceil(config.optim.steps / per_epoch), f"for optim.steps={config.optim.steps}, {per_epoch} an epoch"
     wanted, reason = EPOCHS, "as published"
     if EPOCHS * per_epoch < LEAST_STEPS:
         wanted, reason = math.ceil(LEAST_STEPS / per_epoch), f"for {LEAST_STEPS} steps of {per_epoch} an epoch"
-    most = wanted if facts.gpu else max(1, CPU_IMAGES // facts.images)
-    return (most, f"on a CPU about {CPU_IMAGES} images are seen at most") if most < wanted else (wanted, reason)
+    if facts.gpu or wanted * images <= CPU_IMAGES:
+        return wanted, reason
+    if images >= CPU_IMAGES:
+        return 1, f"the least: on a CPU no more than {CPU_IMAGES} images are to be seen, and {images} are here"
+    return CPU_IMAGES // images, f"on a CPU no more than {CPU_IMAGES} images are to be seen"
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
-    share = min(LONGEST_WARMUP, max(WARMUP, WARMUP_STEPS / _steps(config, facts)))
-    reason = f"a tenth of the run, but at least {WARMUP_STEPS} steps, and at most {LONGEST_WARMUP:.0%}"
-    return share * config.optim.epochs, f"{share:.0%} of the run: {reason}"
+    steps = _steps(config, facts)
+    share = min(LONGEST_WARMUP, max(WARMUP, WARMUP_STEPS / steps))
+    reason = f"{share:.0%} of {steps} steps"
+    if share == LONGEST_WARMUP:
+        reason += f", the most: {WARMUP_STEPS} are more"
+    elif share > WARMUP:
+        reason += f", which are {WARMUP_STEPS}, the least"
+    return share * steps / _per_epoch(config, facts), reason
 
 
 def _rate(config: Config, facts: Facts) -> tuple[float, str]:
@@ -179,13 +193,19 @@ def _start_rate(config: Config, facts: Facts) -> tuple[float, str]:
 
 
 def _ema(config: Config, facts: Facts) -> tuple[float, str]:
-    steps = _steps(config, facts)
+    steps, end = _steps(config, facts), config.optim.final_ema
     value = min(EMA, max(LEAST_EMA, 1 - LIVES / steps))
-    return value, f"1 - {LIVES} / {steps} steps, {LEAST_EMA} to {EMA}; it rises to {config.optim.final_ema:g}"
+    return value, f"1 - {LIVES} / {steps} steps, {LEAST_EMA} to {EMA}; it rises to {end:g}"
+
+
+def _per_epoch(config: Config, facts: Facts) -> int:
+    return max(1, facts.images // config.batch_size)
 
 
 def _steps(config: Config, facts: Facts) -> int:
-    return max(1, config.optim.epochs * (facts.images // config.batch_size))
+    """Steps of the run, as run.build.Length counts them."""
+    steps = config.optim.epochs * _per_epoch(config, facts)
+    return steps if config.optim.steps is None else min(steps, config.optim.steps)
 
 
 RULES: dict[str, Rule] = {
