@@ -48,7 +48,9 @@ def test_values_for_300_images_and_for_300_000(images, gpu):
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_whatever_their_number_the_run_can_begin(images, gpu, parts):
     if images < parts:
-        pytest.skip("fewer images than ranks")
+        with pytest.raises(ConfigError, match=rf"{images} images? cannot be shared by {parts} parts"):
+            chosen(Facts(images, 500, gpu, parts))
+        return
     values = chosen(Facts(images, 500, gpu, parts))
     assert 1 <= values["batch_size"] <= images
     assert values["batch_size"] % parts == 0
@@ -122,6 +124,37 @@ def test_a_run_that_goes_on_to_other_steps_chooses_its_length_anew():
     assert reasons["batch_size"] == reasons["optim.lr"] == "as the run began"
     whole, _ = filled(load_config("photos"), facts, before)
     assert whole.optim.epochs == 667
+
+
+@pytest.mark.parametrize(("images", "parts"), [(5, 8), (1, 2), (300, 512)])
+@pytest.mark.parametrize("before", [None, {"batch_size": 1}])
+def test_more_parts_than_images_are_refused(images, parts, before):
+    words = (
+        rf"^{images} images? cannot be shared by {parts} parts \(ranks x engine\.accumulation\); use at most {images}$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        filled(load_config("photos"), Facts(images, parts=parts), before)
+
+
+@pytest.mark.parametrize(
+    ("facts", "batch", "reason"),
+    [
+        (Facts(5), 5, "5 images: all of them"),
+        (Facts(300), 32, "300 images: the least, as a hundredth of them is fewer"),
+        (Facts(10_000), 64, "10000 images: the largest power of two in a hundredth of them"),
+        (Facts(300_000), 512, "300000 images: the most on a GPU"),
+        (
+            Facts(300, parts=3),
+            30,
+            "300 images: 32, the least, as a hundredth of them is fewer, down to a multiple of 3",
+        ),
+        (Facts(300, parts=100), 100, "300 images: one for each of 100 parts"),
+    ],
+)
+def test_the_batch_has_the_reason_of_its_branch(facts, batch, reason):
+    config, reasons = filled(load_config("photos"), facts)
+    assert config.batch_size == batch
+    assert reasons["batch_size"].startswith(reason)
 
 
 def test_each_key_has_its_reason_in_a_line():

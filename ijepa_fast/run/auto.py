@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.config import AUTO, Config, check, select, update
+from ijepa_fast.config import AUTO, Config, ConfigError, check, select, update
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.sources import Source
 from ijepa_fast.interop.weights import checkpoints
@@ -57,6 +57,11 @@ def filled(config: Config, facts: Facts, before: dict[str, Any] | None = None) -
     """
     config = copy.deepcopy(config)
     reasons = {}
+    if "batch_size" in config.auto and facts.parts > facts.images:
+        raise ConfigError(
+            f"{facts.images} image{'s' * (facts.images > 1)} cannot be shared by {facts.parts} parts (ranks x "
+            f"engine.accumulation); use at most {facts.images}"
+        )
     kept = dict(before or {})
     if kept.get("optim.steps") != config.optim.steps:
         kept = {name: value for name, value in kept.items() if name not in OF_LENGTH}
@@ -152,10 +157,22 @@ def _crop(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:
-    images, most = facts.images, LARGEST_BATCH[facts.gpu]
-    wanted = min(most, max(LEAST_BATCH, 2 ** int(math.log2(max(1, images // EPOCH_STEPS)))), images)
-    whole = max(1, wanted // facts.parts) * facts.parts
-    return whole, f"{images} images: a hundredth of them as a power of two, {LEAST_BATCH} to {most} {_where(facts)}"
+    images, most, parts = facts.images, LARGEST_BATCH[facts.gpu], facts.parts
+    share = 2 ** int(math.log2(max(1, images // EPOCH_STEPS)))
+    if images < LEAST_BATCH:
+        wanted, reason = images, "all of them"
+    elif share < LEAST_BATCH:
+        wanted, reason = LEAST_BATCH, "the least, as a hundredth of them is fewer"
+    elif share > most:
+        wanted, reason = most, f"the most {_where(facts)}"
+    else:
+        wanted, reason = share, "the largest power of two in a hundredth of them"
+    whole = max(1, wanted // parts) * parts
+    if whole < wanted:
+        reason = f"{wanted}, {reason}, down to a multiple of {parts} parts"
+    elif whole > wanted:
+        reason = f"one for each of {parts} parts"
+    return whole, f"{images} images: {reason}"
 
 
 def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
