@@ -15,6 +15,9 @@ from ijepa_fast.plan import main as plan
 from ijepa_fast.run import auto
 from ijepa_fast.run.auto import Facts, filled, said
 from ijepa_fast.run.build import Length
+from ijepa_fast.run.checkpoint import CheckpointError
+from ijepa_fast.run.digests import seal
+from ijepa_fast.run.sources import identity
 from tests.data_images import write_photos
 from tests.launch import ROOT, finish, start
 
@@ -171,6 +174,44 @@ def test_a_run_that_goes_on_keeps_its_choices():
     config, reasons = filled(load_config("photos", ["optim.lr=3e-4"]), Facts(300), before)
     assert (config.batch_size, reasons["batch_size"]) == (48, "as the run began")
     assert config.optim.lr == 3e-4  # given
+
+
+def begun(tmp_path, before, *given):
+    """What `begin` chooses for 40 images where the folder holds a run whose checkpoint says `before`."""
+    write_photos(tmp_path / "photos", 40, size=60)
+    source = open_source(tmp_path / "photos")
+    config = load_config("photos", [f"data.source={tmp_path / 'photos'}", f"runs={tmp_path}", *given])
+    for step, state in before(identity(source)).items():
+        folder = config.folder / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        whole = {"format": 4, "step": step, "images": 512 * step, "shapes": {}, "files": {}} | state
+        (folder / "state.json").write_text(seal(whole))
+    return auto.begin(config, source, True, 0, 1)
+
+
+def on(data, batch, **settings):
+    return {"data": data, "config": {"batch_size": batch, **settings}}
+
+
+def test_a_run_on_other_images_is_said_before_its_choices_are_used(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not what the run began with \(300,000 images -> 40\).* another name"):
+        begun(tmp_path, lambda data: {3: on({"images": 300_000, "sha256": ""}, 512)})
+
+
+def test_choices_are_those_of_the_checkpoint_that_the_run_goes_on_from(tmp_path):
+    def before(data):
+        return {3: on(data, 20), 4: on({"images": 300_000, "sha256": ""}, 512)}
+
+    assert begun(tmp_path / "a", before, "resume=step-3").batch_size == 20
+    assert begun(tmp_path / "b", before, "data.changed=accept").batch_size == 512
+    assert begun(tmp_path / "c", before, "resume=false").batch_size == 32  # and recover.choose refuses the folder
+
+
+def test_choices_for_random_images_are_not_those_of_a_folder(tmp_path):
+    def before(data):
+        return {3: on(None, 512, **{"data.source": "synthetic"})}
+
+    assert begun(tmp_path, before).batch_size == 32
 
 
 def test_the_median_of_sizes_is_read_and_bad_files_are_left_out(tmp_path):

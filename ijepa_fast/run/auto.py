@@ -12,17 +12,17 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ijepa_fast.config import AUTO, Config, ConfigError, check, select, update
+from ijepa_fast.config import AUTO, Config, ConfigError, check, flatten, select, update
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.sources import Source
-from ijepa_fast.interop.weights import checkpoints
+from ijepa_fast.interop.weights import checkpoints, step_of
 from ijepa_fast.run.build import SYNTHETIC_IMAGES
-from ijepa_fast.run.checkpoint import CheckpointError, read_state
+from ijepa_fast.run.checkpoint import CheckpointError, check_data, read_state
+from ijepa_fast.run.sources import identity
 
 PUBLISHED_RATE, PUBLISHED_BATCH = 1e-3, 2048
 LARGEST_CROP = {True: 224, False: 128}  # pixels, with and without a GPU
@@ -88,11 +88,12 @@ def said(config: Config, reasons: dict[str, str]) -> str:
 def begin(config: Config, source: Source | None, gpu: bool, rank: int, ranks: int) -> Config:
     """`filled` for a run that starts, or goes on, here. Rank 0 says what was chosen.
 
-    source: its images, None: random ones. Where it has a checkpoint, what it chose is kept.
+    source: its images, None: random ones. Where it has a checkpoint, what it chose is kept. Raises CheckpointError
+    where that is of other images.
     """
     if not config.auto:
         return config
-    config, reasons = filled(config, facts_of(config, source, gpu, ranks), _begun(config.folder))
+    config, reasons = filled(config, facts_of(config, source, gpu, ranks), _begun(config, source))
     if rank == 0:
         print(said(config, reasons), file=sys.stderr)
     return config
@@ -118,13 +119,22 @@ def shorter_side(source: Source) -> int:
     return int(statistics.median(sides)) if sides else Facts.side
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
-    for path in reversed(checkpoints(folder)):
+def _begun(config: Config, source: Source | None) -> dict[str, Any] | None:
+    """{key: value} of the checkpoint that the run goes on from; None where there is none, or it is to be a new run."""
+    if config.resume is False:  # a run that is there is refused, by run.recover.choose
+        return None
+    found = reversed(checkpoints(config.folder))
+    wanted = None if config.resume is True else int(config.resume.removeprefix("step-"))
+    for path in (path for path in found if wanted in (None, step_of(path))):
         try:
-            found: dict[str, Any] = read_state(path)["config"]
-            return found
+            state = read_state(path)
         except CheckpointError:  # said when the run goes on from another
             continue
+        settings: dict[str, Any] = state["config"]
+        if (settings.get("data.source") == "synthetic") != (source is None):  # refused when the checkpoint is loaded
+            return None
+        check_data(path, state.get("data"), identity(source), flatten(config))
+        return settings
     return None
 
 

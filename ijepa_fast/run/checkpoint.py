@@ -212,7 +212,7 @@ def load(
     """
     state = read_state(path)
     then, now = present(state["config"]), json.loads(json.dumps(dict(settings)))
-    changed = _check_settings(path, then, now, _check_data(path, state.get("data"), data, now))
+    changed = _check_settings(path, then, now, check_data(path, state.get("data"), data, now))
     images = state["images"] if "images" in state else state["step"] * then["batch_size"]
     _check_batch(path, images, now, images if data is None else data["images"])
     names = {name: today(name, engine.method.former_names) for name in state["shapes"]}
@@ -258,7 +258,7 @@ def _check_batch(path: Path, images: int, settings: Mapping[str, Any], most: int
     )
 
 
-def _check_data(
+def check_data(
     path: Path, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None, settings: Mapping[str, Any]
 ) -> bool:
     """Whether the images are known to be those that the run began with; CheckpointError where they are known not to be.
@@ -271,8 +271,8 @@ def _check_data(
         counts = then["images"], now["images"]
         what = f"{counts[0]:,} images -> {counts[1]:,}" if counts[0] != counts[1] else "as many images, other names"
         raise CheckpointError(
-            f"{path}: data.source={settings['data.source']} is not what the run began with ({what}); restore it, or go "
-            f"on with data.changed=accept: order and epochs are then those of the new images"
+            f"{path}: data.source={settings['data.source']} is not what the run began with ({what}); restore it, "
+            f"set another name, or go on with data.changed=accept: order and epochs are then those of the new images"
         )
     return True
 
