@@ -52,6 +52,8 @@ AUTO = (
 )
 
 
+RATES = {"optim.start_lr", "optim.lr", "optim.warmup_epochs"}  # keys that check_rates compares
+
 # The strategies of masks/samplers.py, known here so that a wrong one is said before torch is imported.
 STRATEGIES = ("multiblock-reference", "multiblock", "rasterized", "block", "random", "channels")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
@@ -389,6 +391,16 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than optim.epochs={config.optim.epochs}; "
             f"lower optim.warmup_epochs"
+        )
+
+
+def check_rates(config: Config) -> None:
+    """ConfigError for a warm-up that descends. Of runs that train: one that has done so can still be read."""
+    optim = config.optim
+    if optim.start_lr > optim.lr and optim.warmup_epochs and not RATES & set(config.auto):
+        raise ConfigError(
+            f"optim.start_lr={optim.start_lr:g} is more than optim.lr={optim.lr:g}, which the warm-up rises to; set "
+            f"optim.start_lr to at most optim.lr, or optim.warmup_epochs=0"
         )
 
 

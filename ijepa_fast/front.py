@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from ijepa_fast import hosts, partly, ranks, spelling
 from ijepa_fast.agree import NoOptions, Setup, check_capabilities, check_method
-from ijepa_fast.config import Config, ConfigError, as_yaml, keys, load_config
+from ijepa_fast.config import Config, ConfigError, as_yaml, check_rates, keys, load_config
 from ijepa_fast.data.importing import is_code
 
 RANDOM_OR_EMBEDDED = ("synthetic", "scenes")
@@ -166,6 +166,7 @@ def _interrupted(first: bool) -> int:
 
 def check_early(config: Config) -> None:
     """What can be known without torch: whether images and method are there, and its options. Raises ConfigError."""
+    check_rates(config)
     source = config.data.source
     named = {"*", "{"} & set(source) or is_code(source)
     if source not in RANDOM_OR_EMBEDDED and not named and not os.path.exists(source):

@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = facts if images is None else replace(facts, images=images)
     given, (config, reasons) = config, auto.filled(config, facts)
     plan = forecast.make(config, images, gpu, tuple(args.ranks))
+    if not plan.parameters[0]:  # none has an average
+        reasons.pop(auto.AVERAGE, None)
     print(forecast.report(config, plan, gpu, device))
     for text in filter(None, (said, auto.said(config, reasons))):
         print(f"\n{text}")

@@ -167,11 +167,13 @@ def prepare(
     Between them the images that the encoder is evaluated with when the run ends, None: none.
     """
     source = training_source(config)
-    config = auto.begin(with_depth(config, source), source, device.type == "cuda", rank, ranks)
+    config, average = auto.begin(with_depth(config, source), source, device.type == "cuda", rank, ranks)
     labelled = evaluated(config, source, device)
     length = Length.of(config, None if source is None else len(source))
     hooks = functions("hooks", config.hooks)
     method = build_method(config, length.steps_per_epoch)
+    if rank == 0 and average and method.averaged:
+        print(average, file=sys.stderr)
     make_ready(method)
     return with_options(config, method), source, labelled, method, hooks
 

@@ -160,6 +160,90 @@ def test_the_batch_has_the_reason_of_its_branch(facts, batch, reason):
     assert reasons["batch_size"].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("facts", "given", "name", "line"),
+    [
+        (Facts(300, 7), [], "model.patch", "1: the smallest of 16, 8, 4, 2, 1: 7 pixels have no 8 of any"),
+        (
+            Facts(300),
+            ["data.crop=100"],
+            "model.patch",
+            "4: the largest of 16, 8, 4, 2, 1 that divides data.crop=100 and has 8 a side: 625 patches; "
+            "144 of 8 pixels with data.crop=96",
+        ),
+        (
+            Facts(300),
+            ["data.crop=[64,128]"],
+            "model.patch",
+            "8: the largest of 16, 8, 4, 2, 1 that divides data.crop=[64,128] and has 8 a side: 128 patches",
+        ),
+        (Facts(300, 7), ["model.patch=16"], "data.crop", "16: one patch of 16, though the images' shorter side is 7"),
+        (Facts(300, 100), [], "data.crop", "96: the images' shorter side is 100, down to whole patches of 8"),
+        (Facts(300, 500), [], "data.crop", "224: at most 224 on a GPU"),
+        (
+            Facts(2_000_000, gpu=False),
+            [],
+            "optim.epochs",
+            "1: the least: on a CPU no more than 1000000 images are to be seen, and 2000000 are here",
+        ),
+        (
+            Facts(300_000, gpu=False),
+            [],
+            "optim.epochs",
+            "3: on a CPU no more than 1000000 images are to be seen",
+        ),
+        (Facts(300), ["optim.steps=500"], "optim.warmup_epochs", "22.22: 40% of 500 steps, the most: 600 are more"),
+        (Facts(300), ["optim.epochs=400"], "optim.warmup_epochs", "66.67: 17% of 3600 steps, which are 600, the least"),
+        (Facts(300), [], "optim.warmup_epochs", "66.7: 10% of 6003 steps"),
+        (
+            Facts(300),
+            ["optim.final_ema=.99"],
+            "optim.ema",
+            "0.998: the most: 1 - 5 / 6003 steps are more; it falls to 0.99",
+        ),
+        (Facts(300), ["optim.epochs=100"], "optim.ema", "0.9944: 1 - 5 / 900 steps; it rises to 1"),
+        (Facts(300), ["optim.epochs=1"], "optim.ema", "0.9: the least: 1 - 5 / 9 steps are less; it rises to 1"),
+        (Facts(300), ["optim.final_ema=.998"], "optim.ema", "0.998: the most: 1 - 5 / 6003 steps are more; it stays"),
+        (
+            Facts(300),
+            ["optim.epochs=667", "optim.steps=500"],
+            "optim.ema",
+            "0.99: 1 - 5 / 500 steps; it rises towards 1",
+        ),
+    ],
+)
+def test_reasons_are_those_of_the_branch(facts, given, name, line):
+    config, reasons = filled(load_config("photos", given), facts)
+    assert said(config, {name: reasons[name]}) == f"{name}={line}"
+
+
+def test_an_average_that_a_method_lacks_has_no_line(capsys):
+    given = ["--ranks", "1", "--config", "photos", "--images", "300", "data.source=/nowhere"]
+    assert plan([*given, "objective.method=mae"]) == 0
+    out = capsys.readouterr().out
+    assert "optim.lr=" in out
+    assert "optim.ema=" not in out
+    assert plan(given) == 0
+    assert "optim.ema=" in capsys.readouterr().out
+
+
+def test_the_line_of_the_average_is_left_to_the_trainer(capsys):
+    config, line = auto.begin(load_config("photos", ["data.source=synthetic"]), None, False, 0, 1)
+    assert (config.auto, line[:16]) == ([], "optim.ema=0.998:")
+    assert "optim.ema" not in capsys.readouterr().err
+    assert auto.begin(config, None, False, 0, 1) == (config, "")
+
+
+def test_a_warm_up_that_descends_is_refused(capsys):
+    words = "optim.start_lr=0.001 is more than optim.lr=0.000125"
+    with pytest.raises(ConfigError, match=words):
+        filled(load_config("photos", ["optim.start_lr=1e-3"]), Facts(300))
+    flat = ["optim.warmup_epochs=0", "optim.start_lr=1e-3"]
+    assert filled(load_config("photos", flat), Facts(300))[0].optim.start_lr == 1e-3
+    assert main(["--config", "quickstart", "optim.start_lr=2e-3"]) == 1
+    assert "optim.start_lr=0.002 is more than optim.lr=0.001" in capsys.readouterr().err
+
+
 def test_each_key_has_its_reason_in_a_line():
     config, reasons = filled(load_config("photos", ["optim.lr=3e-4"]), Facts(300, 100, gpu=False))
     lines = said(config, reasons).splitlines()
@@ -186,7 +270,7 @@ def begun(tmp_path, before, *given):
         folder.mkdir(parents=True)
         whole = {"format": 4, "step": step, "images": 512 * step, "shapes": {}, "files": {}} | state
         (folder / "state.json").write_text(seal(whole))
-    return auto.begin(config, source, True, 0, 1)
+    return auto.begin(config, source, True, 0, 1)[0]
 
 
 def on(data, batch, **settings):

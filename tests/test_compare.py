@@ -23,7 +23,8 @@ from bench.compare.runs import AVERAGE, BASE, GROUPS, OPTIONS, STUDENT, SWEEPS, 
 from bench.compare.search import MOST, search, searched
 from bench.compare.train import Job, halves, work_per_image
 from bench.learning import names_of
-from ijepa_fast.config import load_config
+from ijepa_fast import configs
+from ijepa_fast.config import check_rates, load_config
 from ijepa_fast.engine.schedules import Schedule
 from ijepa_fast.eval.figures import Figure
 from ijepa_fast.eval.labels import open_labelled
@@ -264,6 +265,7 @@ def trained(monkeypatch):
     def use(accuracy):
         def done(job):
             rate = float(job.extra[-1].removeprefix("optim.lr="))
+            check_rates(load_config(configs.find(job.images.config(job.run)), job.extra))
             tried.append(rate)
             assert (job.seed, job.ends, job.held) == (1000, (), True)
             if accuracy(rate) is None:

@@ -74,11 +74,16 @@ def overrides_of(preset: Preset, images: int) -> list[str]:
     ]
 
 
+def at_rate(rate: float, config: Config) -> list[str]:
+    """The learning rate `rate` for a run of `config`, whose warm-up is not to begin above it."""
+    return [*([f"optim.start_lr={rate}"] if config.optim.start_lr > rate else []), f"optim.lr={rate}"]
+
+
 def method_overrides(name: str, config: Config, preset: Preset, images: int) -> list[str]:
     """What differs by run: its learning rate, and what of its `config` is a share of the run."""
     epochs = preset.steps * preset.batch / images
     rate = preset.rate(name)
-    found = [] if rate is None else [f"optim.lr={rate}"]
+    found = [] if rate is None else at_rate(rate, config)
     method = build_method(config)
     if config.data.memory == IN_PLACE and method.views():  # which are made on the host
         found.append("data.memory=true")

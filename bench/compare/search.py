@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from bench.compare.presets import at_rate
 from bench.compare.runs import find
 from bench.compare.tables import final
 from bench.compare.train import Job, do
@@ -56,7 +57,7 @@ def trial(job: Job, rate: float, teachers: dict[str, Any], must: bool) -> dict[s
         seed=SEED,
         preset=replace(job.preset, probes=1, rates={}),
         out=folder_of(job, rate),
-        extra=[*job.extra, f"optim.lr={rate}"],
+        extra=[*job.extra, *at_rate(rate, load_config(configs.find(job.images.config(job.run))))],
         ends=(),
         held=True,
         teachers=None if job.teacher is None else folder_of(job, teachers[job.teacher]["rate"]),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.config import AUTO, Config, ConfigError, check, flatten, select, update
+from ijepa_fast.config import AUTO, Config, ConfigError, check, check_rates, flatten, select, update
 from ijepa_fast.data.headers import BadImage
 from ijepa_fast.data.sources import Source
 from ijepa_fast.interop.weights import checkpoints, step_of
@@ -34,6 +34,7 @@ CPU_IMAGES = 1_000_000  # that a run without a GPU sees, at most
 WARMUP, WARMUP_STEPS, LONGEST_WARMUP = 0.1, 600, 0.4  # share of the run; steps, at least; share, at most
 EMA, LEAST_EMA, LIVES = 0.998, 0.9, 5  # momentum at most and at least; how often a run forgets its first average
 OF_LENGTH = ("optim.epochs", "optim.warmup_epochs", "optim.ema")  # keys whose rules read the steps of the run
+AVERAGE = "optim.ema"  # means nothing to a method without an average
 LOOKED_AT = 64  # images whose sizes are read
 
 
@@ -77,6 +78,7 @@ def filled(config: Config, facts: Facts, before: dict[str, Any] | None = None) -
         reasons[name] = reason
     if reasons:
         check(config)
+    check_rates(config)
     return config, reasons
 
 
@@ -85,18 +87,21 @@ def said(config: Config, reasons: dict[str, str]) -> str:
     return "\n".join(f"{name}={_shown(select(config, name))}: {reason}" for name, reason in reasons.items())
 
 
-def begin(config: Config, source: Source | None, gpu: bool, rank: int, ranks: int) -> Config:
+def begin(config: Config, source: Source | None, gpu: bool, rank: int, ranks: int) -> tuple[Config, str]:
     """`filled` for a run that starts, or goes on, here. Rank 0 says what was chosen.
 
+    But for the line of the average, which is returned: whether there is one, the method knows when it is built.
     source: its images, None: random ones. Where it has a checkpoint, what it chose is kept. Raises CheckpointError
     where that is of other images.
     """
     if not config.auto:
-        return config
+        check_rates(config)
+        return config, ""
     config, reasons = filled(config, facts_of(config, source, gpu, ranks), _begun(config, source))
-    if rank == 0:
+    average = {AVERAGE: reasons.pop(AVERAGE)} if AVERAGE in reasons else {}
+    if rank == 0 and reasons:
         print(said(config, reasons), file=sys.stderr)
-    return config
+    return config, said(config, average)
 
 
 def facts_of(config: Config, source: Source | None, gpu: bool, ranks: int) -> Facts:
@@ -139,7 +144,7 @@ def _begun(config: Config, source: Source | None) -> dict[str, Any] | None:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
 Rule = Callable[[Config, Facts], tuple[Any, str]]
@@ -150,20 +155,33 @@ def _where(facts: Facts) -> str:
 
 
 def _patch(config: Config, facts: Facts) -> tuple[int, str]:
-    if "data.crop" in config.auto:
-        sides: tuple[int, ...] = (min(LARGEST_CROP[facts.gpu], facts.side),)
-        fits = [patch for patch in PATCHES if sides[0] // patch >= LEAST_GRID]
-    else:
-        sides = config.data.size
-        fits = [p for p in PATCHES if min(sides) // p >= LEAST_GRID and not any(side % p for side in sides)]
-    return (fits or [1])[0], f"the largest of {', '.join(map(str, PATCHES))} with {LEAST_GRID} in {min(sides)} pixels"
+    given = "data.crop" not in config.auto
+    sides = config.data.size if given else (min(LARGEST_CROP[facts.gpu], facts.side),)
+    roomy = [patch for patch in PATCHES if min(sides) // patch >= LEAST_GRID]
+    names = ", ".join(map(str, PATCHES))
+    if not roomy:
+        return PATCHES[-1], f"the smallest of {names}: {min(sides)} pixels have no {LEAST_GRID} of any"
+    if not given:
+        return roomy[0], f"the largest of {names} with {LEAST_GRID} in {min(sides)} pixels"
+    patch = next(patch for patch in roomy if not any(side % patch for side in sides))
+    reason = f"the largest of {names} that divides data.crop={_shown(config.data.crop)} and has {LEAST_GRID} a side"
+    reason += f": {math.prod(side // patch for side in sides)} patches"
+    if patch < roomy[0]:
+        other = [side // roomy[0] * roomy[0] for side in sides]
+        count = math.prod(side // roomy[0] for side in sides)
+        crop = other[0] if isinstance(config.data.crop, int) else other
+        reason += f"; {count} of {roomy[0]} pixels with data.crop={_shown(crop)}"
+    return patch, reason
 
 
 def _crop(config: Config, facts: Facts) -> tuple[int, str]:
     most, patch = LARGEST_CROP[facts.gpu], config.model.patch
-    side = max(1, min(most, facts.side) // patch) * patch
-    small = f", and the images' shorter side is {facts.side}" if facts.side < most else ""
-    return side, f"at most {most} {_where(facts)}{small}; whole patches"
+    side = min(most, facts.side)
+    reason = f"the images' shorter side is {side}" if facts.side < most else f"at most {most} {_where(facts)}"
+    if side < patch:
+        return patch, f"one patch of {patch}, though {reason}"
+    whole = side // patch * patch
+    return whole, reason if whole == side else f"{reason}, down to whole patches of {patch}"
 
 
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:
@@ -220,9 +238,19 @@ def _start_rate(config: Config, facts: Facts) -> tuple[float, str]:
 
 
 def _ema(config: Config, facts: Facts) -> tuple[float, str]:
-    steps, end = _steps(config, facts), config.optim.final_ema
-    value = min(EMA, max(LEAST_EMA, 1 - LIVES / steps))
-    return value, f"1 - {LIVES} / {steps} steps, {LEAST_EMA} to {EMA}; it rises to {end:g}"
+    steps, optim = _steps(config, facts), config.optim
+    wanted = 1 - LIVES / steps
+    if wanted > EMA:
+        value, reason = EMA, f"the most: 1 - {LIVES} / {steps} steps are more"
+    elif wanted < LEAST_EMA:
+        value, reason = LEAST_EMA, f"the least: 1 - {LIVES} / {steps} steps are less"
+    else:
+        value, reason = wanted, f"1 - {LIVES} / {steps} steps"
+    if optim.final_ema == value:
+        return value, f"{reason}; it stays"
+    way = "rises" if optim.final_ema > value else "falls"
+    whole = steps >= optim.horizon * optim.epochs * _per_epoch(config, facts)
+    return value, f"{reason}; it {way} {'to' if whole else 'towards'} {optim.final_ema:g}"
 
 
 def _per_epoch(config: Config, facts: Facts) -> int:
