@@ -70,11 +70,9 @@ def ops_as_on_a_gpu(monkeypatch):
     dispatch.use(before)
 
 
-@pytest.fixture(scope="session")
-def red_and_blue(tmp_path_factory):
-    """24 images in two class folders: red ones and blue ones."""
-    image = pytest.importorskip("PIL.Image")
-    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+def write_red_and_blue(folder, seed):
+    """24 images in two class folders, red ones and blue ones, drawn by `seed`."""
+    image, generator = pytest.importorskip("PIL.Image"), np.random.default_rng(seed)
     for name, channel in (("red", 0), ("blue", 2)):
         (folder / name).mkdir()
         for i in range(12):
@@ -85,11 +83,18 @@ def red_and_blue(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def red_and_blue(tmp_path_factory):
+    """24 images in two class folders: red ones and blue ones."""
+    return write_red_and_blue(tmp_path_factory.mktemp("photos"), 0)
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, red_and_blue):
     """The folder of a run of 24 steps on `red_and_blue`, with probes along it and the evaluation at its end."""
     for name in ("deepspeed", "nvidia.dali", "omegaconf"):
         pytest.importorskip(name)
     from tests.launch import run
 
-    data = (f"data.source={red_and_blue}", f"probe.test={red_and_blue}", "optim.epochs=8")
+    test = write_red_and_blue(tmp_path_factory.mktemp("test"), 1)
+    data = (f"data.source={red_and_blue}", f"probe.test={test}", "optim.epochs=8")
     return run(tmp_path_factory.mktemp("runs"), "name=tiny <run>", *data, "probe.enabled=true", "probe.every=6")

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,7 +200,8 @@ def test_nothing_is_tested_where_it_would_say_nothing(tmp_path, classes, each, g
 )
 def test_images_that_tell_nothing_end_a_run_before_its_first_step(tmp_path, classes, each, words):
     images = labelled_folder(tmp_path / "images", classes, each)
-    config = config_of(images, tmp_path, f"probe.test={images}")
+    test = labelled_folder(tmp_path / "test", classes, each + 1)
+    config = config_of(images, tmp_path, f"probe.test={test}")
     with pytest.raises(ConfigError, match=f"^probe.train, probe.test: {images}: {words}.*; or set probe.enabled=false"):
         evaluated(config, training_source(config), torch.device("cpu"))
 
@@ -215,3 +218,43 @@ def test_images_to_test_on_are_matched_before_the_first_step(tmp_path, wrong):
     said = "kind7" if wrong == "another class" else str(test)
     with pytest.raises(ConfigError, match=f"^probe.train, probe.test: .*{said}"):
         evaluated(config, training_source(config), torch.device("cpu"))
+
+
+def begun(config):
+    return evaluated(config, training_source(config), torch.device("cpu"))
+
+
+def test_training_images_without_test_images_end_a_run_before_its_first_step(tmp_path):
+    images = labelled_folder(tmp_path / "images", 2, 60)
+    config = config_of(images, tmp_path, f"probe.train={images}")
+    with pytest.raises(ConfigError, match=f"^probe.train={images}: it goes with probe.test, which is not set"):
+        begun(config)
+    assert begun(replace(config, probe=replace(config.probe, enabled=False))) is None
+
+
+@pytest.mark.parametrize("same", ["path", "link", "copy"])
+def test_images_are_not_tested_on_themselves(tmp_path, same):
+    """The same folder by another name, and a copy; not a folder with the same names and other images."""
+    images, test = labelled_folder(tmp_path / "images", 2, 8), tmp_path / "test"
+    if same == "path":
+        test = images
+    elif same == "link":
+        test.symlink_to(images)
+    else:
+        shutil.copytree(images, test)
+    for given in ((), (f"probe.train={images}",)):
+        config = config_of(images, tmp_path, f"probe.test={test}", *given)
+        with pytest.raises(ConfigError, match=f"^probe.train, probe.test: {test}: the 16 images to test on are those"):
+            begun(config)
+    other = labelled_folder(tmp_path / "other", 2, 8)
+    for path in other.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"\0")
+    assert begun(config_of(images, tmp_path, f"probe.test={other}")) is not None
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_resize_below_the_crop_ends_a_run_before_its_first_step(tmp_path, tested):
+    images = labelled_folder(tmp_path / "images", 2, 60)
+    given = [f"probe.test={labelled_folder(tmp_path / 'test', 2, 6)}"] if tested else []
+    with pytest.raises(ConfigError, match=r"^probe.resize=8: expected at least the crop, 16 pixels"):
+        begun(config_of(images, tmp_path, "probe.resize=8", *given))

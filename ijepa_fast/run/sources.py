@@ -16,6 +16,7 @@ import torch
 
 from ijepa_fast.config import Config, ConfigError, load_config
 from ijepa_fast.data.headers import BadImage
+from ijepa_fast.data.importing import is_code
 from ijepa_fast.data.scenes import ensure_scenes
 from ijepa_fast.data.settings import STATS, check_shares, is_measured
 from ijepa_fast.data.sources import Source, open_source
@@ -128,6 +129,27 @@ def probe_folders(config: Config) -> tuple[str, str] | None:
     return probe.train or config.data.source, probe.test
 
 
+def _check_probe(config: Config) -> None:
+    """Raises ConfigError where keys of probe do not go together."""
+    probe, short = config.probe, min(config.data.size)
+    if probe.train is not None and probe.test is None:
+        raise ConfigError(
+            f"probe.train={probe.train}: it goes with probe.test, which is not set; set it, or leave probe.train out"
+        )
+    if probe.resize is not None and probe.resize < short:
+        raise ConfigError(f"probe.resize={probe.resize}: expected at least the crop, {short} pixels, or null")
+
+
+def _check_apart(folders: tuple[str, str], train: Labelled, test: Labelled) -> None:
+    """Raises ValueError where the test images are the training images, each of which is its own nearest neighbour."""
+    one, other = (folder if is_code(folder) else str(Path(folder).resolve()) for folder in folders)
+    if one != other and (
+        identity(train.source) != identity(test.source) or contents(train.source) != contents(test.source)
+    ):
+        return
+    raise ValueError(f"{folders[1]}: the {len(test.source)} images to test on are those that probes are trained on")
+
+
 def evaluation(config: Config, folders: tuple[str, str], device: torch.device) -> tuple[Labelled, Labelled, Options]:
     """What eval.evaluate takes beside an encoder: training images, test images, and options."""
     cache, reading = _index_cache(config), config.data.reading
@@ -157,10 +179,13 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     Raises ConfigError where the images that are named have no labels, one for all, or others than those they are to be
     tested on, and where they are fewer than k-NN's neighbours.
     """
+    if config.probe.enabled:
+        _check_probe(config)
     if (folders := probe_folders(config)) is not None:
         try:
             train, test, options = evaluation(config, folders, device)
             matched(train, test, options)
+            _check_apart(folders, train, test)
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
         return train, test, options
