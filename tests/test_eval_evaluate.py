@@ -134,3 +134,55 @@ def test_each_seed_has_a_share_and_held_out_images_of_its_own(data):
     assert len(set(low.seeds)) > 1
     assert low.interval > 0
     assert low.value == pytest.approx(np.mean(low.seeds))
+
+
+def labelled(root, rows):
+    """Small images with the labels kind and metres."""
+    root.mkdir()
+    lines = ["file,kind,metres"]
+    for i, (kind, metres) in enumerate(rows):
+        Image.new("RGB", (SIDE, SIDE), (i, 10, 20)).save(root / f"{i:03d}.png")
+        lines.append(f"{i:03d}.png,{kind},{metres}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return open_labelled(root)
+
+
+MIXED = [("ab"[i % 2], i + 0.5) for i in range(12)]
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_a_label_that_is_the_same_for_all_images_of_a_part_is_left_out(tmp_path, capsys, side):
+    parts = {"train": MIXED, "test": MIXED} | {side: [(kind, 2.5) for kind, _ in MIXED]}
+    given = [labelled(tmp_path / name, rows) for name, rows in parts.items()]
+    figures = evaluate(colours, *given, Options(crop=SIDE, probes=("knn",)))
+    assert {f.task for f in figures} == {"kind"}
+    said = f"{tmp_path}/{side}: all images have the same metres, which is left out\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (MIXED, [("a", 1.5)] * 4, "/test: all test images have the same kind, metres"),
+        (MIXED, MIXED[:1], "/test: expected at least two images to test on, got 1"),
+        (
+            [(kind, 1.5) for kind, _ in MIXED],
+            [("a", m) for _, m in MIXED],
+            "a probe needs a label that differs in both",
+        ),
+    ],
+    ids=["test labels", "one test image", "each in one part"],
+)
+def test_images_that_no_label_can_be_measured_on_are_refused(tmp_path, train, test, words):
+    parts = [labelled(tmp_path / name, rows) for name, rows in (("train", train), ("test", test))]
+    with pytest.raises(ValueError, match=words):
+        evaluate(lambda images: pytest.fail("encoded"), *parts, Options(crop=SIDE))
+
+
+def test_no_share_is_drawn_of_a_label_that_leaves_one_image(tmp_path):
+    """One in a hundred of twelve images of one class is one image, of which no head can be fitted."""
+    rows = [("a", metres) for _, metres in MIXED]
+    parts = [labelled(tmp_path / name, rows) for name in ("train", "test")]
+    options = Options(crop=SIDE, probes=("lowshot",))
+    with pytest.raises(ValueError, match=r"^--probes lowshot: no figure, as .* take classes"):
+        evaluate(lambda images: pytest.fail("encoded"), *parts, options)

@@ -49,7 +49,7 @@ def evaluate(encoder: Encode, train: Labelled, test: Labelled, options: Options)
     "last4", "blocks", some probes and another dtype a features.Network, in fp32. A test image whose label no training
     image has counts as wrong. Raises ValueError for what options.check finds.
     """
-    test, places = check(encoder, train, test, options)
+    train, test, places = check(encoder, train, test, options)
     frozen: Any = encoder if options.dtype is None else copy.deepcopy(encoder)
     if options.dtype is not None:
         frozen.to(options.dtype)

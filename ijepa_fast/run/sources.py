@@ -23,7 +23,7 @@ from ijepa_fast.data.sources import Source, open_source
 from ijepa_fast.data.storage import Patience
 from ijepa_fast.eval.features import Encode
 from ijepa_fast.eval.labels import Labelled, labelled, open_labelled
-from ijepa_fast.eval.options import Options, matched
+from ijepa_fast.eval.options import Options, check_images
 from ijepa_fast.interop.load import PretrainedEncoder, read
 from ijepa_fast.interop.weights import load_state
 from ijepa_fast.methods.method import Method
@@ -184,7 +184,7 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
     if (folders := probe_folders(config)) is not None:
         try:
             train, test, options = evaluation(config, folders, device)
-            matched(train, test, options)
+            train, test = check_images(config.data, train, test, options)
             _check_apart(folders, train, test)
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
