@@ -4,6 +4,7 @@ import datetime
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ pytest.importorskip("nvidia.dali")
 
 from ijepa_fast.__main__ import main
 from ijepa_fast.config import ConfigError, load_config
+from ijepa_fast.engine.precision import Precision
 from ijepa_fast.eval.evaluate import evaluate
 from ijepa_fast.eval.figures import figures_of, headline, table, verdict
 from ijepa_fast.report.plots import read_log
-from ijepa_fast.report.summary import describe, read_summary, train_seconds
+from ijepa_fast.report.summary import describe, finish, read_summary, train_seconds
 from ijepa_fast.run.provenance import provenance
-from ijepa_fast.run.sources import evaluated, training_source
+from ijepa_fast.run.sources import READ, TESTED, evaluated, training_source
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +156,14 @@ def test_a_summary_before_versions_is_named(tmp_path):
         read_summary(tmp_path)
 
 
-def labelled_folder(folder, classes, each):
+def labelled_folder(folder, classes, each, side=16):
     """Small images of one colour each in a folder per class."""
     from PIL import Image
 
     for kind in range(classes):
         (folder / f"kind{kind}").mkdir(parents=True)
         for i in range(each):
-            Image.new("RGB", (16, 16), (kind * 60, i, 128)).save(folder / f"kind{kind}" / f"{i:03}.png")
+            Image.new("RGB", (side, side), (kind * 60, i, 128)).save(folder / f"kind{kind}" / f"{i:03}.png")
     return folder
 
 
@@ -184,13 +186,53 @@ def test_a_labelled_folder_is_tested_on_a_tenth_of_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("classes", "each", "given"),
-    [(1, 120, ()), (2, 40, ()), (2, 60, ("probe.enabled=false",))],
+    ("classes", "each", "given", "why"),
+    [
+        (1, 120, (), "all images have the same class"),
+        (2, 40, (), "a tenth of 80 labelled images is too few"),
+        (2, 60, ("probe.enabled=false",), ""),
+    ],
     ids=["one class", "few images", "no probes"],
 )
-def test_nothing_is_tested_where_it_would_say_nothing(tmp_path, classes, each, given):
+def test_nothing_is_tested_where_it_would_say_nothing_and_rank_0_says_why(tmp_path, capsys, classes, each, given, why):
     config = config_of(labelled_folder(tmp_path / "images", classes, each), tmp_path, *given)
-    assert evaluated(config, training_source(config), torch.device("cpu")) is None
+    assert begun(config) is None
+    said = capsys.readouterr().err
+    assert why in said
+    assert said.startswith("the encoder will not be evaluated: ") == bool(why)
+
+
+def test_windows_of_an_image_are_on_one_side(tmp_path):
+    config = config_of(labelled_folder(tmp_path / "images", 2, 30, side=32), tmp_path, "data.window=16")
+    train, test, _ = begun(config)
+    files = [{part.source.name(i).split(" at ")[0] for i in range(len(part.source))} for part in (train, test)]
+    assert (len(train.source), len(test.source), len(files[1])) == (216, 24, 6)
+    assert not files[0] & files[1]
+
+
+def test_a_tenth_is_two_thousand_at_most(tmp_path, monkeypatch):
+    monkeypatch.setattr("ijepa_fast.run.sources.READ", 110)
+    train, test, _ = begun(config_of(labelled_folder(tmp_path / "images", 2, 60), tmp_path))
+    assert (len(train.source), len(test.source)) == (99, 11)
+    monkeypatch.undo()
+    assert READ // TESTED == 2000
+
+
+def test_a_summary_is_written_where_the_evaluation_fails(tmp_path, monkeypatch):
+    """With all that training found, and why there are no figures."""
+    from tests.launch import run
+
+    folder = run(tmp_path, "name=a", "optim.steps=1", "probe.enabled=false")
+    assert read_summary(folder)["not_evaluated"] == "probe.enabled is false"
+    config, method = load_config(folder / "config.yaml"), SimpleNamespace(reads_mask=False)
+    monkeypatch.setattr("ijepa_fast.report.summary._plot_masks", lambda *given: None)
+    monkeypatch.setattr("ijepa_fast.report.summary._evaluate", lambda *given: 1 / 0)
+    (folder / "summary.json").unlink()
+    with pytest.raises(ZeroDivisionError):
+        finish(config, method, None, (), torch.device("cpu"), 0.0, Precision("fp32", ""))
+    found = read_summary(folder)
+    assert (found["steps"], found["figures"]) == (1, [])
+    assert found["not_evaluated"] == "the evaluation did not finish"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_fast.data.kinds import printable
 from ijepa_fast.eval.collapse import HIGH_POSITION, LEAST_RANK, LOW_RANK, LOW_VARIANCE, Sign, signs
-from ijepa_fast.eval.figures import CLEAR, METRICS, Figure, against, change, headline, number, verdict
+from ijepa_fast.eval.figures import CLEAR, METRICS, NORMAL, Figure, against, change, headline, number, verdict
 from ijepa_fast.report.charts import COLOURS, dots, line_chart
 from ijepa_fast.report.page import Markup, table, text
 from ijepa_fast.report.recorded import Recorded, Series
-from ijepa_fast.report.summary import SEEN
+from ijepa_fast.report.summary import SEEN, UNKNOWN
 
 # Of the online probe; feature_norm is in logs of earlier versions.
 HEALTH = ("rankme", "target_variance", "position_share", "residual_norm", "feature_norm", "lidar")
@@ -125,7 +126,8 @@ def figures(run: Recorded) -> str:
     found = headline(run.figures)
     if not found:
         told = "The encoder was not evaluated on labelled images: "
-        told += "the run has not finished" if run.summary is None else "probe.test is not set, or there are no labels"
+        why = "the run has not finished" if run.summary is None else run.summary.get(UNKNOWN)
+        told += printable(str(why or "probe.test is not set, or there are no labels"))
         return text(f"{told}. To do it now: ijepa-fast probe {run.folder} --data TRAIN --test TEST", "note")
     where = "training images that the probe did not see" if (run.summary or {}).get(SEEN) else "test images"
     told = f"Of frozen features, on {where}. ± is half of the 95 % interval over these images"
@@ -201,7 +203,7 @@ def _value(value: float | None, half: float | None) -> Markup:
 
 
 def _half(error: float | None) -> float:
-    return 1.96 * (error or 0.0)
+    return NORMAL * (error or 0.0)
 
 
 def _spans(figures: Sequence[Figure]) -> list[tuple[float, float]]:

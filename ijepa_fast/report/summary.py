@@ -22,9 +22,10 @@ from ijepa_fast.methods.method import Method
 from ijepa_fast.report.plots import plot_loss, plot_masks, read_log
 from ijepa_fast.run.build import build_loader
 from ijepa_fast.run.provenance import FORMAT, provenance
-from ijepa_fast.run.sources import Evaluated, encode_with, probe_folders, untrained
+from ijepa_fast.run.sources import Evaluated, encode_with, held_out, probe_folders, untrained
 
 SEEN = "tested_on_training_images"  # key of the summary
+UNKNOWN = "not_evaluated"  # key of the summary: why there are no figures, null where the encoder was evaluated
 
 
 def finish(
@@ -48,7 +49,6 @@ def finish(
     _plot_masks(config, method, source)
     if config.log.tensorboard:
         _board(folder)
-    figures = [] if labelled is None else _evaluate(config, method, labelled, device)
     summary = provenance(device) | {
         "wall_seconds": time.perf_counter() - began,  # of this launch, with what follows the last step
         "train_seconds": train_seconds(records, records[-1]["step"], config.batch_size),
@@ -64,13 +64,34 @@ def finish(
         "bad_files": len(bad.read_bytes().splitlines()) if bad.is_file() else 0,
         # Whether the test images are among those trained on, of which the probe did not see them.
         SEEN: labelled is not None and probe_folders(config) is None,
-        "figures": [figure.to_json() for figure in figures],
+        "figures": [],
+        UNKNOWN: _why_not(config, source, device) if labelled is None else "the evaluation did not finish",
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _write(folder, summary)  # an evaluation that fails leaves what training cost hours for
+    if labelled is not None:
+        figures = [figure.to_json() for figure in _evaluate(config, method, labelled, device)]
+        wall = time.perf_counter() - began
+        summary |= {"wall_seconds": wall, "figures": figures, UNKNOWN: None}
+        _write(folder, summary)
     print(describe(summary), file=sys.stderr)
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     print(f"results are in {folder}/ ({files})", file=sys.stderr)
     return summary
+
+
+def _write(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json whole, or leave it as it was."""
+    path = folder / "summary.json.part"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    path.replace(folder / "summary.json")
+
+
+def _why_not(config: Config, source: Source | None, device: torch.device) -> str:
+    try:
+        held_out(config, source, device)
+    except ValueError as error:
+        return str(error)
+    return "nobody asked"
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ HELD_OUT = 1000  # scenes to test on
 SAMPLED, HELD = 64, 1 << 28  # images whose contents are compared, and bytes of them after which no more are read
 # Of labelled training images where a run names no test images: how many at most are read, one in how many is tested,
 # and how few are not worth it.
-READ, TESTED, FEWEST = 2000, 10, 100
+READ, TESTED, FEWEST = 20_000, 10, 100
 
 
 def training_source(config: Config) -> Source | None:
@@ -175,9 +175,10 @@ Evaluated = tuple[Labelled, Labelled, Options]  # what eval.evaluate takes besid
 def evaluated(config: Config, source: Source | None, device: torch.device) -> Evaluated | None:
     """What a run's encoder is evaluated with when it ends; None where there are no labels, or nobody asked.
 
-    Where the training images have labels and no test images are named, k-NN is tried on a tenth of 2,000 of them.
-    Raises ConfigError where the images that are named have no labels, one for all, or others than those they are to be
-    tested on, and where they are fewer than k-NN's neighbours.
+    Where the training images have labels and no test images are named, k-NN is tried on a tenth of 20,000 of them; of
+    windows, all of an image are on one side. Where it cannot be, rank 0 says why on stderr. Raises ConfigError where
+    the images that are named have no labels, one for all, or others than those they are to be tested on, where they
+    are the same, and where they are fewer than k-NN's neighbours.
     """
     if config.probe.enabled:
         _check_probe(config)
@@ -189,18 +190,44 @@ def evaluated(config: Config, source: Source | None, device: torch.device) -> Ev
         except (ValueError, OSError) as error:
             raise ConfigError(f"probe.train, probe.test: {error}; or set probe.enabled=false") from None
         return train, test, options
-    if not config.probe.enabled or source is None or not source.columns or len(source) < FEWEST:
-        return None
     try:
-        whole = labelled(source, config.data.source)
-    except ValueError:  # training needs no labels
+        return held_out(config, source, device)
+    except ValueError as error:  # training needs no labels
+        if config.probe.enabled and source is not None and os.environ.get("RANK", "0") == "0":
+            print(f"the encoder will not be evaluated: {error}", file=sys.stderr)
         return None
-    if all(len(values.unique()) < 2 for values in whole.labels.values()):
-        return None
-    rows = np.random.default_rng(config.seed).permutation(len(source))[:READ]
-    cut = len(rows) // TESTED
-    test, train = (whole.take(np.sort(part)) for part in (rows[:cut], rows[cut:]))
-    return train, test, replace(run_options(config, device), probes=("knn",))
+
+
+def held_out(config: Config, source: Source | None, device: torch.device) -> Evaluated:
+    """A tenth of the training images to test on, and the others. Raises ValueError that says why there is none."""
+    if not config.probe.enabled:
+        raise ValueError("probe.enabled is false")
+    if source is None:
+        raise ValueError("probe.test is not set, and random images have no labels")
+    if not source.columns:
+        raise ValueError("probe.test is not set, and the training images have no labels")
+    if len(source) < FEWEST:
+        raise ValueError(f"probe.test is not set, and a tenth of {len(source)} labelled images is too few to test on")
+    whole, place = labelled(source, config.data.source), _drawn(source, config.seed)
+    rows = np.argsort(place, kind="stable")[:READ]
+    held = place[rows] < max(1, place[rows[len(rows) // TESTED]])
+    if held.all():
+        raise ValueError(f"probe.test is not set, and all {len(source)} windows are of one image")
+    test, train = (whole.take(np.sort(part)) for part in (rows[held], rows[~held]))
+    options = replace(run_options(config, device), probes=("knn",))
+    return *check_images(config.data, train, test, options), options
+
+
+def _drawn(source: Source, seed: int) -> np.ndarray:
+    """Of each sample, the place of its image in an order that `seed` draws, from 0, int64 (n,)."""
+    index = source.index
+    images = np.arange(len(source))
+    if len(index.y):  # windows
+        shard, page = (part if len(part) else np.zeros(len(source), int) for part in (index.shard, index.page))
+        keys = [(index.names[i], int(shard[i]), int(page[i])) for i in range(len(source))]
+        ids = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        images = np.array([ids[key] for key in keys])
+    return np.random.default_rng(seed).permutation(int(images.max()) + 1)[images]
 
 
 def untrained(config: Config, device: torch.device, foreign: bool = True) -> PretrainedEncoder:
