@@ -2,11 +2,25 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from ijepa_fast.eval.figures import Figure, against, cells, figures_of, headline, interval, over_seeds, table, verdict
+from ijepa_fast.eval.figures import (
+    Figure,
+    against,
+    cells,
+    change,
+    figures_of,
+    headline,
+    interval,
+    over_seeds,
+    table,
+    verdict,
+)
+from ijepa_fast.eval.outputs import measure, of_terms, standard_errors, terms
 
 LINEAR = Figure("class", "linear", "accuracy", 0.75, None, (0.75,), 0.5, None, 40, (), 0.0685)
 SEVERAL = Figure(
@@ -142,3 +156,39 @@ def test_table_without_untrained_values_has_no_column_of_them():
     head, rows = cells([LINEAR])
     assert head == ["task", "probe", "metric", "chance", "value", "s.e.", "images"]
     assert rows == [["class", "linear", "accuracy", "0.5000", "0.7500", "0.0685", "40"]]
+
+
+@pytest.mark.parametrize("wrong", [{"n": 1}, {"value": math.nan}, {"untrained": math.nan}, {"error": math.nan}])
+def test_nothing_is_learned_by_one_image_or_by_what_is_not_known(wrong):
+    found = replace(of("linear", value=1.0, untrained=0.0), **wrong)
+    assert not found.improved
+    assert found.gain is None
+    assert verdict([found]) == ""
+
+
+def test_a_value_that_is_no_number_is_not_known():
+    found = replace(of("linear", value=math.nan, untrained=0.5, error=math.nan), interval=math.nan)
+    assert cells([found])[1] == [
+        ["class", "linear", "accuracy", "0.5000", "0.5000", "not known +- not known", "not known", "40"]
+    ]
+    assert change(found) == "not known"
+    assert replace(found, seeds=(1.0, 2.0)).half is None
+
+
+def test_no_verdict_counts_infinite_errors():
+    assert verdict([of("linear", value=0.75, untrained=0.5, error=0.0)]) == "learned: class +25.0 points"
+
+
+@pytest.mark.parametrize("task", ["classification", "counting", "regression"])
+def test_no_image_gives_no_number(task):
+    none = torch.zeros(0)
+    for found in (measure(none, none, task), standard_errors(none, none, task)):
+        assert found
+        assert all(map(math.isnan, found.values()))
+    assert math.isnan(of_terms({"accuracy": np.zeros(0)})["accuracy"])
+
+
+def test_r2_of_equal_labels_is_not_known():
+    equal = torch.full((3,), 0.1)
+    assert math.isnan(measure(torch.tensor([1.0, 2.0, 3.0]), equal, "regression")["r2"])
+    assert np.isnan(terms(torch.tensor([1.0, 2.0, 3.0]), equal, "regression")["r2"]).all()

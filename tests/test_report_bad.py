@@ -1,6 +1,8 @@
 """A run that is not as it should be: its page shows what there is, and says what is missing."""
 
 import html
+import json
+import math
 import os
 import re
 
@@ -32,6 +34,21 @@ def test_a_run_without_probes(tmp_path):
     assert said(page, "There was no probe while training")
     assert said(page, "RankMe and the other signs of a collapse were not measured")
     assert "No verdict: " in page
+
+
+def test_a_run_that_was_not_evaluated_says_why(tmp_path):
+    folder = folder_of(tmp_path, figures=[])
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"not_evaluated": "the evaluation did not finish"}))
+    assert said(report(folder), "The encoder was not evaluated on labelled images: the evaluation did not finish. To")
+
+
+def test_figures_of_no_image_are_not_known(tmp_path):
+    """Neither an improvement of one image, nor a number that is none, breaks the page or is a verdict."""
+    page = report(folder_of(tmp_path, figures=[figure(n=1, value=1.0), figure("tint", value=math.nan, untrained=None)]))
+    assert "not known" in page
+    assert "learned: " not in page
+    assert "inf s.e." not in page
 
 
 def test_a_run_that_has_not_ended(tmp_path):

@@ -20,6 +20,7 @@ METRICS = {
 }
 ERRORS = ("calibration_error", "mean_absolute_error")  # metrics that are better when they are smaller
 NORMAL = 1.96  # standard errors that 95 % of a normal distribution lie within
+NOT_KNOWN = "not known"  # a value that is NaN
 CLEAR = 2  # standard errors that a difference must exceed to be called one
 
 # Student's t, 97.5 %, for 2 to 10 seeds; 1.96 and a little more for more of them.
@@ -67,10 +68,12 @@ class Figure:
     def gain(self) -> tuple[float, float] | None:
         """By how much the value is better than the untrained encoder's, and in standard errors of the difference.
 
-        None where either is not known. Both encoders answer the same test images, so that the error of their difference
-        is smaller than this, which takes them for independent.
+        None where either is not known, or NaN, or of fewer than two test images. Both encoders answer the same test
+        images, so that the error of their difference is smaller than this, which takes them for independent.
         """
-        if self.untrained is None or self.error is None or self.untrained_error is None:
+        if self.untrained is None or self.error is None or self.untrained_error is None or self.n < 2:
+            return None
+        if not all(map(math.isfinite, (self.value, self.untrained, self.error, self.untrained_error))):
             return None
         better = self.value - self.untrained
         if self.metric in ERRORS:
@@ -83,7 +86,8 @@ class Figure:
         """Half of the value's 95 % interval, over test images and, of several seeds, over these; None: not known."""
         if self.error is None or (self.interval is not None and len(self.seeds) == 1):  # over episodes
             return self.interval
-        return math.hypot(NORMAL * self.error, self.interval or 0.0)
+        half = math.hypot(NORMAL * self.error, self.interval or 0.0)
+        return half if math.isfinite(half) else None
 
     @property
     def improved(self) -> bool:
@@ -194,7 +198,7 @@ def cells(figures: list[Figure]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for f in figures:
         untrained = [number(f.untrained)] if before else []
-        value = number(f.value) + ("" if f.interval is None else f" +- {f.interval:.4f}")
+        value = number(f.value) + ("" if f.interval is None else f" +- {number(f.interval)}")
         words, error = [f.task, f.probe, METRICS[f.metric]], number(f.error)
         rows.append([*words, number(f.chance), *untrained, value, error, f"{f.n:,}"])
     return head, rows
@@ -228,9 +232,11 @@ def change(f: Figure) -> str:
     """By how much a figure is better than the untrained encoder's, with standard errors where they are known; or ""."""
     if f.untrained is None:
         return ""
+    if not math.isfinite(f.value - f.untrained):
+        return NOT_KNOWN
     better = f.gain[0] if f.gain else f.value - f.untrained
     size = f"{100 * better:+.1f} points" if f.metric == "accuracy" else f"{better:+.2f}"
-    return size + (f" ({abs(f.gain[1]):.1f} s.e.)" if f.gain else "")
+    return size + (f" ({abs(f.gain[1]):.1f} s.e.)" if f.gain and math.isfinite(f.gain[1]) else "")
 
 
 def table(figures: list[Figure]) -> str:
@@ -248,5 +254,5 @@ def columns(head: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A value as the tables write it."""
-    return "" if value is None else f"{value:.4f}"
+    """A value as the tables write it; None, which is of what was not measured, is empty."""
+    return "" if value is None else f"{value:.4f}" if math.isfinite(value) else NOT_KNOWN

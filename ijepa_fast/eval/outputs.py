@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,24 @@ class Outputs:
 def measure(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, float]:
     """{metric: value} of predictions (n,) against the labels (n,).
 
-    "accuracy" of classes and counts, "r2" of a regression, "mean_absolute_error" of counts and regressions.
+    "accuracy" of classes and counts, "r2" of a regression, "mean_absolute_error" of counts and regressions. NaN where
+    there is no image, and for R^2 of labels that are all equal.
     """
     predictions, truth = predictions.double(), truth.double()
     metrics = {}
     if task == "regression":
-        spread = (truth - truth.mean()).square().sum()
-        metrics["r2"] = float(1 - (predictions - truth).square().sum() / spread.clamp_min(1e-12))
+        metrics["r2"] = float(1 - (predictions - truth).square().sum() / _spread(truth).sum())
     else:
         metrics["accuracy"] = float((predictions == truth).double().mean())
     if task != "classification":
         metrics["mean_absolute_error"] = float((predictions - truth).abs().mean())
     return metrics
+
+
+def _spread(truth: torch.Tensor) -> torch.Tensor:
+    """Squared deviations of labels fp64 (n,) from their mean; NaN where they are all equal."""
+    found = (truth - truth.mean()).square()
+    return found if len(truth) and bool((truth != truth[0]).any()) else torch.full_like(found, torch.nan)
 
 
 def terms(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, np.ndarray]:
@@ -69,8 +76,8 @@ def terms(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str
     error = predictions - truth
     found = {}
     if task == "regression":
-        deviation = (truth - truth.mean()).square()
-        spread = deviation.mean().clamp_min(1e-12)
+        deviation = _spread(truth)
+        spread = deviation.mean()
         left = error.square().mean() / spread
         found["r2"] = 1 - left + (left * deviation - error.square()) / spread
     else:
@@ -81,13 +88,17 @@ def terms(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str
 
 
 def errors_of(terms: dict[str, np.ndarray]) -> dict[str, float]:
-    """{metric: standard error} of terms (n,): how far another sample of n test images would move their mean."""
-    return {name: float(x.std()) / len(x) ** 0.5 for name, x in terms.items()}
+    """{metric: standard error} of terms (n,): how far another sample of n test images would move their mean.
+
+    NaN of none.
+    """
+    return {name: float(x.std()) / len(x) ** 0.5 if len(x) else math.nan for name, x in terms.items()}
 
 
 def of_terms(terms: dict[str, np.ndarray]) -> dict[str, Any]:
     """What a probe measured, by terms alone: {metric: value}, "terms" and "errors"."""
-    return {name: float(x.mean()) for name, x in terms.items()} | {"terms": terms, "errors": errors_of(terms)}
+    means = {name: float(x.mean()) if len(x) else math.nan for name, x in terms.items()}
+    return means | {"terms": terms, "errors": errors_of(terms)}
 
 
 def standard_errors(predictions: torch.Tensor, truth: torch.Tensor, task: str) -> dict[str, float]:
@@ -96,7 +107,7 @@ def standard_errors(predictions: torch.Tensor, truth: torch.Tensor, task: str) -
     Of an accuracy it is that of the share with one right and one wrong answer more, so that no few answers are certain.
     """
     errors = errors_of(terms(predictions, truth, task))
-    if "accuracy" in errors:
+    if "accuracy" in errors and len(truth):
         share = (int((predictions.double() == truth.double()).sum()) + 1) / (len(truth) + 2)
         errors["accuracy"] = (share * (1 - share) / len(truth)) ** 0.5
     return errors
