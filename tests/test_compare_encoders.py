@@ -43,6 +43,24 @@ def test_differences_on_the_same_images_are_paired():
     assert difference("b", replace(other, terms=None, error=None), "a", one) is None
 
 
+def test_few_answers_are_not_certain():
+    """One image, or some on which both agree, or which one alone answers: never an error of 0."""
+    for a, b, error in (([1], [0], 8**0.5), ([1, 1, 0], [1, 1, 0], (2 * 5 / 3) ** 0.5)):
+        one, other = (of(float(np.mean(x)), np.array(x, float)) for x in (a, b))
+        found = difference("b", one, "a", other)
+        assert found.error == pytest.approx(error / (len(a) + 2))
+        assert not found.clear
+    several = [of(1.0, np.array([1.0]), metric=metric) for metric in ("r2", "mean_absolute_error")]
+    assert [difference("b", f, "a", f) for f in several] == [None, None]
+
+
+def test_a_star_is_beyond_two_standard_errors():
+    one, other = of(0.5, error=0.1), of(0.5 - 0.198 * 2**0.5, error=0.1)
+    found = difference("b", one, "a", other)
+    assert found.value > found.interval
+    assert not found.clear
+
+
 def test_a_smaller_error_is_better():
     worse, better = (of(v, np.full(4, v), 0.0, "mean_absolute_error") for v in (2.0, 1.0))
     assert difference("b", better, "a", worse).better

@@ -49,6 +49,7 @@ def test_figures_of_no_image_are_not_known(tmp_path):
     assert "not known" in page
     assert "learned: " not in page
     assert "inf s.e." not in page
+    assert '"nan"' not in page
 
 
 def test_a_run_that_has_not_ended(tmp_path):

@@ -6,7 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ijepa_fast.eval.figures import ERRORS, NORMAL, Figure
+import numpy as np
+
+from ijepa_fast.eval.figures import CLEAR, ERRORS, NORMAL, Figure
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return abs(self.value) > self.interval
+        """Whether it is not 0 by more than chance: `CLEAR` standard errors."""
+        return abs(self.value) > CLEAR * self.error
 
     @property
     def better(self) -> bool:
@@ -63,12 +65,27 @@ def difference(name: str, figure: Figure, against: str, other: Figure) -> Differ
     """
     a, b = figure.terms, other.terms
     if paired := a is not None and b is not None and len(a) == len(b):
-        error = float((a - b).std()) / len(a) ** 0.5
+        error = paired_error(a, b, figure.metric)
     elif figure.error is None or other.error is None:
         return None
     else:
         error = math.hypot(figure.error, other.error)
-    return Difference(*figure.key, name, against, figure.value - other.value, error, paired)
+    value = figure.value - other.value
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return None
+    return Difference(*figure.key, name, against, value, error, paired)
+
+
+def paired_error(a: np.ndarray, b: np.ndarray, metric: str) -> float:
+    """Standard error of the mean of a - b, terms (n,) of the same images; NaN of fewer than two.
+
+    Of right and wrong answers it is that of two images more, of which each encoder alone answers one, so that no few
+    answers are certain (as outputs.standard_errors has it of one accuracy).
+    """
+    if metric == "accuracy" and len(a) and np.isin((a, b), (0.0, 1.0)).all():
+        more = np.append(a - b, (1.0, -1.0))
+        return float(more.std()) / len(a) ** 0.5
+    return float((a - b).std()) / len(a) ** 0.5 if len(a) > 1 else math.nan
 
 
 def differences(figures: dict[str, list[Figure]]) -> list[Difference]:

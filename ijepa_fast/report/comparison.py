@@ -7,15 +7,15 @@ import re
 from typing import Any
 
 from ijepa_fast.eval.differences import differences
-from ijepa_fast.eval.figures import METRICS, Figure, columns, number, of_one_k, overview
+from ijepa_fast.eval.figures import CLEAR, METRICS, Figure, columns, number, of_one_k, overview
 from ijepa_fast.report.charts import line_chart
 from ijepa_fast.report.page import page, table, text
 
 Figures = dict[str, list[Figure]]  # of each encoder, by its name
 NOTE = (
     "Behind ± is half of a 95 % interval over test images, of few-shot over episodes of them; behind a difference, "
-    "that of the difference, image by image. A star marks one that leaves 0 out, as one in twenty does by chance. What "
-    "another seed of the training would change is in none."
+    f"that of the difference, image by image. A star marks one beyond {CLEAR} standard errors, as one in twenty is by "
+    "chance. What another seed of the training would change is in none."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -138,7 +139,8 @@ def figures(run: Recorded) -> str:
     rows = []
     for f, span in zip(found, _spans(found)):
         points = [] if f.untrained is None else [(f.untrained, _half(f.untrained_error), "s0", False)]
-        drawn = dots([*points, (f.value, f.half or 0, "s0", True)], span, f.chance)
+        points = [point for point in (*points, (f.value, f.half or 0, "s0", True)) if math.isfinite(point[0])]
+        drawn = dots(points, span, f.chance) if math.isfinite(f.chance) else ""
         untrained = _value(f.untrained, _half(f.untrained_error)) if f.untrained is not None else "not known"
         cells = [name(f), number(f.chance), untrained, _value(f.value, f.half), change(f), f"{f.n:,}"]
         rows.append([*cells, Markup(drawn)])
@@ -203,7 +205,7 @@ def _value(value: float | None, half: float | None) -> Markup:
 
 
 def _half(error: float | None) -> float:
-    return NORMAL * (error or 0.0)
+    return NORMAL * error if error is not None and math.isfinite(error) else 0.0
 
 
 def _spans(figures: Sequence[Figure]) -> list[tuple[float, float]]:
@@ -212,8 +214,8 @@ def _spans(figures: Sequence[Figure]) -> list[tuple[float, float]]:
     for f in figures:
         values = [f.chance, f.value - (f.half or 0), f.value + (f.half or 0)]
         values += [] if f.untrained is None else [f.untrained - _half(f.untrained_error), f.untrained]
-        ends.setdefault(f.metric, []).extend(values)
-    return [(min(ends[f.metric]), max(ends[f.metric])) for f in figures]
+        ends.setdefault(f.metric, []).extend(filter(math.isfinite, values))
+    return [(min(ends[f.metric], default=0.0), max(ends[f.metric], default=1.0)) for f in figures]
 
 
 def probes(runs: Sequence[Recorded]) -> str:
