@@ -9,6 +9,7 @@ deepspeed ijepa_fast/train.py --config quickstart    all GPUs, or several machin
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import os
@@ -155,7 +156,7 @@ def _train(config: Config, first: bool) -> int:
     finally:
         pulse.end()
         lock.release()
-        engine.leave(all_end)
+        atexit.register(engine.leave, all_end)  # and not now: a program that calls this may train again
 
 
 def _interrupted(first: bool) -> int:
