@@ -359,11 +359,19 @@ def _gains(source: Path, picture: Path) -> None:
     plot(load(source), picture, drawn_from(source))
 
 
+def _masks(source: Path, picture: Path) -> None:
+    from bench.compare.plots import ends
+    from bench.compare.runs import SWEEPS
+
+    ends(load(source)["records"], SWEEPS["masks"], picture, drawn_from(source))
+
+
 # The documents' pictures that are drawn of results: of which file, and by what.
 PICTURES: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     changes.PICTURE: (f"{changes.FOLDER}/{changes.HISTORY}", changes.plot),
     "docs/quickstart.png": ("bench/results/gains-quickstart.json", _gains),
     "docs/learning-cifar10.png": ("bench/results/learning-cifar10-cpu.json", _curves),
+    "docs/mask-strategies.png": ("bench/results/compared-masks.json", _masks),
 }
 
 

@@ -39,10 +39,11 @@ def curves(records: list[Record], path: Path, source: str = "") -> None:
     figure.savefig(path, metadata={"Description": source} if source else None)
 
 
-def ends(records: list[Record], sweep: Sweep, path: Path) -> bool:
+def ends(records: list[Record], sweep: Sweep, path: Path, source: str = "") -> bool:
     """Draw a PNG: accuracy at the runs' ends along a sweep, with the standard error of the gain; untrained dashed.
 
-    Returns whether all runs of the sweep are among `records`; where they are not, nothing is drawn.
+    source: what it is drawn of, for its metadata. Returns whether all runs of the sweep are among `records`; where they
+    are not, nothing is drawn.
     """
     runs, shown = by_run(records), panels(records)
     if not set(sweep.runs) <= runs.keys():
@@ -66,7 +67,7 @@ def ends(records: list[Record], sweep: Sweep, path: Path) -> bool:
         axis.grid(alpha=0.25)
     if any(sweep.lines):
         axes[0].legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": source} if source else None)
     return True
 
 

@@ -106,7 +106,7 @@ STUDENT = f"salt+{FRAME}"
 AVERAGE = f"{FRAME}+all-blocks+falling-average"  # the best found without a teacher
 PIXELS = f"{FRAME}+pixels"  # the same with pixels as targets
 # By name on a plot: I-JEPA's run with each of the paper's mask strategies and with MAE's, and so the student's.
-_MASKS = {name: name for name in MASKS} | {"random, 75 %": "random-masks"}
+_MASKS = {name: name for name in MASKS} | {"random\n75 %": "random-masks"}
 _STUDENT_MASKS = {
     shown: STUDENT if name == "random-masks" else f"salt+{ALIKE}+mae-optimiser+{name}" for shown, name in _MASKS.items()
 }
