@@ -4,7 +4,6 @@ import io
 import json
 import math
 import re
-import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -436,16 +435,23 @@ def test_a_plot_is_drawn_of_a_group_that_is_whole(tmp_path):
 def test_what_the_page_says_of_the_leads_over_mae_is_measured():
     """The table of docs/learning.md: mean of the differences by seed, and its standard error over the seeds."""
     page = (ROOT / "docs" / "learning.md").read_text()
-    runs = tables.by_run(json.loads((ROOT / "bench" / "results" / "learning-fair.json").read_text())["records"])
-    for words, run in (("the student", STUDENT), ("no teacher", AVERAGE)):
+    fair, long = (
+        tables.by_run(json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())["records"])
+        for name in ("learning-fair", "compared-mae12000")
+    )
+    for words, run, others in (
+        ("the student", STUDENT, fair),
+        ("no teacher", AVERAGE, fair),
+        ("the student, over MAE of 12,000 steps", STUDENT, long),
+    ):
         cells = []
         for probe in ("linear", "20-NN", "attentive", "1 % low-shot"):
-            a, b = ([tables.value(r["points"][-1], "class", probe) for r in runs[name]] for name in (run, "mae"))
-            leads = [100 * (mine - theirs) for mine, theirs in zip(a, b)]
-            assert len(leads) == 3
-            assert run != STUDENT or min(leads) > 0
-            cells.append(f"{statistics.mean(leads):+.1f} ± {statistics.stdev(leads) / 3**0.5:.1f}")
+            mean, error = tables.lead(fair[run], others["mae"], "class", probe)
+            cells.append(f"{100 * mean:+.1f} ± {100 * error:.1f}")
         assert f"| {words} | {' | '.join(cells)} |" in page
+    for probe in ("linear", "20-NN", "attentive", "1 % low-shot"):
+        for record in fair[STUDENT]:
+            assert tables.lead([record], fair["mae"], "class", probe)[0] > 0
 
 
 def test_the_documents_name_runs_that_there_are():
