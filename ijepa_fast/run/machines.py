@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +131,21 @@ def alone(met: Met, work: Callable[[], Any]) -> None:
         if error is not None:
             raise error
 
-    on_first(tell)
+    try:
+        on_first(tell)
+    finally:
+        _part(met)
+
+
+def _part(met: Met) -> None:
+    """Let rank 0, with which the store may end, go last: the others have then heard all that it said."""
+    if met.store is None:
+        return
+    deadline = time.monotonic() + GRACE
+    with suppress(RuntimeError):
+        met.store.add("parted", int(met.rank > 0))
+        while met.rank == 0 and met.store.add("parted", 0) < len(met.hosts) - 1 and time.monotonic() < deadline:
+            time.sleep(EVERY)
 
 
 def same_data(data: dict[str, Any] | None, source: str) -> None:
