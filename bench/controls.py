@@ -9,7 +9,6 @@ of statistics per image.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ if __package__ in (None, ""):
 import torch
 import torch.nn.functional as F
 
+from bench.record import show
 from ijepa_fast.command import one_sentence
 from ijepa_fast.config import ConfigError, load_config
 from ijepa_fast.eval.evaluate import evaluate
@@ -105,9 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
     result = measure(args.config, args.overrides)
-    print("\n".join(table(result)))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, table(result), args.json)
     return 0
 
 

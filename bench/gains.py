@@ -17,6 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.record import show
 from ijepa_fast.command import one_sentence
 from ijepa_fast.config import ConfigError, flatten, load_config
 from ijepa_fast.eval.figures import METRICS, Figure
@@ -120,9 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     result = gather(args.runs)
-    print("\n".join(table(result)))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, table(result), args.json)
     return 0
 
 

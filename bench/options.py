@@ -13,7 +13,6 @@ is an encoder of the same size.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import torch
 
 from bench.baselines.steps import DTYPES
 from bench.compare.runs import OPTIONS
+from bench.record import show
 from bench.timing import synchronise
 from ijepa_fast.command import whole
 from ijepa_fast.config import ARCHITECTURES, load_config
@@ -125,9 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {rows[-1]['ratio']:.3f}", file=sys.stderr, flush=True)
     sizes = f"{args.model}/{args.patch}, crop {args.crop}, batch {args.batch}, {precision}"
     result = provenance(device) | {"sizes": sizes, "rounds": args.rounds, "rows": rows}
-    print("\n".join(table(result)))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, table(result), args.json)
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
+from bench.record import show
 from bench.timing import synchronise
 from ijepa_fast.command import whole
 from ijepa_fast.config import load_config
@@ -133,9 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--widths: expected of {', '.join(map(str, WIDTHS))}, got {', '.join(map(str, unknown))}")
     rows = [measured(width, args) for width in widths]
     result = provenance(args.device) | {"note": args.note, "every": args.every, "rows": rows}
-    print("\n".join(table(result)))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, table(result), args.json)
     return 0
 
 

@@ -37,6 +37,13 @@ def load(path: Path) -> Any:
     return result
 
 
+def show(result: dict[str, Any], table: list[str], path: Path | None) -> None:
+    """Print the lines of a result's table, and write the result as a JSON file where there is a path."""
+    print("\n".join(table))
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def rows(path: Path) -> tuple[list[dict[str, str]], int]:
     """The rows of a CSV file, none if it is not there, and how many more were of trees with changes and are refused."""
     if not path.is_file():

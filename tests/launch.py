@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -99,6 +101,28 @@ def run(runs: Path, *overrides: str, ranks: int = 1, config: str = "quickstart")
     assert statuses == [0] * ranks, errors[-3000:]
     name = next((o.removeprefix("name=") for o in reversed(overrides) if o.startswith("name=")), config)
     return runs / name
+
+
+def on_two_ranks(work: Callable, folder: Path) -> list[Any]:
+    """What `work(rank, folder)` saved in `folder`/<rank>.pt, in two processes that are one group of ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=_one_of_two, args=(work, rank, port, folder)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def _one_of_two(work: Callable, rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    work(rank, folder)
+    torch.distributed.destroy_process_group()
 
 
 def losses(folder: Path) -> list[float]:

@@ -1,8 +1,6 @@
 """MSN: its batch norm and Sinkhorn against others', its draws, what it leaves out, and what is not clipped."""
 
 import copy
-import multiprocessing
-import socket
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from ijepa_fast.engine.clipping import ClipTogether
 from ijepa_fast.masks.anchors import AnchorSampler, lay_out
 from ijepa_fast.methods import msn
 from ijepa_fast.models.heads import BatchNorm, NormedHead, sinkhorn
-from tests.launch import ROOT, TINY
+from tests.launch import ROOT, TINY, on_two_ranks
 from tests.small import loss_of, setup_of
 
 SMALL = {"small_anchors": 2, "patch_drop": 0.3, "hidden": 16, "out": 8, "prototypes": 12}
@@ -68,17 +66,14 @@ def test_sinkhorn_uses_prototypes_equally():
     assert (sinkhorn(rows, 1).sum(0) - 40 / 6).abs().max() > 1e-4
 
 
-def _share(rank, port, folder):
+def _share(rank, folder):
     """One of two ranks: half of the rows through head and Sinkhorn, and the gradients of its half of the loss."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     head, x, method = _head_and_rows()
     x = x[rank * 4 : rank * 4 + 4].requires_grad_()
     z, moments = head(x, [4])
     loss, _ = method.loss_of(z, method.assignments(z.detach()))
     loss.backward()
-    torch.save((z.detach(), loss.detach(), x.grad, moments["bn1"][0]), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save((z.detach(), loss.detach(), x.grad, moments["bn1"][0]), folder / f"{rank}.pt")
 
 
 def _head_and_rows():
@@ -93,22 +88,12 @@ def _head_and_rows():
 @pytest.mark.multi_rank
 def test_two_ranks_are_one_batch(tmp_path):
     """Batch norm, Sinkhorn and the mean assignment are those of all ranks; the loss of both is the mean of theirs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=_share, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        assert process.exitcode == 0
+    parts = on_two_ranks(_share, tmp_path)
     head, x, method = _head_and_rows()
     x.requires_grad_()
     z, moments = head(x, [8])
     loss, _ = method.loss_of(z, method.assignments(z.detach()))
     loss.backward()
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.testing.assert_close(torch.cat([part[0] for part in parts]), z.detach())
     torch.testing.assert_close((parts[0][1] + parts[1][1]) / 2, loss.detach())
     torch.testing.assert_close(torch.cat([part[2] for part in parts]) / 2, x.grad, rtol=1e-4, atol=1e-6)

@@ -1,8 +1,5 @@
 """Statistics of a batch that lies on two ranks: values and gradients of the whole batch on one."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +7,7 @@ import torch.nn.functional as F
 from ijepa_fast import kernels
 from ijepa_fast.kernels.common.over_ranks import gathered, summed
 from ijepa_fast.kernels.sigreg import sigreg
+from tests.launch import on_two_ranks
 
 
 def _embeddings():
@@ -45,28 +43,15 @@ def _differentiated(x, directions):
     return {name: (loss.detach(), *torch.autograd.grad(loss, x)) for name, loss in _losses(x, directions).items()}
 
 
-def _share(rank, port, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _share(rank, folder):
     x, directions = _embeddings()
-    torch.save(_differentiated(x[:, rank * 5 : rank * 5 + 5].contiguous(), directions), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(_differentiated(x[:, rank * 5 : rank * 5 + 5].contiguous(), directions), folder / f"{rank}.pt")
 
 
 @pytest.mark.multi_rank
 def test_two_ranks_are_one_batch(tmp_path):
     """Both have the whole batch's value; their gradients, averaged as the engine averages them, are the whole's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=_share, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        assert process.exitcode == 0
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    parts = on_two_ranks(_share, tmp_path)
     whole = _differentiated(*_embeddings())
     assert len(whole) == 4
     for name, (value, gradient) in whole.items():
